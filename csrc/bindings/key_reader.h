@@ -1,0 +1,74 @@
+// Reads known keys from Python dicts that mostly look alike: parameter groups, and the states of parameters.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "bindings/tensor_facts.h"
+
+namespace dracopt {
+
+// The value of a key, borrowed; null if there is none.
+inline PyObject* lookup(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
+  return value;
+}
+
+// Brings the entries of a dict into the cache.
+inline void prefetch_entries(PyObject* dict) {
+  if (!PyDict_Check(dict)) return;
+  const auto* entries = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
+  for (int line = 0; line < 6; ++line) prefetch(entries + 64 * line);
+}
+
+class KeyReader {
+ public:
+  // Null-terminated. The strings are interned and never freed.
+  void append(const char* const* names) {
+    for (; *names != nullptr; ++names) {
+      keys_.push_back(PyUnicode_InternFromString(*names));
+      if (keys_.back() == nullptr) throw pybind11::error_already_set();
+    }
+  }
+
+  size_t size() const { return keys_.size(); }
+  PyObject* operator[](size_t k) const { return keys_[k]; }
+
+  // The values of the first `count` keys, borrowed, null where absent. One walk that compares pointers with the order
+  // in which the last dict had its keys takes half the time of lookups; what the walk does not meet is looked up.
+  void read(PyObject* dict, size_t count, PyObject** values) {
+    std::fill(values, values + count, nullptr);
+    size_t found = 0, i = 0;
+    PyObject *key, *value;
+    for (Py_ssize_t position = 0; found < count && PyDict_Next(dict, &position, &key, &value); ++i) {
+      if (i == order_.size()) order_.push_back({nullptr, 0});
+      if (order_[i].key != key) order_[i] = {key, index_of(key)};
+      if (order_[i].index >= count) continue;
+      values[order_[i].index] = value;
+      ++found;
+    }
+    for (size_t k = 0; found < count && k < count; ++k) {
+      if (values[k] == nullptr) values[k] = lookup(dict, keys_[k]);
+    }
+  }
+
+ private:
+  // `key` is only ever compared: a string that is none of ours may be gone by now. Another one at its address is then
+  // passed over by the walk and looked up.
+  struct Place {
+    PyObject* key;
+    size_t index;
+  };
+
+  size_t index_of(PyObject* key) const {
+    return static_cast<size_t>(std::find(keys_.begin(), keys_.end(), key) - keys_.begin());
+  }
+
+  std::vector<PyObject*> keys_;
+  std::vector<Place> order_;
+};
+
+}  // namespace dracopt

@@ -1,0 +1,115 @@
+// One optimizer step: reads what Python holds now, refuses what is wrong, and updates the rest.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/key_reader.h"
+#include "bindings/overlap.h"
+#include "core/rule_entry.h"
+
+namespace dracopt {
+
+// Belongs to one optimizer. It keeps no tensor and trusts nothing from the step before: every step reads the parameter
+// groups, gradients and states anew, so whatever a user did to them in between holds. Only the result of the search for
+// shared memory is kept, for as long as the addresses are the same.
+class StepPlan {
+ public:
+  explicit StepPlan(const std::string& rule);
+
+  using Index = std::pair<int, int>;  // of a group, and of a parameter in it
+  using Indices = std::vector<Index>;
+
+  // Steps every parameter that has a gradient and returns None. If there is something for Python to do first, changes
+  // nothing and returns (missing, foreign): the indices of parameters whose state is yet to be created, and those that
+  // the native kernels do not serve, with the reason. Python does it and calls again with `created`, the list
+  // `missing`: then these take their first step and the foreign ones are passed over. Bad input raises, and nothing has
+  // changed.
+  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, const std::optional<Indices>& created);
+
+  size_t updated() const { return updated_; }  // parameters, by the last call
+
+ private:
+  struct Group {
+    PyObject* dict;
+    PyObject* params;
+    int index;
+    int states;
+    bool maximize;
+    const char* foreign;  // why torch is to step the whole group; null if it is not
+    double hyperparameters[kMaxHyperparameters];
+  };
+
+  // A parameter that has a gradient, and what was found of its state; all borrowed, null where absent.
+  struct Located {
+    const Group* group;
+    int index;
+    PyObject* parameter;
+    c10::TensorImpl* param;
+    c10::TensorImpl* grad = nullptr;
+    PyObject* state = nullptr;
+    PyObject* values[kMaxStates + 1] = {};  // by state_keys_
+  };
+
+  enum class Verdict { ready, missing_state, foreign, expanded, wrong_gradient, partial_state, wrong_state };
+
+  // What a located parameter's tensors turned out to be.
+  struct Examined {
+    Verdict verdict;
+    bool step_is_fp64, written_moved, grad_moved;
+    int culprit;         // in state_keys_, of a partial or wrong state
+    const char* reason;  // of a foreign one
+    size_t located;
+    double next_step;
+    int written_count;
+    c10::TensorImpl* written[kMaxStates + 1];  // the parameter and its states
+  };
+
+  struct Foreign {
+    int group, index;
+    const char* reason;
+  };
+
+  void read_groups(PyObject* param_groups);
+  void read_group(PyObject* dict, Group& group);
+  void locate(PyObject* state);
+  void examine(const Indices& created);
+  void examine(const Located& located, Examined& examined, Segment& segment) const;
+  void prepare(size_t begin, size_t end, const Indices& created);
+  void settle();
+  [[noreturn]] void refuse(const Examined& examined) const;
+  void set_aside_overlapping();
+  void run();
+  void record(const Examined& examined, const Segment& segment) const;
+  pybind11::object todo() const;
+
+  size_t wanted_states(const Group& group) const { return group.states + (rule_.counts_steps ? 1 : 0); }
+
+  const RuleEntry& rule_;
+  KeyReader group_keys_, state_keys_;
+
+  std::vector<Group> groups_;
+  std::vector<Located> located_;
+  std::vector<Examined> examined_;
+  std::vector<Segment> segments_;  // one for each examined; those beyond count_ are from an earlier step
+  std::vector<Scalars> scalars_;
+  size_t count_ = 0;
+  Indices missing_;
+  std::vector<Foreign> foreign_;
+
+  WrittenMemory memory_;
+  std::vector<size_t> overlapping_;
+  bool searched_ =
+      false;  // is overlapping_, empty, still true of the addresses in segments_, as far as they have not moved?
+  size_t searched_count_ = 0;
+  bool written_moved_ = true, grads_moved_ = true;  // since that search
+
+  size_t updated_ = 0;
+  bool running_ = false;
+};
+
+}  // namespace dracopt

@@ -1,0 +1,23 @@
+// What differs between the compilers that see the rules: host C++ (once per instruction set) and CUDA C++.
+#pragma once
+
+#if defined(__CUDACC__)
+#define DRACOPT_HD __host__ __device__ __forceinline__
+#else
+#define DRACOPT_HD inline __attribute__((always_inline))
+#endif
+
+// Every translation unit that is compiled for an instruction set of its own names it here. The name becomes an inline
+// namespace, so that the linker never merges an inline function compiled for AVX-512 into the baseline code.
+#if !defined(DRACOPT_ISA)
+#define DRACOPT_ISA host
+#endif
+
+// The next loop's iterations are independent: no stream overlaps another except element for element.
+#if defined(__clang__)
+#define DRACOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define DRACOPT_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define DRACOPT_INDEPENDENT
+#endif

@@ -1,0 +1,61 @@
+// Arithmetic that rounds alike everywhere. Contraction is off in every build, so a multiply and an add stay two
+// roundings; where one rounding is meant, the code says fma.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/macros.h"
+
+namespace dracopt {
+inline namespace DRACOPT_ISA {
+
+DRACOPT_HD float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DRACOPT_HD double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+DRACOPT_HD float sqrt(float x) { return __builtin_sqrtf(x); }
+DRACOPT_HD double sqrt(double x) { return __builtin_sqrt(x); }
+
+// A choice that is the same for a whole tensor. Made of bits rather than a branch: the loop stays one loop and
+// vectorises.
+template <typename T>
+using Flag = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+template <typename T>
+DRACOPT_HD Flag<T> flag(bool value) {
+  return value ? ~Flag<T>(0) : Flag<T>(0);
+}
+
+template <typename T>
+DRACOPT_HD T select(Flag<T> chosen, T a, T b) {
+  const auto bits = (__builtin_bit_cast(Flag<T>, a) & chosen) | (__builtin_bit_cast(Flag<T>, b) & ~chosen);
+  return __builtin_bit_cast(T, bits);
+}
+
+// The larger of two; NaN if either is, as torch.maximum.
+template <typename T>
+DRACOPT_HD T maximum(T a, T b) {
+  return ((a > b) | (a != a)) ? a : b;
+}
+
+// x^n for 0 <= x <= 1 and n >= 0, by repeated squaring of an unevaluated sum of two doubles: within an ulp, and the
+// same bits on host and device, which pow() is not.
+DRACOPT_HD double power(double x, int64_t n) {
+  double hi = 1.0, lo = 0.0;
+  for (double base = x, base_lo = 0.0; n > 0; n >>= 1) {
+    if (n & 1) {
+      const double product = hi * base;
+      lo = fma(hi, base, -product) + (hi * base_lo + lo * base);
+      hi = product + lo;
+      lo = (product - hi) + lo;
+    }
+    const double square = base * base;
+    base_lo = fma(base, base, -square) + 2.0 * base * base_lo;
+    base = square + base_lo;
+    base_lo = (square - base) + base_lo;
+  }
+  return hi;
+}
+
+}  // namespace DRACOPT_ISA
+}  // namespace dracopt

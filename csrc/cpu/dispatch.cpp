@@ -1,0 +1,82 @@
+// Picks the instruction set once and walks the segments of a range.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace dracopt {
+
+// One object file each; see ISA_FLAGS in setup.py.
+namespace baseline {
+extern const cpu::Kernels isa_kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const cpu::Kernels isa_kernels;
+}
+namespace avx512 {
+extern const cpu::Kernels isa_kernels;
+}
+#endif
+
+namespace cpu {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool runs;
+};
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  const Candidate candidates[] = {
+      {&avx512::isa_kernels, has_avx512}, {&avx2::isa_kernels, has_avx2}, {&baseline::isa_kernels, true}};
+#else
+  const Candidate candidates[] = {{&baseline::isa_kernels, true}};
+#endif
+  const char* wanted = std::getenv("DRACOPT_ISA");
+  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
+  std::string available;
+  for (const Candidate& candidate : candidates) {
+    if (!candidate.runs) continue;
+    if (wanted == nullptr || std::strcmp(wanted, candidate.kernels->isa) == 0) return *candidate.kernels;
+    available += available.empty() ? "" : ", ";
+    available += candidate.kernels->isa;
+  }
+  throw std::runtime_error("DRACOPT_ISA=" + std::string(wanted) + " is not among what this machine runs: " + available);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const RuleEntry* find_rule(const char* name) {
+  const Kernels& k = kernels();
+  for (size_t i = 0; i < k.rule_count; ++i) {
+    if (std::strcmp(k.rules[i].name, name) == 0) return &k.rules[i];
+  }
+  return nullptr;
+}
+
+void run(int64_t begin, int64_t end, void* context) {
+  const Work& work = *static_cast<const Work*>(context);
+  for (size_t i = segment_at(work.segments, work.count, begin); i < work.count; ++i) {
+    const Segment& segment = work.segments[i];
+    if (segment.first_unit >= end) break;
+    const int64_t from = std::max<int64_t>(begin - segment.first_unit, 0) * segment.unit_numel;
+    const int64_t to = std::min((end - segment.first_unit) * segment.unit_numel, segment.numel);
+    segment.update(segment, from, to);
+  }
+}
+
+}  // namespace cpu
+}  // namespace dracopt

@@ -1,0 +1,59 @@
+"""Fused optimizers behind torch.optim's interface: ``import dracopt_ext as optim``.
+
+``SGD``, ``Adam`` and ``AdamW`` are ours; every other name of ``torch.optim`` is torch's own.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch.optim
+from torch.optim import lr_scheduler, swa_utils
+
+from .backend import NATIVE_REASON
+from .backend import backends as backends
+from .optim import SGD as SGD
+from .optim import Adam as Adam
+from .optim import AdamW as AdamW
+
+if TYPE_CHECKING:  # what __getattr__ passes on
+    from torch.optim import (  # noqa: F401  # noqa: F401
+        ASGD,
+        LBFGS,
+        Adadelta,
+        Adafactor,
+        Adagrad,
+        Adamax,
+        Muon,
+        NAdam,
+        Optimizer,
+        RAdam,
+        RMSprop,
+        Rprop,
+        SparseAdam,
+        swap_in_optimizer_params_and_state,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [*torch.optim.__all__, "backends"]
+
+# So that `import dracopt_ext.lr_scheduler` and `from dracopt_ext.swa_utils import ...` work as with torch.optim.
+sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler
+sys.modules[f"{__name__}.swa_utils"] = swa_utils
+
+if NATIVE_REASON is not None:
+    warnings.warn(f"dracopt_ext runs without its compiled kernels: {NATIVE_REASON}", RuntimeWarning, stacklevel=2)
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return getattr(torch.optim, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *torch.optim.__all__})

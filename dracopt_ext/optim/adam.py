@@ -1,0 +1,110 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer, Group
+
+
+class Adam(FusedOptimizer, torch.optim.Adam):
+    """Adam (Kingma & Ba 2015), with AMSGrad; ``torch.optim.Adam`` with another engine.
+
+    Takes what that class takes, with its defaults and errors. ``foreach``, ``fused`` and ``capturable`` are checked as
+    there, and ``fused=True`` sets what GradScaler looks for; none of them chooses the engine.
+
+    Args:
+        params: tensors, named parameters or groups to optimize.
+        lr: learning rate (default 1e-3).
+        betas: decay rates of the two moments (default (0.9, 0.999)).
+        eps: added to the denominator (default 1e-8).
+        weight_decay: L2 penalty, or decoupled decay with ``decoupled_weight_decay`` (default 0).
+        amsgrad: divide by the largest second moment so far (Reddi et al. 2018; default False).
+        maximize: ascend instead of descending (default False).
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; None (default) takes the best for each parameter.
+            An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
+
+    The formula stands with :func:`dracopt_ext.reference.adam`.
+    """
+
+    _rule = "adam"
+    _rule_keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay")
+    _counts_steps = True
+    _sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            backend=backend,
+        )
+
+    def _create_state(self, group: Group) -> None:
+        self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """AdamW (Loshchilov & Hutter 2019): Adam with decoupled weight decay; ``torch.optim.AdamW`` with another engine.
+
+    Takes what :class:`Adam` takes, but ``decoupled_weight_decay`` is always on and ``weight_decay`` is 1e-2 by default.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        # Past Adam, whose signature differs from torch's AdamW.
+        super(Adam, self).__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            backend=backend,
+        )

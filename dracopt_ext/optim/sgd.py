@@ -1,0 +1,69 @@
+"""Stochastic gradient descent with momentum and Nesterov's variant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer, Group
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    """SGD with momentum, dampening and Nesterov's variant; ``torch.optim.SGD`` with another engine.
+
+    Takes what that class takes, with its defaults and errors. ``foreach`` and ``fused`` are checked as there, and
+    ``fused=True`` sets what GradScaler looks for; neither chooses the engine.
+
+    Args:
+        params: tensors, named parameters or groups to optimize.
+        lr: learning rate (default 1e-3).
+        momentum: factor of the momentum buffer (default 0: no buffer).
+        dampening: the gradient enters the buffer times 1 - dampening, from the second step on (default 0).
+        weight_decay: L2 penalty (default 0).
+        nesterov: look ahead by one momentum step (default False).
+        maximize: ascend instead of descending (default False).
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; None (default) takes the best for each parameter.
+            An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
+
+    The formula stands with :func:`dracopt_ext.reference.sgd`.
+    """
+
+    _rule = "sgd"
+    _rule_keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+    _counts_steps = False
+    _sparse_error = "`_fused_sgd` does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            backend=backend,
+        )
+
+    def _create_state(self, group: Group) -> None:
+        # Filled by the first step, which writes the buffer without reading it.
+        for p in group["params"]:
+            self.state[p]["momentum_buffer"] = torch.empty_like(p.grad)

@@ -1,0 +1,149 @@
+"""Builds ``dracopt_ext._C``, or says why it could not and packages the Python part alone.
+
+``DRACOPT_BUILD=force`` makes a failure an error, ``pure`` does not try, ``auto`` (the default) does what is possible.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+MODE = os.environ.get("DRACOPT_BUILD", "auto")
+
+# The kernels are compiled once per instruction set, each in a namespace of its own.
+ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"]
+COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+# Results must not depend on what the compiler contracts; the other two let the loops vectorise and change no result.
+KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
+
+
+def compiler() -> str:
+    return os.environ.get("CXX") or sysconfig.get_config_var("CXX").split()[0]
+
+
+def find_torch() -> Any:
+    """torch from the build environment or, as pip isolates builds, from the environment that is installed into."""
+    try:
+        import torch
+    except ImportError:
+        sys.path.append(sysconfig.get_path("purelib"))
+        try:
+            import torch
+        except ImportError:
+            return None
+    return torch
+
+
+def why_not() -> str | None:
+    """What keeps the native part from being compiled, as far as it can be told before trying."""
+    if MODE == "pure":
+        return "DRACOPT_BUILD=pure"
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler was found ({compiler()})"
+    if TORCH is None:
+        return "torch is not installed"
+    if tuple(int(part) for part in TORCH.__version__.split(".")[:2]) < (2, 10):
+        return f"torch {TORCH.__version__} is older than 2.10"
+    return None
+
+
+TORCH = find_torch() if MODE != "pure" else None
+REASON = why_not()
+if REASON is None:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+else:
+    BuildExtension, CppExtension = build_ext, Extension
+
+
+class BuildNative(BuildExtension):
+    """Compiles the kernels, then the binding; leaves behind what came of it."""
+
+    def run(self) -> None:
+        self.remove_stale()
+        reason = REASON
+        if reason is None:
+            try:
+                super().run()
+            except Exception as error:  # distutils, ninja and torch each have their own
+                reason = f"compilation failed: {type(error).__name__}: {error}".split("\n")[0]
+        if reason is not None:
+            if MODE == "force":
+                raise SystemExit(f"DRACOPT_BUILD=force: {reason}")
+            self.remove_stale()
+            self.extensions.clear()
+            print(f"dracopt_ext: building without compiled kernels: {reason}", file=sys.stderr)
+        self.write_info(reason)
+
+    def build_extensions(self) -> None:
+        for isa, flags in ISA_FLAGS.items():
+            objects = self.compiler.compile(
+                [str(Path("csrc/cpu/kernels.cpp"))],
+                output_dir=str(Path(self.build_temp) / isa),
+                macros=[("DRACOPT_ISA", isa)],
+                include_dirs=["csrc"],
+                extra_postargs=[*KERNEL_FLAGS, *flags],
+            )
+            self.extensions[0].extra_objects += objects
+        super().build_extensions()
+
+    def package_dir(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib)) / "dracopt_ext"
+
+    def remove_stale(self) -> None:
+        """Lest a failed compilation ships the module of an earlier one."""
+        for stale in self.package_dir().glob("_C*.so"):
+            stale.unlink()
+
+    def write_info(self, reason: str | None) -> None:
+        info = {
+            "reason": reason,
+            "torch": TORCH.__version__ if TORCH is not None else None,
+            "compiler": self.compiler_version() if reason is None else None,
+        }
+        self.package_dir().mkdir(parents=True, exist_ok=True)
+        (self.package_dir() / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nINFO = {info!r}\n')
+
+    @staticmethod
+    def compiler_version() -> str:
+        return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+
+
+class Wheel(bdist_wheel):
+    """Tags a wheel without compiled module as what it is: pure."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build":
+            built = Path(self.get_finalized_command("build").build_lib) / "dracopt_ext"
+            self.root_is_pure = not any(built.glob("_C*.so"))
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "dracopt_ext._C",
+            ["csrc/cpu/dispatch.cpp", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/bindings/*.cpp")))],
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=BINDING_FLAGS,
+            extra_link_args=["-Wl,--strip-all"] if sys.platform == "linux" else [],
+        )
+    ],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    # Where no torch is found but it could be compiled against: pip then provides one to the build.
+    setup_requires=[os.environ.get("DRACOPT_TORCH", "torch>=2.10")] if REASON == "torch is not installed" else [],
+)
