@@ -11,6 +11,7 @@ class StepPlan:
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, Any],
         created: list[tuple[int, int]] | None = None,
+        stepped: list[tuple[int, int]] = ...,
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int, str]]] | None: ...
     @property
     def updated(self) -> int:

@@ -111,7 +111,7 @@ StepPlan::StepPlan(const std::string& rule)
   state_keys_.append(rule_.state_keys);
 }
 
-py::object StepPlan::step(py::handle param_groups, py::handle state, const std::optional<Indices>& created) {
+py::object StepPlan::step(py::handle param_groups, py::handle state, std::optional<Indices> created, Indices stepped) {
   if (running_) {
     throw std::runtime_error(
         "step() of this optimizer is already running in another thread; give each thread an optimizer of its own");
@@ -119,11 +119,17 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, const std::
   updated_ = 0;
   read_groups(param_groups.ptr());
   locate(state.ptr());
-  examine(created ? *created : Indices());
-  settle();
+  const bool again = created.has_value();
+  if (!again) created.emplace();
+  std::sort(created->begin(), created->end());
+  std::sort(stepped.begin(), stepped.end());
+  examine(*created);
+  settle(stepped);
   set_aside_overlapping();
-  if (!created && (!missing_.empty() || !foreign_.empty())) return todo();
-  if (!missing_.empty()) throw std::runtime_error("the state of some parameters was not created");
+  if (!again && (!missing_.empty() || !foreign_.empty())) return todo();
+  if (!missing_.empty() || !foreign_.empty()) {
+    throw std::runtime_error("parameters or states have changed while step() was creating states");
+  }
   run();
   updated_ = count_;
   return py::none();
@@ -285,6 +291,7 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
   if (!is_native_dtype(p) || g->dtype() != p->dtype()) return foreign("these dtypes");
   if (!same_order(p, g)) return foreign("these strides");
   if (p->is_inference() && !c10::InferenceMode::is_enabled()) return foreign("inference tensors");
+  if (is_lazily_cloned(p)) return foreign("lazily cloned tensors");
 
   const int counters = rule_.counts_steps ? 1 : 0;
   const auto wanted = static_cast<int>(wanted_states(group));
@@ -309,6 +316,7 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
     c10::TensorImpl* s = THPVariable_Unpack(located.values[k]).unsafeGetTensorImpl();
     const bool is_step = k < counters;
     if (!is_plain(s)) return foreign(why_not_plain(s));
+    if (is_lazily_cloned(s)) return foreign("lazily cloned tensors");
     if (is_step ? s->numel() != 1 : !same_shape(s, p)) {
       examined.verdict = Verdict::wrong_state;
       examined.culprit = k;
@@ -373,7 +381,7 @@ void StepPlan::prepare(size_t begin, size_t end, const Indices& created) {
 }
 
 // Sorts what was examined: the wrong raises, the missing and the foreign are listed, the ready stay.
-void StepPlan::settle() {
+void StepPlan::settle(const Indices& stepped) {
   missing_.clear();
   foreign_.clear();
   written_moved_ = grads_moved_ = !searched_;
@@ -382,6 +390,8 @@ void StepPlan::settle() {
   for (size_t i = 0; i < count_; ++i) {
     Examined& examined = examined_[i];
     examined.located = i;
+    const Index index(located_[i].group->index, located_[i].index);
+    if (std::binary_search(stepped.begin(), stepped.end(), index)) continue;
     if (examined.verdict == Verdict::ready) {
       written_moved_ |= examined.written_moved;
       grads_moved_ |= examined.grad_moved;
@@ -391,9 +401,9 @@ void StepPlan::settle() {
       }
       ++ready;
     } else if (examined.verdict == Verdict::missing_state) {
-      missing_.emplace_back(located_[i].group->index, located_[i].index);
+      missing_.push_back(index);
     } else if (examined.verdict == Verdict::foreign) {
-      foreign_.push_back({located_[i].group->index, located_[i].index, examined.reason});
+      foreign_.push_back({index.first, index.second, examined.reason});
     } else {
       refuse(examined);
     }

@@ -26,10 +26,10 @@ class StepPlan {
 
   // Steps every parameter that has a gradient and returns None. If there is something for Python to do first, changes
   // nothing and returns (missing, foreign): the indices of parameters whose state is yet to be created, and those that
-  // the native kernels do not serve, with the reason. Python does it and calls again with `created`, the list
-  // `missing`: then these take their first step and the foreign ones are passed over. Bad input raises, and nothing has
-  // changed.
-  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, const std::optional<Indices>& created);
+  // the native kernels do not serve, with the reason. Python does it and calls again: the parameters in `created` then
+  // take their first step, and those in `stepped` are passed over. Bad input raises, and nothing has changed.
+  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, std::optional<Indices> created,
+                        Indices stepped);
 
   size_t updated() const { return updated_; }  // parameters, by the last call
 
@@ -80,7 +80,7 @@ class StepPlan {
   void examine(const Indices& created);
   void examine(const Located& located, Examined& examined, Segment& segment) const;
   void prepare(size_t begin, size_t end, const Indices& created);
-  void settle();
+  void settle(const Indices& stepped);
   [[noreturn]] void refuse(const Examined& examined) const;
   void set_aside_overlapping();
   void run();

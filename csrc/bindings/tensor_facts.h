@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/COW.h>
 
 #include <sstream>
 #include <string>
@@ -51,6 +52,11 @@ inline bool is_expanded(const c10::TensorImpl* tensor) {
     if (tensor->strides()[d] == 0 && tensor->sizes()[d] > 1) return true;
   }
   return false;
+}
+
+// Does a write have to copy the storage first, as torch's lazy clones are? No parallel region may do that.
+inline bool is_lazily_cloned(const c10::TensorImpl* tensor) {
+  return c10::impl::cow::is_cow_data_ptr(tensor->unsafe_storage().data_ptr());
 }
 
 // The first element of a plain tensor, to be written. A lazily cloned storage is copied first, as by torch's own

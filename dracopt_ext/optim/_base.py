@@ -120,14 +120,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "Leave `backend` at None to let torch's implementation step such parameters"
                 )
             warn_once(f"{type(self).__name__} leaves {reason} to torch's own implementation, which is slower")
-        created = self._select(missing)
-        others = self._select([(group_index, index) for group_index, index, _ in foreign])
+        stepped = [(group_index, index) for group_index, index, _ in foreign]
+        created, others = self._select(missing), self._select(stepped)
         with self._restored_on_error(created + others):
             with torch.no_grad():
                 for group in created:
                     self._create_state(group)
             self._update_by_torch(others)
-            plan.step(self.param_groups, self.state, missing)
+            plan.step(self.param_groups, self.state, missing, stepped)
 
     def _update_by_torch(self, groups: list[Group]) -> None:
         """Step these groups with torch's own implementation."""

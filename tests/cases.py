@@ -1,0 +1,167 @@
+"""The table of test cases, and how a case is run: every parity test is parametrised by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dracopt_ext
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm of ``torch.optim`` with the options that change its arithmetic."""
+
+    algorithm: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.algorithm, *(f"{key}={value}" for key, value in self.options.items())])
+
+    @property
+    def ours(self) -> MakeOptimizer:
+        return getattr(dracopt_ext, self.algorithm)
+
+    @property
+    def torchs(self) -> MakeOptimizer:
+        return getattr(torch.optim, self.algorithm)
+
+
+CASES = [
+    Case("SGD"),
+    Case("SGD", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
+    Case("SGD", {"lr": 0.1, "momentum": 0.9}),
+    Case("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    Case("SGD", {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1, "maximize": True}),
+    Case("Adam"),
+    Case("Adam", {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}),
+    Case("Adam", {"lr": 0.01, "amsgrad": True, "maximize": True}),
+    Case("Adam", {"lr": 0.01, "betas": (0.3, 0.5), "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    Case("AdamW"),
+    Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.5, 0.95)}),
+    Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True}),
+    Case("AdamW", {"lr": 0.01, "weight_decay": 0, "eps": 0}),
+]
+
+DTYPES = [torch.float32, torch.float64]
+
+# Around the widths of vectors and of a thread's share; 0 elements too. Torch rounds the tail of a tensor differently.
+SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8193, 33000]
+WHOLE_BLOCKS = [64, 128, 512, 1024, 4096]
+
+Snapshot = dict[str, Tensor]
+
+
+def inputs(
+    sizes: Sequence[int], dtype: torch.dtype, steps: int, seed: int = 0
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Initial values, and for each step the gradients, which shrink, so that amsgrad's maximum is not the last one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype)
+
+    return [random(size) for size in sizes], [[random(size) / (step + 1) for size in sizes] for step in range(steps)]
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Copies of all parameters and states, by a name that says which."""
+    found: Snapshot = {}
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            found[f"{g}.{i}"] = p.detach().clone()
+            for name, value in optimizer.state.get(p, {}).items():
+                found[f"{g}.{i}.{name}"] = value.detach().clone()
+    return found
+
+
+def train(
+    make: MakeOptimizer,
+    options: dict[str, Any],
+    initial: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor]],
+    place: Callable[[Tensor], Tensor] = Tensor.clone,
+) -> Snapshot:
+    """Takes one step for each list of gradients. ``place`` decides where in memory a tensor comes to lie."""
+    params = [torch.nn.Parameter(place(value)) for value in initial]
+    optimizer = make(params, **options)
+    for step in gradients:
+        for p, grad in zip(params, step, strict=True):
+            p.grad = place(grad)
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+def same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise; NaNs compare as NaN."""
+    as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return (a.view(as_integer) == b.view(as_integer)) | (a.isnan() & b.isnan())
+
+
+def assert_same_bits(ours: Snapshot, theirs: Snapshot) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, a in ours.items():
+        b = theirs[name]
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        wrong = ~same_bits(a, b)
+        assert not wrong.any(), (
+            f"{name}: {int(wrong.sum())} of {a.numel()} elements differ, the first at {wrong.nonzero()[0]}"
+        )
+
+
+def assert_close(ours: Snapshot, theirs: Snapshot, ulps: float) -> None:
+    """Within ``ulps`` units in the last place of the larger of the element and its tensor's mean magnitude."""
+    assert ours.keys() == theirs.keys()
+    for name, a in ours.items():
+        b = theirs[name].double()
+        if a.numel() == 0:
+            continue
+        unit = torch.finfo(a.dtype).eps * torch.maximum(b.abs(), b.abs().mean())
+        error = ((a.double() - b).abs() / unit).max()
+        assert error <= ulps, f"{name}: {error:.1f} ulps"
+
+
+class NoOp:
+    """What every numeric test must notice: an optimizer that creates its state but leaves the parameters alone."""
+
+    def __init__(self, make: MakeOptimizer) -> None:
+        self.make = make
+
+    def __call__(self, params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+        before = [p.detach().clone() for p in params]
+        optimizer = self.make(params, **options)
+
+        def undo(*_: Any) -> None:
+            with torch.no_grad():
+                for p, value in zip(params, before, strict=True):
+                    p.copy_(value)
+
+        optimizer.register_step_post_hook(undo)
+        return optimizer
+
+
+class OnePercentOff(NoOp):
+    """What every numeric test must notice: updates that are 1% too large."""
+
+    def __call__(self, params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+        optimizer = self.make(params, **options)
+        before: list[Tensor] = []
+        optimizer.register_step_pre_hook(lambda *_: before.extend(p.detach().clone() for p in params))
+
+        def exaggerate(*_: Any) -> None:
+            with torch.no_grad():
+                for p, value in zip(params, before, strict=True):
+                    p.add_(p - value, alpha=0.01)
+            before.clear()
+
+        optimizer.register_step_post_hook(exaggerate)
+        return optimizer
+
+
+FAULTS = [NoOp, OnePercentOff]

@@ -1,0 +1,259 @@
+"""What the native kernels do not serve is stepped by torch's own implementation, to the bit, and said; where even torch
+is wrong or would modify something before it raises, we are not and do not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dracopt_ext
+
+from .cases import Case, snapshot
+
+TORCH = {"cpu": frozenset({"torch"})}
+NATIVE = {"cpu": frozenset({"native"})}
+BOTH = {"cpu": frozenset({"native", "torch"})}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def channels_last() -> tuple[Tensor, Tensor]:
+    return random(4, 3, 5, 5).to(memory_format=torch.channels_last), random(4, 3, 5, 5)
+
+
+# Parameter and gradient, by what sets them apart.
+FOREIGN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "bfloat16": lambda: (random(37, dtype=torch.bfloat16), random(37).bfloat16()),
+    "float16": lambda: (random(37, dtype=torch.float16), random(37).half()),
+    "gaps": lambda: (random(6, 8)[:, ::2], random(6, 4)),
+    "transposed gradient": lambda: (random(6, 4), random(4, 6).t()),
+    "expanded gradient": lambda: (random(6, 4), random(4).expand(6, 4)),
+    "channels_last parameter": channels_last,
+}
+CASES = [Case("SGD", {"lr": 0.1, "momentum": 0.9}), Case("Adam", {"lr": 0.01}), Case("AdamW", {"lr": 0.01})]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def stepped(make: Callable[..., Any], tensors: list[tuple[Tensor, Tensor]], steps: int = 3, **options: Any) -> Any:
+    # A detached alias keeps the strides that clone() would tidy up.
+    params = [nn.Parameter(torch.empty_strided(v.size(), v.stride(), dtype=v.dtype).copy_(v)) for v, _ in tensors]
+    optimizer = make(params, **options)
+    for _ in range(steps):
+        for p, (_, grad) in zip(params, tensors, strict=True):
+            p.grad = grad.detach()
+        optimizer.step()
+    return optimizer
+
+
+def assert_equal(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
+    ours, theirs = snapshot(a), snapshot(b)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+        assert tensor.dtype == theirs[name].dtype
+
+
+@every_case
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_dtypes_and_strides(case: Case, kind: str, fused: bool | None) -> None:
+    """Also with ``fused=True``, where torch's fused CPU kernels go wrong."""
+    tensors = [FOREIGN[kind](), (random(64), random(64))]
+    ours = stepped(case.ours, tensors, **case.options, fused=fused)
+    assert ours.last_backend == BOTH
+    assert_equal(stepped(case.ours, tensors[:1], **case.options), stepped(case.torchs, tensors[:1], **case.options))
+    alone = stepped(case.ours, tensors[1:], **case.options)
+    assert alone.last_backend == NATIVE
+    assert torch.equal(ours.param_groups[0]["params"][1], alone.param_groups[0]["params"][0])
+    before = FOREIGN[kind]()[0]
+    assert not torch.equal(ours.param_groups[0]["params"][0], before)
+
+
+def test_elements_between_the_gaps_are_not_touched() -> None:
+    base = torch.zeros(6, 8)
+    p = base[:, ::2].requires_grad_()
+    p.grad = torch.ones(6, 4)
+    with pytest.warns(RuntimeWarning, match="leaves these strides to torch"):
+        dracopt_ext.AdamW([p], lr=0.1, fused=True).step()
+    assert (base[:, 1::2] == 0).all()
+    assert (base[:, ::2] != 0).all()
+
+
+def test_dense_layouts_that_agree_run_natively() -> None:
+    weight, grad = channels_last()
+    tensors = [(weight, grad.to(memory_format=torch.channels_last)), (random(4, 6).t(), random(4, 6).t())]
+    ours = stepped(dracopt_ext.AdamW, tensors, lr=0.1)
+    assert ours.last_backend == NATIVE
+    reference = stepped(dracopt_ext.AdamW, tensors, lr=0.1, backend="reference")
+    assert_equal(ours, reference)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_complex_parameters(case: Case) -> None:
+    tensors = [(random(8, dtype=torch.complex64), random(9, dtype=torch.complex64)[:8])]
+    ours = stepped(case.ours, tensors, **case.options)
+    assert ours.last_backend == TORCH
+    assert_equal(ours, stepped(case.torchs, tensors, **case.options))
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_sparse_gradients() -> None:
+    sparse = torch.tensor([0.0, 2.0, 0.0]).to_sparse()
+    tensors = [(random(3), sparse)]
+    ours = stepped(dracopt_ext.SGD, tensors, lr=0.1)
+    assert ours.last_backend == TORCH
+    assert_equal(ours, stepped(torch.optim.SGD, tensors, lr=0.1))
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_tensor_lr(case: Case) -> None:
+    tensors = [(random(5), random(5))]
+    for lr in (torch.tensor(0.1), torch.tensor([0.1])):
+        ours = stepped(case.ours, tensors, **{**case.options, "lr": lr})
+        assert ours.last_backend == TORCH
+        assert_equal(ours, stepped(case.torchs, tensors, **{**case.options, "lr": lr}))
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_differentiable() -> None:
+    lr = torch.tensor(0.5, requires_grad=True)
+    p = torch.ones(3, requires_grad=True)
+    q = p.clone()
+    optimizer = dracopt_ext.SGD([q.detach().requires_grad_()], lr=lr, differentiable=True)
+    (leaf,) = optimizer.param_groups[0]["params"]
+    moved = leaf.clone()
+    optimizer.param_groups[0]["params"][0] = moved
+    moved.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    moved.sum().backward()
+    assert lr.grad == -6.0
+    assert optimizer.last_backend == TORCH
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_capturable_on_the_cpu_raises_as_torch() -> None:
+    errors = []
+    for module in (dracopt_ext, torch.optim):
+        with pytest.raises(AssertionError) as info:
+            stepped(module.Adam, [(random(5), random(5))], capturable=True)
+        errors.append(str(info.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+@pytest.mark.parametrize("overlap", ["same", "shifted", "gradient"])
+def test_parameters_that_share_memory(overlap: str) -> None:
+    """Stepped by torch, one after the other; the search is repeated when addresses change."""
+    found = []
+    for make in (dracopt_ext.SGD, torch.optim.SGD):
+        base = torch.arange(96.0)
+        a = nn.Parameter(base[:64])
+        b = nn.Parameter(base[:64] if overlap == "same" else base[32:] if overlap == "shifted" else torch.ones(64))
+        c = nn.Parameter(torch.ones(64))
+        optimizer = make([a, b, c], lr=0.5)
+        for step in range(4):
+            a.grad, b.grad, c.grad = torch.ones(64), torch.full((64,), 2.0), torch.ones(64)
+            if overlap == "gradient" and step > 1:
+                b.grad = base[:64]
+            optimizer.step()
+            if make is dracopt_ext.SGD:
+                apart = overlap == "gradient" and step < 2
+                assert optimizer.last_backend == (NATIVE if apart else BOTH)
+        found.append(optimizer)
+    assert_equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_tensor_subclasses() -> None:
+    class Tagged(torch.Tensor):
+        pass
+
+    p = torch.ones(5).as_subclass(Tagged).requires_grad_()
+    p.grad = torch.ones(5)
+    optimizer = dracopt_ext.SGD([p], lr=1.0)
+    optimizer.step()
+    assert optimizer.last_backend == TORCH
+    assert (p == 0).all()
+
+
+def test_meta_parameters() -> None:
+    p = nn.Parameter(torch.ones(4, device="meta"))
+    optimizer = dracopt_ext.AdamW([p], fused=True)
+    p.grad = torch.ones(4, device="meta")
+    with (
+        pytest.warns(RuntimeWarning, match="tensors on a device without native kernels"),
+        pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"),
+    ):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_the_fallback_warns_once_with_the_reason() -> None:
+    message = "^SGD leaves these dtypes to torch's own implementation, which is slower$"
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        stepped(dracopt_ext.SGD, [FOREIGN["bfloat16"]()], steps=2, lr=0.1)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stepped(dracopt_ext.SGD, [FOREIGN["bfloat16"]()], lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_first_step_of_a_mixture_that_overflows_changes_nothing() -> None:
+    """torch's fused SGD leaves an uninitialised momentum buffer behind in this case."""
+    p, q = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = dracopt_ext.SGD([p, q], lr=0.1, momentum=0.9, fused=True)
+    p.grad, q.grad = torch.full((64,), float("inf")), torch.ones(8, dtype=torch.bfloat16)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    optimizer.step()
+    assert not optimizer.state
+    assert optimizer.last_backend == {}
+    p.grad = torch.full((64,), 2.0)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((64,), 0.9))
+    assert (optimizer.state[p]["momentum_buffer"] == 1.0).all()
+    assert (p.grad == 2.0).all()
+
+
+def test_unscaling_fp16_is_refused_in_torchs_words() -> None:
+    p = nn.Parameter(torch.ones(8, dtype=torch.float16))
+    p.grad = torch.ones(8, dtype=torch.float16)
+    optimizer = dracopt_ext.Adam([p], fused=True)
+    optimizer.grad_scale = torch.tensor(2.0)
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+# The reference
+
+
+@every_case
+def test_the_reference_serves_low_precision(case: Case) -> None:
+    """In fp32 arithmetic, rounded to the storage dtype once a step."""
+    value, grad = random(512).bfloat16(), random(513)[:512].bfloat16()
+    low = stepped(case.ours, [(value, grad)], steps=1, **case.options, backend="reference")
+    high = stepped(case.ours, [(value.float(), grad.float())], steps=1, **case.options)
+    assert low.last_backend == {"cpu": frozenset({"reference"})}
+    assert torch.equal(low.param_groups[0]["params"][0], high.param_groups[0]["params"][0].bfloat16())
+
+
+def test_the_reference_refuses_what_it_does_not_serve() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"takes dense real tensors only, not a torch.float32 parameter of shape \[3\]"
+    ):
+        stepped(dracopt_ext.SGD, [(random(3), torch.ones(3).to_sparse())], backend="reference")
+    with pytest.raises(RuntimeError, match="serves no hyperparameters that are tensors"):
+        stepped(dracopt_ext.SGD, [(random(3), random(3))], lr=torch.tensor(0.1), backend="reference")

@@ -1,0 +1,396 @@
+"""What users do between two steps, and steps in other threads and processes. Every step is compared with a fresh look:
+the same change made to torch's optimizer, or to the reference."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dracopt_ext
+
+from .cases import Case, assert_same_bits, inputs, snapshot
+
+NATIVE = {"cpu": frozenset({"native"})}
+ADAMW = Case("AdamW", {"lr": 0.01})
+SGD = Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5})
+
+both_rules = pytest.mark.parametrize("case", [ADAMW, SGD], ids=str)
+
+
+class Pair:
+    """Our optimizer and torch's fused one over equal parameters; whatever is done, is done to both."""
+
+    def __init__(self, case: Case, count: int = 4, **options: Any) -> None:
+        initial, _ = inputs([64] * count, torch.float32, 0)
+        self.optimizers = []
+        self.seed = 0
+        for make, fused in ((case.ours, None), (case.torchs, True)):
+            params = [nn.Parameter(value.clone()) for value in initial]
+            self.optimizers.append(make(params, **{**case.options, "fused": fused, **options}))
+
+    def do(self, change: Callable[[torch.optim.Optimizer, list[nn.Parameter]], object]) -> Pair:
+        for optimizer in self.optimizers:
+            change(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+        return self
+
+    def step(self, times: int = 1, without: tuple[int, ...] = ()) -> Pair:
+        for _ in range(times):
+            self.seed += 1
+            for optimizer in self.optimizers:
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                _, (grads,) = inputs([64] * len(params), torch.float32, 1, self.seed)
+                for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+                    p.grad = None if i in without else grad.to(p.dtype).view_as(p)
+                optimizer.step()
+        assert self.optimizers[0].last_backend == NATIVE  # type: ignore[attr-defined]
+        assert_same_bits(*map(snapshot, self.optimizers))
+        return self
+
+
+# Hyperparameters and groups
+
+
+@both_rules
+def test_hyperparameters_change(case: Case) -> None:
+    pair = Pair(case).step()
+    for key, value in (("lr", 0.5), ("weight_decay", 0.3), ("maximize", True), ("lr", 1), ("lr", 0.25)):
+        pair.do(lambda o, _: o.param_groups[0].__setitem__(key, value)).step(2)  # noqa: B023
+
+
+def test_amsgrad_is_read_each_step_and_betas_too() -> None:
+    pair = Pair(ADAMW, amsgrad=True).step(2)
+    pair.do(lambda o, _: o.param_groups[0].update(amsgrad=False, betas=(0.5, 0.7), eps=1e-3)).step(2)
+    pair.do(lambda o, _: o.param_groups[0].update(amsgrad=True)).step(2)
+
+
+@both_rules
+def test_groups_are_added_edited_and_removed(case: Case) -> None:
+    initial, _ = inputs([64, 64], torch.float32, 0, seed=9)
+    pair = Pair(case).step()
+    pair.do(lambda o, _: o.add_param_group({"params": [nn.Parameter(initial[0].clone())], "lr": 0.7})).step(2)
+    if case is ADAMW:  # torch's fused SGD raises when a group's parameters begin at different steps
+        pair.do(lambda o, _: o.param_groups[0]["params"].append(nn.Parameter(initial[1].clone()))).step(2)
+    pair.do(lambda o, _: o.param_groups[0]["params"].reverse()).step(2)
+    pair.do(lambda o, _: o.param_groups[0]["params"].pop(1)).step(2)
+    pair.do(lambda o, _: o.param_groups.reverse()).step(2)
+    pair.do(lambda o, _: o.param_groups.pop(0)).step()
+
+
+def test_groups_with_options_of_their_own() -> None:
+    pair = Pair(SGD, count=2)
+    initial, _ = inputs([64] * 3, torch.float32, 0, seed=9)
+    for value, options in zip(
+        initial,
+        ({"momentum": 0.0}, {"nesterov": True, "dampening": 0}, {"weight_decay": 0.5, "maximize": True}),
+        strict=True,
+    ):
+        pair.do(lambda o, _: o.add_param_group({"params": [nn.Parameter(value.clone())], **options}))  # noqa: B023
+    # torch's fused SGD takes one first step for a whole group only: all groups take theirs here.
+    pair.step(3)
+
+
+# Gradients
+
+
+def test_adam_late_missing_and_frozen_gradients() -> None:
+    pair = Pair(ADAMW)
+    for without in ((0,), (0, 2), (), (1,), (0, 1, 2), (3,), ()):
+        pair.step(2, without=without)
+    assert [int(state["step"]) for state in pair.optimizers[0].state.values()] != [14] * 4
+
+
+def test_sgd_first_gradient_on_a_later_step() -> None:
+    """torch's fused SGD raises a TypeError here; its other implementation gives each parameter its own first step."""
+    found = []
+    for make in (dracopt_ext.SGD, torch.optim.SGD):
+        a, b = (nn.Parameter(value.clone()) for value in inputs([64, 64], torch.float64, 0)[0])
+        optimizer = make([a, b], lr=0.1, momentum=0.9, dampening=0.5)
+        for step, (ga, gb) in enumerate(inputs([64, 64], torch.float64, 4)[1]):
+            a.grad, b.grad = ga, gb if step > 1 else None
+            optimizer.step()
+        found.append(snapshot(optimizer))
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-14, atol=1e-15)
+
+
+def test_no_gradients_at_all() -> None:
+    pair = Pair(ADAMW)
+    for optimizer in pair.optimizers:
+        optimizer.step()
+    assert pair.optimizers[0].last_backend == {}  # type: ignore[attr-defined]
+    assert not pair.optimizers[0].state
+    pair.step()
+
+
+def test_gradients_accumulate_and_zero_in_place() -> None:
+    for set_to_none in (True, False):
+        p = nn.Parameter(torch.ones(64))
+        optimizer = dracopt_ext.SGD([p], lr=1.0)
+        for _ in range(2):
+            (p.sum() * 1.0).backward()
+        optimizer.step()
+        assert (p == -1.0).all()
+        assert p.grad is not None
+        assert (p.grad == 2.0).all()
+        optimizer.zero_grad(set_to_none)
+        assert (p.grad is None) == set_to_none
+
+
+# Parameters and states that move
+
+
+@both_rules
+def test_data_is_swapped(case: Case) -> None:
+    initial, _ = inputs([64] * 4, torch.float32, 0, seed=5)
+
+    def swap(_: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        for p, value in zip(params, initial, strict=True):
+            p.data = value.clone()
+
+    Pair(case).step(2).do(swap).step(2)
+
+
+def test_module_to_double_and_back() -> None:
+    """The states stay in fp32, as with torch, which then refuses or promotes: ours hands such a mixture to torch."""
+    model = nn.Linear(8, 8)
+    optimizer = dracopt_ext.SGD(model.parameters(), lr=0.5)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    model.double()
+    optimizer.zero_grad()
+    model(torch.ones(1, 8, dtype=torch.float64)).sum().backward()
+    expected = model.weight.detach() - 0.5 * model.weight.grad
+    optimizer.step()
+    assert optimizer.last_backend == NATIVE
+    assert torch.equal(model.weight, expected)
+
+
+def test_swap_tensors_finds_no_reference_of_ours() -> None:
+    pair = Pair(ADAMW).step()
+
+    def swap(_: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        params[0].grad = None
+        torch.utils.swap_tensors(params[0], nn.Parameter(torch.full((64,), 0.5)))
+
+    pair.do(swap).step(2)
+
+
+@both_rules
+def test_states_are_edited_replaced_and_deleted(case: Case) -> None:
+    name = "exp_avg" if case is ADAMW else "momentum_buffer"
+
+    def replace(o: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        o.state[params[1]][name] = torch.full((64,), 0.25)
+        o.state[params[2]][name].mul_(2.0)
+        o.state[params[3]] = dict(reversed(o.state[params[3]].items()))
+
+    Pair(case).step(2).do(replace).step(2)
+
+
+def test_state_is_deleted_and_starts_afresh() -> None:
+    Pair(ADAMW).step(2).do(lambda o, params: o.state.pop(params[1])).step(2).do(lambda o, _: o.state.clear()).step(2)
+
+
+def test_state_in_another_order() -> None:
+    def reorder(o: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        for p in params[:2]:
+            o.state[p] = o.state.pop(p)
+
+    Pair(ADAMW).step(2).do(reorder).step(2)
+
+
+def test_load_state_dict_in_mid_training() -> None:
+    pair = Pair(ADAMW).step(2)
+    saved = [copy.deepcopy(o.state_dict()) for o in pair.optimizers]
+    saved = [
+        {
+            "state": {k: {n: t.clone() for n, t in s.items()} for k, s in d["state"].items()},
+            **{"param_groups": d["param_groups"]},
+        }
+        for d in saved
+    ]
+    pair.step(2)
+    for optimizer, state in zip(pair.optimizers, saved, strict=True):
+        optimizer.load_state_dict(state)
+    pair.step(2)
+
+
+def test_lazily_cloned_storage_is_copied_before_it_is_written() -> None:
+    p = nn.Parameter(torch.ones(64))
+    lazy = torch._lazy_clone(p.detach())
+    p.grad = torch.ones(64)
+    optimizer = dracopt_ext.SGD([p], lr=1.0)
+    with pytest.warns(RuntimeWarning, match="leaves lazily cloned tensors to torch"):
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.last_backend == NATIVE
+    assert (p == -1).all()
+    assert (lazy == 1).all()
+
+
+def test_step_saturates_where_torchs_does() -> None:
+    pair = Pair(ADAMW, count=1).step()
+    pair.do(lambda o, params: o.state[params[0]]["step"].fill_(2**24 - 1)).step(3)
+    assert next(iter(pair.optimizers[0].state.values()))["step"] == 2**24
+
+
+def test_lr_zero_leaves_parameters_alone_but_creates_state() -> None:
+    p = nn.Parameter(torch.randn(100))
+    before = p.detach().clone()
+    p.grad = torch.randn(100)
+    optimizer = dracopt_ext.AdamW([p], lr=0.0)
+    optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1
+    assert optimizer.state[p]["exp_avg"].any()
+
+
+@both_rules
+def test_nan_and_infinity_take_torchs_way(case: Case) -> None:
+    pair = Pair(case)
+
+    def poison(_: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        with torch.no_grad():
+            params[0][3], params[1][5] = float("nan"), float("inf")
+
+    pair.do(poison).step(3)
+
+
+# Autograd
+
+
+def test_backward_through_a_stale_graph_raises() -> None:
+    w = nn.Parameter(torch.ones(64))
+    optimizer = dracopt_ext.AdamW([w])
+    loss = (w * w).sum()
+    w.grad = torch.ones(64)
+    version = w._version
+    optimizer.step()
+    assert w._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    averaged = optimizer.state[w]["exp_avg"]
+    version = averaged._version
+    optimizer.step()
+    assert averaged._version == version + 1
+
+
+def test_inference_tensors() -> None:
+    with torch.inference_mode():
+        p = torch.ones(64)
+    p.grad = torch.ones(64)
+    optimizer = dracopt_ext.SGD([p], lr=1.0)
+    with torch.inference_mode():
+        optimizer.step()
+        assert (p == 0).all()
+        assert optimizer.last_backend == NATIVE
+    with (
+        pytest.raises(RuntimeError, match="Inplace update to inference tensor"),
+        pytest.warns(match="inference tensors"),
+    ):
+        optimizer.step()
+
+
+# Threads and processes
+
+
+def test_several_optimizers_in_several_threads() -> None:
+    def work(found: dict[int, Any], i: int) -> None:
+        given = inputs([64, 300_001], torch.float32, 4, seed=i)
+        params = [nn.Parameter(value.clone()) for value in given[0]]
+        optimizer = dracopt_ext.AdamW(params)
+        for grads in given[1]:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            optimizer.step()
+        found[i] = snapshot(optimizer)
+
+    alone: dict[int, Any] = {}
+    together: dict[int, Any] = {}
+    for i in range(4):
+        work(alone, i)
+    threads = [threading.Thread(target=work, args=(together, i)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert_same_bits(together[i], alone[i])
+
+
+def test_one_optimizer_in_two_threads_raises_or_takes_turns() -> None:
+    """A second step during the first is refused; the parameters show exactly the steps that were taken."""
+    p = nn.Parameter(torch.zeros(8_000_000))
+    p.grad = torch.ones_like(p)
+    optimizer = dracopt_ext.SGD([p], lr=1.0)
+    taken: list[bool] = []
+
+    def work() -> None:
+        for _ in range(20):
+            try:
+                optimizer.step()
+                taken.append(True)
+            except RuntimeError as error:
+                assert "already running in another thread" in str(error)  # noqa: PT017
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (p == -len(taken)).all()
+
+
+def test_step_in_a_forked_child() -> None:
+    """torch's own parallel regions hang there once the parent has used its threads."""
+    torch.set_num_threads(2)
+    p = nn.Parameter(torch.ones(2_000_000))
+    p.grad = torch.ones_like(p)
+    optimizer = dracopt_ext.SGD([p], lr=1.0)
+    optimizer.step()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        optimizer.step()
+        os.write(writer, b"right" if bool(p.numpy(force=True).max() == -1.0 == p.numpy(force=True).min()) else b"wrong")
+        os._exit(0)
+    os.close(writer)
+    timer = threading.Timer(30, os.kill, (child, 9))
+    timer.start()
+    answer = os.read(reader, 5)
+    os.close(reader)
+    os.waitpid(child, 0)
+    timer.cancel()
+    assert answer == b"right"
+    assert (p == 0).all()
+
+
+def test_swa_and_ema_follow() -> None:
+    model = nn.Linear(8, 8)
+    average = dracopt_ext.swa_utils.AveragedModel(model, multi_avg_fn=dracopt_ext.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = dracopt_ext.SGD(model.parameters(), lr=1.0)
+    start = model.weight.detach().clone()
+    average.update_parameters(model)
+    model.weight.grad, model.bias.grad = torch.ones(8, 8), torch.ones(8)
+    optimizer.step()
+    average.update_parameters(model)
+    torch.testing.assert_close(average.module.weight, start - 0.5)
+
+
+def test_many_optimizers_share_parameters() -> None:
+    p = nn.Parameter(torch.zeros(64))
+    first, second = dracopt_ext.SGD([p], lr=1.0), dracopt_ext.SGD([p], lr=2.0)
+    p.grad = torch.ones(64)
+    first.step()
+    second.step()
+    first.step()
+    assert (p == -4.0).all()

@@ -1,0 +1,195 @@
+"""Bad input: an error that says which parameter and what to do, raised before anything has changed, and after which the
+next correct step works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dracopt_ext
+
+from .cases import assert_same_bits, inputs, snapshot
+
+
+class Broken:
+    """An optimizer in the middle of its training, with a good parameter before and after the one that is broken."""
+
+    def __init__(self, name: str = "AdamW", **options: Any) -> None:
+        self.params = [nn.Parameter(value) for value in inputs([64, 64, 64], torch.float32, 0)[0]]
+        named = [("first", self.params[0]), ("layer.weight", self.params[1])]
+        groups = [{"params": named}, {"params": [("last", self.params[2])]}]
+        self.optimizer = getattr(dracopt_ext, name)(groups, lr=0.1, **options)
+        self.give_gradients()
+        self.optimizer.step()
+        self.give_gradients()
+
+    def give_gradients(self) -> None:
+        for p in self.params:
+            p.grad = torch.ones_like(p)
+
+    def refuses(self, error: type[Exception], message: str) -> None:
+        before = snapshot(self.optimizer)
+        with pytest.raises(error, match=message):
+            self.optimizer.step()
+        assert_same_bits(snapshot(self.optimizer), before)
+
+    def recovers(self) -> None:
+        before = [p.detach().clone() for p in self.params]
+        self.give_gradients()
+        self.optimizer.step()
+        for p, value in zip(self.params, before, strict=True):
+            assert not torch.equal(p, value)
+        assert self.optimizer.last_backend == {"cpu": frozenset({"native"})}
+
+
+WHERE = r"parameter 1 of group 0 \('layer.weight', shape \[64\]\)"
+
+
+def test_gradient_of_another_shape() -> None:
+    broken = Broken()
+    good = broken.params[1].data
+    broken.params[1].data = torch.ones(8, 8)
+    broken.refuses(ValueError, r"group 0 \('layer.weight', shape \[8, 8\]\) has a gradient of another shape")
+    broken.params[1].data = good
+    broken.recovers()
+
+
+def test_state_of_another_shape() -> None:
+    broken = Broken()
+    state = broken.optimizer.state[broken.params[1]]
+    good, state["exp_avg"] = state["exp_avg"], torch.zeros(8, 8)
+    broken.refuses(ValueError, rf"the state 'exp_avg' of {WHERE} has another shape, \[8, 8\]. Delete")
+    state["exp_avg"] = good
+    broken.recovers()
+
+
+def test_part_of_a_state() -> None:
+    broken = Broken()
+    broken.optimizer.param_groups[0]["amsgrad"] = True
+    broken.refuses(KeyError, r"the state of parameter 0 of group 0 .* has no 'max_exp_avg_sq'. Was an option")
+    broken.optimizer.state.pop(broken.params[0])
+    broken.refuses(KeyError, "parameter 1 of group 0")
+    broken.optimizer.state.pop(broken.params[1])
+    broken.recovers()
+
+
+def test_expanded_parameter() -> None:
+    p = torch.zeros(1).expand(4).requires_grad_()
+    p.grad = torch.ones(4)
+    good = nn.Parameter(torch.ones(2))
+    good.grad = torch.ones(2)
+    for make in (dracopt_ext.SGD, dracopt_ext.AdamW):
+        optimizer = make([good, p])
+        with pytest.raises(ValueError, match=r"parameter 1 of group 0 \(shape \[4\]\) is expanded: .* clone\(\)"):
+            optimizer.step()
+        assert not optimizer.state
+        assert (good == 1).all()
+
+
+BAD_GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "text for lr": (lambda g: g.update(lr="fast"), TypeError, r"param_groups\[1\]\['lr'\] must be a number, not str"),
+    "None for eps": (
+        lambda g: g.update(eps=None),
+        TypeError,
+        r"\['eps'\] must be a number, not NoneType",
+    ),
+    "three betas": (
+        lambda g: g.update(betas=(0.9, 0.9, 0.9)),
+        ValueError,
+        r"\[1\] holds 8 hyperparameters",
+    ),
+    "no lr": (lambda g: g.pop("lr"), KeyError, r"param_groups\[1\]\['lr'\] is missing"),
+    "a tuple of params": (lambda g: g.update(params=tuple(g["params"])), TypeError, r"\['params'\] must be a list"),
+    "text in params": (lambda g: g["params"].append("p"), TypeError, r"\['params'\]\[1\] must be a Tensor, not str"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GROUPS)
+def test_groups_edited_to_nonsense(kind: str) -> None:
+    edit, error, message = BAD_GROUPS[kind]
+    broken = Broken()
+    before = snapshot(broken.optimizer)
+    good = dict(broken.optimizer.param_groups[1], params=list(broken.optimizer.param_groups[1]["params"]))
+    edit(broken.optimizer.param_groups[1])
+    with pytest.raises(error, match=message):
+        broken.optimizer.step()
+    broken.optimizer.param_groups[1] = good
+    assert_same_bits(snapshot(broken.optimizer), before)
+    broken.recovers()
+
+
+def test_closure_that_raises() -> None:
+    broken = Broken()
+
+    def closure() -> float:
+        raise ZeroDivisionError("in the closure")
+
+    before = snapshot(broken.optimizer)
+    with pytest.raises(ZeroDivisionError, match="in the closure"):
+        broken.optimizer.step(closure)
+    assert_same_bits(snapshot(broken.optimizer), before)
+    broken.recovers()
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_sparse_gradient_for_adam(fused: bool | None) -> None:
+    """torch raises the same words, but only after the first parameter's state was created or its step counted."""
+    broken = Broken(fused=fused)
+    broken.params[1].grad = torch.ones(64).to_sparse()
+    broken.refuses(RuntimeError, "Adam does not support sparse gradients, please consider SparseAdam instead")
+    broken.recovers()
+    fresh = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    fresh[0].grad, fresh[1].grad = torch.ones(4), torch.ones(4).to_sparse()
+    optimizer = dracopt_ext.Adam(fresh, fused=fused)
+    with pytest.raises(RuntimeError, match="SparseAdam"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_sparse_gradient_for_fused_sgd() -> None:
+    broken = Broken("SGD", momentum=0.9, fused=True)
+    broken.params[1].grad = torch.ones(64).to_sparse()
+    with pytest.warns(RuntimeWarning, match="leaves sparse tensors to torch"):
+        broken.refuses(RuntimeError, "`_fused_sgd` does not support sparse gradients")
+    broken.recovers()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_native_backend_refuses_what_it_does_not_serve(name: str) -> None:
+    broken = Broken(name, backend="native")
+    good = broken.params[1].data
+    broken.params[1].grad = None
+    broken.params[1].data = good.bfloat16()
+    broken.params[1].grad = torch.ones(64, dtype=torch.bfloat16)
+    broken.refuses(RuntimeError, f"backend='native' does not serve these dtypes: {WHERE}. Leave `backend` at None")
+    broken.params[1].grad = None
+    broken.params[1].data = good
+    broken.recovers()
+
+
+def test_interrupted_creation_of_states_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(4)
+    optimizer = dracopt_ext.SGD([{"params": params[:1]}, {"params": params[1:]}], momentum=0.9, dampening=0.5, lr=1.0)
+    optimizer.state[params[0]]["mine"] = torch.ones(1)
+    create = type(optimizer)._create_state
+
+    def interrupted(self: Any, group: dict[str, Any]) -> None:
+        create(self, group)
+        if group["params"][0] is params[1]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dracopt_ext.SGD, "_create_state", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert {p: list(s) for p, s in optimizer.state.items()} == {params[0]: ["mine"]}
+    optimizer.step()
+    for p in params:
+        assert (p == 0).all()  # the first step is undampened: it was not taken before
