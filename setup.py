@@ -33,7 +33,7 @@ BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
 
 
 def compiler() -> str:
-    return os.environ.get("CXX") or sysconfig.get_config_var("CXX").split()[0]
+    return os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
 
 
 def find_torch() -> Any:

@@ -1,0 +1,126 @@
+"""What the sources and the compiled module promise about themselves."""
+
+from __future__ import annotations
+
+import ast
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from dracopt_ext import _C
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+MODULE = Path(_C.__file__)
+COMPILER = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
+
+# Who may include or import whom.
+CPP_MAY_INCLUDE = {
+    "core": {"core"},
+    "rules": {"core", "rules"},
+    "cpu": {"core", "rules", "cpu"},
+    "bindings": {"core", "cpu", "bindings"},
+}
+PYTHON_MAY_IMPORT: dict[str, set[str]] = {
+    "reference": set(),
+    "backend": set(),
+    "optim": {"backend", "reference"},
+    "__init__": {"optim", "backend"},
+    "__main__": {"backend"},
+    "_build_info": set(),
+}
+
+
+@pytest.mark.parametrize("folder", CPP_MAY_INCLUDE)
+def test_cpp_includes_run_one_way(folder: str) -> None:
+    for source in (CSRC / folder).iterdir():
+        text = source.read_text()
+        for header in re.findall(r'#include "([^"]+)"', text):
+            assert header.split("/")[0] in CPP_MAY_INCLUDE[folder], f"{source.name} includes {header}"
+        for header in re.findall(r"#include <([^>]+)>", text):
+            foreign = header.split("/")[0] in ("torch", "ATen", "c10", "pybind11", "Python.h")
+            assert not foreign or folder == "bindings", f"{source.name} includes {header}"
+
+
+def test_kernels_include_nothing_that_defines_functions() -> None:
+    """Inline functions of the standard library would be merged across instruction sets by the linker."""
+    allowed = {"cstddef", "cstdint", "type_traits"}
+    for source in [
+        *(CSRC / "core").iterdir(),
+        *(CSRC / "rules").iterdir(),
+        CSRC / "cpu/kernels.cpp",
+        CSRC / "cpu/kernels.h",
+    ]:
+        assert set(re.findall(r"#include <([^>]+)>", source.read_text())) <= allowed, source.name
+
+
+def test_python_imports_run_one_way() -> None:
+    package = ROOT / "dracopt_ext"
+    for source in package.rglob("*.py"):
+        parts = source.relative_to(package).parts
+        own = parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == len(parts):  # relative to the package itself
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                modules = [name for name in names if (package / name).exists() or (package / f"{name}.py").exists()]
+                assert set(modules) <= PYTHON_MAY_IMPORT[own], f"{source.name} imports {modules}"
+
+
+def test_no_tensor_is_held_by_the_plan() -> None:
+    header = (CSRC / "bindings/step_plan.h").read_text()
+    assert "at::Tensor " not in header
+    assert "py::object " not in header.replace("pybind11::object", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("readelf") is None, reason="needs readelf")
+def test_module_needs_no_openmp_of_its_own() -> None:
+    needed = subprocess.run(["readelf", "-d", MODULE], capture_output=True, text=True, check=True).stdout
+    assert "libc10" in needed
+    assert not re.search(r"lib[gi]?omp", needed)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None or shutil.which(COMPILER) is None, reason="needs nm and a compiler")
+def test_instruction_sets_share_no_function(tmp_path: Path) -> None:
+    """Every weak or global function of an object compiled for an instruction set carries that set in its name."""
+    for isa, flags in {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mfma"]}.items():
+        if flags and platform.machine() != "x86_64":
+            continue
+        command = [
+            COMPILER,
+            "-std=c++20",
+            "-O1",
+            "-fPIC",
+            *flags,
+            f"-DDRACOPT_ISA={isa}",
+            "-Icsrc",
+            "csrc/cpu/kernels.cpp",
+        ]
+        subprocess.run([*command, "-c", "-o", tmp_path / isa], cwd=ROOT, check=True)
+        run = subprocess.run(["nm", "-C", "--defined-only", tmp_path / isa], capture_output=True, text=True, check=True)
+        mergeable = [line for line in run.stdout.splitlines() if re.search(r" [A-Zuv] ", line) and " r " not in line]
+        assert mergeable
+        assert all(f" dracopt::{isa}::" in line for line in mergeable), mergeable
+
+
+def test_import_brings_neither_triton_nor_dynamo() -> None:
+    program = "import sys, torch; before = set(sys.modules); import dracopt_ext; print(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    new = run.stdout.split()
+    assert "dracopt_ext._C" in new
+    assert not [name for name in new if name.split(".")[0] in ("triton", "sympy") or name.startswith("torch._dynamo")]
+
+
+def test_module_prints_what_runs() -> None:
+    run = subprocess.run([sys.executable, "-m", "dracopt_ext"], capture_output=True, text=True, check=True)
+    lines = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
+    assert lines["native:cpu"] == "available"
+    assert lines["triton"].startswith("not available: ")
+    assert _C.isa() in run.stdout
+    assert run.stderr == ""

@@ -1,0 +1,188 @@
+"""Installing: with and without a compiler, with and without torch, and what a user then sees. Every wheel is installed
+into a folder of its own and used from outside the source tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ["csrc", "dracopt_ext", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in"]
+
+NO_COMPILER = {"CXX": "/nowhere/c++"}
+
+# The tests' own editable installation must not help out.
+ALONE = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+
+USE = """
+import torch, dracopt_ext as optim
+p = torch.nn.Parameter(torch.ones(8))
+optimizer = optim.AdamW([p], lr=0.1)
+for _ in range(2):
+    optimizer.zero_grad()
+    p.sum().backward()
+    optimizer.step()
+print(optim.__file__)
+print(optimizer.last_backend, round(p[0].item(), 3))
+try:
+    optim.SGD([p], backend="native")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, without what was built in them."""
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+            shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> dict[str, str]:
+    """An environment in which torch is not to be found."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/torch.py").write_text("raise ImportError('hidden')\n")
+    return {"PYTHONPATH": str(tmp_path / "hidden")}
+
+
+def python(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True
+    )
+
+
+def build(tree: Path, env: dict[str, str] | None = None, *options: str) -> Path:
+    """The wheel that pip builds of the tree."""
+    command = ["-m", "pip", "wheel", "-q", "--no-deps", "-w", "wheels", *(options or ["--no-build-isolation"]), "."]
+    run = python(*command, cwd=tree, env=env)
+    assert run.returncode == 0, run.stderr
+    (wheel,) = (tree / "wheels").glob("*.whl")
+    return wheel
+
+
+def install(wheel: Path) -> Path:
+    """The folder into which the wheel was installed."""
+    target = wheel.parent / "installed"
+    run = python("-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=wheel.parent)
+    assert run.returncode == 0, run.stderr
+    return target
+
+
+def use(target: Path, program: str = USE) -> tuple[list[str], list[str]]:
+    """Lines of output and of errors of a program run with the installed package."""
+    run = python("-c", ALONE + program, cwd=target.parent, env={"PYTHONPATH": str(target), "PYTHONWARNINGS": "default"})
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines(), run.stderr.splitlines()
+
+
+def assert_pure(wheel: Path, reason: str) -> Path:
+    """A pure wheel that works through torch, and says once why."""
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    target = install(wheel)
+    output, errors = use(target)
+    assert output[0].startswith(str(target))
+    assert output[1] == "{'cpu': frozenset({'torch'})} 0.798"
+    assert output[2] == f"backend='native' is not available: {reason}"
+    assert len([line for line in errors if "RuntimeWarning" in line]) == 1
+    assert f"RuntimeWarning: dracopt_ext runs without its compiled kernels: {reason}" in errors[0]
+    return target
+
+
+def test_compiled_wheel(tree: Path) -> None:
+    """As a user's ``pip install .`` builds it: in pip's isolated environment, against the torch that is installed."""
+    wheel = build(tree, None, "--use-pep517")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "any" not in wheel.name
+    assert {"dracopt_ext/py.typed", "dracopt_ext/_C.pyi", "dracopt_ext/optim/_base.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+    assert wheel.stat().st_size < 2**20
+
+    target = install(wheel)
+    output, errors = use(target)
+    assert output[0].startswith(str(target))
+    assert output[1:] == ["{'cpu': frozenset({'native'})} 0.798"]
+    assert errors == []
+
+    info = target / "dracopt_ext/_build_info.py"
+    built = info.read_text()
+    info.write_text(built.replace("'torch': '2.", "'torch': '1."))
+    _, errors = use(target)
+    assert "compiled for torch 1." in errors[0]
+    assert "install dracopt_ext anew" in errors[0]
+
+    info.write_text(built)
+    (module,) = (target / "dracopt_ext").glob("_C*.so")
+    module.write_bytes(b"no ELF file")
+    output, errors = use(target)
+    assert "the compiled module does not load: " in errors[0]
+    assert output[1] == "{'cpu': frozenset({'torch'})} 0.798"
+
+
+def test_no_compiler(tree: Path) -> None:
+    target = assert_pure(build(tree, NO_COMPILER), "no C++ compiler was found (/nowhere/c++)")
+    output, _ = use(target, "import runpy; runpy.run_module('dracopt_ext', run_name='__main__')")
+    assert "compiled    nothing" in output
+    assert "native:cpu  not available: no C++ compiler was found (/nowhere/c++)" in output
+
+
+def test_no_torch(tree: Path, without_torch: dict[str, str]) -> None:
+    assert_pure(build(tree, without_torch), "torch is not installed")
+
+
+def test_compilation_fails(tree: Path) -> None:
+    """Nor is a module of an earlier build shipped."""
+    (tree / "dracopt_ext/_C.cpython-old.so").write_bytes(b"")
+    stale = tree / "build/lib" / "dracopt_ext"
+    stale.mkdir(parents=True)
+    (stale / "_C.stale.so").write_bytes(b"")
+    with (tree / "csrc/cpu/kernels.cpp").open("a") as source:
+        source.write("no C++\n")
+    wheel = build(tree)
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    _, errors = use(install(wheel))
+    assert "compilation failed: CompileError" in errors[0]
+
+
+def test_pure_on_demand(tree: Path) -> None:
+    assert_pure(build(tree, {"DRACOPT_BUILD": "pure"}), "DRACOPT_BUILD=pure")
+
+
+def test_force_fails_rather_than_falls_back(tree: Path) -> None:
+    command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."]
+    run = python(*command, cwd=tree, env={**NO_COMPILER, "DRACOPT_BUILD": "force"})
+    assert run.returncode != 0
+    assert "DRACOPT_BUILD=force: no C++ compiler was found (/nowhere/c++)" in run.stdout + run.stderr
+
+
+def test_build_asks_for_torch_only_where_none_is_found(tree: Path, without_torch: dict[str, str]) -> None:
+    program = "from setuptools import build_meta; print(build_meta.get_requires_for_build_wheel())"
+    assert python("-c", program, cwd=tree).stdout.splitlines()[-1] == "[]"
+    assert "torch>=2.10" in python("-c", program, cwd=tree, env=without_torch).stdout
+    own = {**without_torch, "DRACOPT_TORCH": "torch==2.13.0"}
+    assert "torch==2.13.0" in python("-c", program, cwd=tree, env=own).stdout
+    assert "torch" not in python("-c", program, cwd=tree, env={**without_torch, **NO_COMPILER}).stdout.splitlines()[-1]
+
+
+def test_source_distribution_is_complete(tree: Path) -> None:
+    program = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    run = python("-c", program, cwd=tree, env={"DRACOPT_BUILD": "pure"})
+    assert run.returncode == 0, run.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[-1] for name in opened.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md"} <= names
