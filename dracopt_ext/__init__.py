@@ -10,7 +10,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch.optim
-from torch.optim import lr_scheduler, swa_utils
+from torch.optim import lr_scheduler as lr_scheduler
+from torch.optim import swa_utils as swa_utils
 
 from .backend import NATIVE_REASON
 from .backend import backends as backends

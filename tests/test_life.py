@@ -284,6 +284,18 @@ def test_backward_through_a_stale_graph_raises() -> None:
     assert averaged._version == version + 1
 
 
+def test_inference_mode_holds_for_all_threads() -> None:
+    torch.set_num_threads(3)
+    with torch.inference_mode():
+        params = [torch.ones(64) for _ in range(1000)]
+        for p in params:
+            p.grad = torch.ones(64)
+        optimizer = dracopt_ext.SGD(params, lr=1.0)
+        optimizer.step()
+        assert optimizer.last_backend == NATIVE
+        assert all((p == 0).all() for p in params)
+
+
 def test_inference_tensors() -> None:
     with torch.inference_mode():
         p = torch.ones(64)

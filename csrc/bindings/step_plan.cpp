@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <unordered_map>
 
 #include "bindings/tensor_facts.h"
 #include "cpu/kernels.h"
@@ -70,17 +71,27 @@ std::string describe_parameter(PyObject* group, int group_index, int index) {
          shape_of(THPVariable_Unpack(tensor).unsafeGetTensorImpl()) + ")";
 }
 
-// The optimizer's state, walked in step with the parameters: its entries usually lie in the same order, and comparing
-// pointers is much faster than Tensor.__hash__. What is not at the walk's position is looked up.
+// Without Python's isinstance(), which torch overrides in Python.
+bool is_tensor(PyObject* object) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+// The optimizer's state, by parameter. Its entries usually lie in the order of the parameters: a walk in step with them
+// compares pointers. Once an entry is not at the walk's position, an index of all entries is made. Either is much
+// faster than Tensor.__hash__; and that is Python, during which another thread might take away what was located.
 class StateWalk {
  public:
   explicit StateWalk(PyObject* state) : state_(state) { advance(); }
 
   PyObject* find(PyObject* parameter) {
-    if (parameter != key_) return lookup(state_, parameter);
-    PyObject* found = value_;
-    advance();
-    return found;
+    if (parameter == key_) {
+      PyObject* found = value_;
+      advance();
+      return found;
+    }
+    if (!indexed_) make_index();
+    const auto found = index_.find(parameter);
+    return found == index_.end() ? nullptr : found->second;
   }
 
   void pass(PyObject* parameter) {
@@ -92,9 +103,17 @@ class StateWalk {
     if (!PyDict_Next(state_, &position_, &key_, &value_)) key_ = nullptr;
   }
 
+  void make_index() {
+    indexed_ = true;
+    PyObject *key, *value;
+    for (Py_ssize_t position = 0; PyDict_Next(state_, &position, &key, &value);) index_.emplace(key, value);
+  }
+
   PyObject* state_;
   Py_ssize_t position_ = 0;
   PyObject *key_ = nullptr, *value_ = nullptr;
+  bool indexed_ = false;
+  std::unordered_map<PyObject*, PyObject*> index_;
 };
 
 }  // namespace
@@ -170,7 +189,7 @@ void StepPlan::read_group(PyObject* dict, Group& group) {
       value = PyFloat_AS_DOUBLE(number);
     } else if (PyBool_Check(number)) {
       value = number == Py_True;
-    } else if (!PyLong_Check(number) && THPVariable_Check(number)) {
+    } else if (is_tensor(number)) {
       group.foreign = "hyperparameters that are tensors";
     } else {
       value = PyFloat_AsDouble(number);
@@ -208,7 +227,7 @@ void StepPlan::locate(PyObject* state) {
   for (const Group& group : groups_) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i) {
       PyObject* parameter = PyList_GET_ITEM(group.params, i);
-      if (!THPVariable_Check(parameter)) {
+      if (!is_tensor(parameter)) {
         throw py::type_error(describe_key(group.index, group_keys_[0]) + "[" + std::to_string(i) +
                              "] must be a Tensor, not " + Py_TYPE(parameter)->tp_name);
       }
@@ -248,6 +267,7 @@ void StepPlan::locate(PyObject* state) {
 // Threads share this: most of a step's waiting is for the metadata of its tensors. The calling thread holds the GIL for
 // all of them, and none calls Python.
 void StepPlan::examine(const Indices& created) {
+  inference_mode_ = c10::InferenceMode::is_enabled();  // of this thread; the others do not know it
   count_ = located_.size();
   if (examined_.size() < count_) {
     examined_.resize(count_);
@@ -290,7 +310,7 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
   }
   if (!is_native_dtype(p) || g->dtype() != p->dtype()) return foreign("these dtypes");
   if (!same_order(p, g)) return foreign("these strides");
-  if (p->is_inference() && !c10::InferenceMode::is_enabled()) return foreign("inference tensors");
+  if (p->is_inference() && !inference_mode_) return foreign("inference tensors");
   if (is_lazily_cloned(p)) return foreign("lazily cloned tensors");
 
   const int counters = rule_.counts_steps ? 1 : 0;

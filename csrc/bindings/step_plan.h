@@ -98,6 +98,7 @@ class StepPlan {
   std::vector<Segment> segments_;  // one for each examined; those beyond count_ are from an earlier step
   std::vector<Scalars> scalars_;
   size_t count_ = 0;
+  bool inference_mode_ = false;
   Indices missing_;
   std::vector<Foreign> foreign_;
 
