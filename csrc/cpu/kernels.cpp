@@ -30,6 +30,16 @@ void prepare(double step, const double* hyperparameters, PowerMemo& powers, Scal
   *reinterpret_cast<RuleScalars*>(out->bytes) = Rule::template prepare<T>(step, h, power);
 }
 
+constexpr int64_t kTileBytes = 1024;
+
+// The processor's own prefetchers lose track of so many streams at once: on one large tensor this gains a tenth.
+template <typename T>
+void prefetch_tile(const T* stream) {
+  for (int64_t line = 0; line < kTileBytes; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(stream) + line);
+  }
+}
+
 // The one loop: load, apply the rule, store. The compiler vectorises it; the tail is the same code.
 template <typename Rule, typename T, int N>
 void update(const Segment& segment, int64_t begin, int64_t end) {
@@ -40,13 +50,22 @@ void update(const Segment& segment, int64_t begin, int64_t end) {
   T* states[kMaxStates];
   for (int k = 0; k < N; ++k) states[k] = static_cast<T*>(segment.states[k]);
 
-  DRACOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
-    T p = param[i], s[kMaxStates];
-    for (int k = 0; k < N; ++k) s[k] = states[k][i];
-    Rule::template update<T, N>(scalars, p, sign * grad[i], s);
-    for (int k = 0; k < N; ++k) states[k][i] = s[k];
-    param[i] = p;
+  constexpr int64_t tile = kTileBytes / sizeof(T), ahead = 2 * tile;
+  for (int64_t from = begin; from < end; from += tile) {
+    const int64_t to = end - from < tile ? end : from + tile;
+    if (end - from > ahead) {
+      prefetch_tile(param + from + ahead);
+      prefetch_tile(grad + from + ahead);
+      for (int k = 0; k < N; ++k) prefetch_tile(states[k] + from + ahead);
+    }
+    DRACOPT_INDEPENDENT
+    for (int64_t i = from; i < to; ++i) {
+      T p = param[i], s[kMaxStates];
+      for (int k = 0; k < N; ++k) s[k] = states[k][i];
+      Rule::template update<T, N>(scalars, p, sign * grad[i], s);
+      for (int k = 0; k < N; ++k) states[k][i] = s[k];
+      param[i] = p;
+    }
   }
 }
 
