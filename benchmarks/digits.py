@@ -44,6 +44,9 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width)
         self.down = nn.Linear(width, width)
+        # A block that begins as the identity keeps the training of a deep stack steady.
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.down(torch.relu(self.up(self.norm(x))))

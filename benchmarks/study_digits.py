@@ -13,6 +13,7 @@ import argparse
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import NamedTuple
@@ -147,8 +148,10 @@ def study(block: Block, epochs: int, seeds: int, train: Data, test: Data, bar: t
 def markdown(block: Block, results: list[Result]) -> str:
     lowest, *_, highest = sorted(results, key=lambda result: mean(result.test))
     gap = 100 * (mean(highest.test) - mean(lowest.test))
-    ahead = sum(high > low for high, low in zip(highest.test, lowest.test, strict=True))
+    tied = [result for result in results if isclose(mean(result.test), mean(highest.test))]
+    ahead = sum(min(high) > low for *high, low in zip(*(result.test for result in tied), lowest.test, strict=True))
     rows = [f"| {result.config.name} | {percent(result.train)} | {percent(result.test)} |" for result in results]
+    names = " and ".join(result.config.name for result in tied)
     return "\n".join(
         [
             f"### {block.title}\n",
@@ -156,7 +159,7 @@ def markdown(block: Block, results: list[Result]) -> str:
             "| configuration | train accuracy, % | test accuracy, % |",
             "| --- | ---: | ---: |",
             *rows,
-            f"\nHighest on the test images: {highest.config.name}. That is {gap:.1f} points above the lowest, "
+            f"\nHighest on the test images: {names}. That is {gap:.1f} points above the lowest, "
             f"{lowest.config.name}; ahead of it with {ahead} of {len(highest.test)} seeds.\n",
         ]
     )
