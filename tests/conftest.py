@@ -10,10 +10,6 @@ import torch
 import dracopt_ext
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: builds the package or starts long jobs")
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
     reason = dracopt_ext.backends()["native:cpu"]
     if reason is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import dracopt_ext
 
-from .cases import Case, assert_same_bits, inputs, snapshot
+from .cases import FAULTS, Case, NoOp, assert_same_bits, inputs, snapshot
 
 NATIVE = {"cpu": frozenset({"native"})}
 ADAMW = Case("AdamW", {"lr": 0.01})
@@ -27,11 +27,12 @@ both_rules = pytest.mark.parametrize("case", [ADAMW, SGD], ids=str)
 class Pair:
     """Our optimizer and torch's fused one over equal parameters; whatever is done, is done to both."""
 
-    def __init__(self, case: Case, count: int = 4, **options: Any) -> None:
+    def __init__(self, case: Case, count: int = 4, fault: Callable[[Any], Any] | None = None, **options: Any) -> None:
         initial, _ = inputs([64] * count, torch.float32, 0)
+        ours = case.ours if fault is None else fault(case.ours)
         self.optimizers = []
         self.seed = 0
-        for make, fused in ((case.ours, None), (case.torchs, True)):
+        for make, fused in ((ours, None), (case.torchs, True)):
             params = [nn.Parameter(value.clone()) for value in initial]
             self.optimizers.append(make(params, **{**case.options, "fused": fused, **options}))
 
@@ -40,7 +41,7 @@ class Pair:
             change(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
         return self
 
-    def step(self, times: int = 1, without: tuple[int, ...] = ()) -> Pair:
+    def assert_equal_steps(self, times: int = 1, without: tuple[int, ...] = ()) -> Pair:
         for _ in range(times):
             self.seed += 1
             for optimizer in self.optimizers:
@@ -54,33 +55,42 @@ class Pair:
         return self
 
 
+@both_rules
+@pytest.mark.parametrize("fault", FAULTS)
+def test_pairs_bite(case: Case, fault: type[NoOp]) -> None:
+    with pytest.raises(AssertionError, match="elements differ"):
+        Pair(case, fault=fault).assert_equal_steps()
+
+
 # Hyperparameters and groups
 
 
 @both_rules
 def test_hyperparameters_change(case: Case) -> None:
-    pair = Pair(case).step()
+    pair = Pair(case).assert_equal_steps()
     for key, value in (("lr", 0.5), ("weight_decay", 0.3), ("maximize", True), ("lr", 1), ("lr", 0.25)):
-        pair.do(lambda o, _: o.param_groups[0].__setitem__(key, value)).step(2)  # noqa: B023
+        pair.do(lambda o, _: o.param_groups[0].__setitem__(key, value)).assert_equal_steps(2)  # noqa: B023
 
 
 def test_amsgrad_is_read_each_step_and_betas_too() -> None:
-    pair = Pair(ADAMW, amsgrad=True).step(2)
-    pair.do(lambda o, _: o.param_groups[0].update(amsgrad=False, betas=(0.5, 0.7), eps=1e-3)).step(2)
-    pair.do(lambda o, _: o.param_groups[0].update(amsgrad=True)).step(2)
+    pair = Pair(ADAMW, amsgrad=True).assert_equal_steps(2)
+    pair.do(lambda o, _: o.param_groups[0].update(amsgrad=False, betas=(0.5, 0.7), eps=1e-3)).assert_equal_steps(2)
+    pair.do(lambda o, _: o.param_groups[0].update(amsgrad=True)).assert_equal_steps(2)
 
 
 @both_rules
 def test_groups_are_added_edited_and_removed(case: Case) -> None:
     initial, _ = inputs([64, 64], torch.float32, 0, seed=9)
-    pair = Pair(case).step()
-    pair.do(lambda o, _: o.add_param_group({"params": [nn.Parameter(initial[0].clone())], "lr": 0.7})).step(2)
+    pair = Pair(case).assert_equal_steps()
+    pair.do(
+        lambda o, _: o.add_param_group({"params": [nn.Parameter(initial[0].clone())], "lr": 0.7})
+    ).assert_equal_steps(2)
     if case is ADAMW:  # torch's fused SGD raises when a group's parameters begin at different steps
-        pair.do(lambda o, _: o.param_groups[0]["params"].append(nn.Parameter(initial[1].clone()))).step(2)
-    pair.do(lambda o, _: o.param_groups[0]["params"].reverse()).step(2)
-    pair.do(lambda o, _: o.param_groups[0]["params"].pop(1)).step(2)
-    pair.do(lambda o, _: o.param_groups.reverse()).step(2)
-    pair.do(lambda o, _: o.param_groups.pop(0)).step()
+        pair.do(lambda o, _: o.param_groups[0]["params"].append(nn.Parameter(initial[1].clone()))).assert_equal_steps(2)
+    pair.do(lambda o, _: o.param_groups[0]["params"].reverse()).assert_equal_steps(2)
+    pair.do(lambda o, _: o.param_groups[0]["params"].pop(1)).assert_equal_steps(2)
+    pair.do(lambda o, _: o.param_groups.reverse()).assert_equal_steps(2)
+    pair.do(lambda o, _: o.param_groups.pop(0)).assert_equal_steps()
 
 
 def test_groups_with_options_of_their_own() -> None:
@@ -93,7 +103,7 @@ def test_groups_with_options_of_their_own() -> None:
     ):
         pair.do(lambda o, _: o.add_param_group({"params": [nn.Parameter(value.clone())], **options}))  # noqa: B023
     # torch's fused SGD takes one first step for a whole group only: all groups take theirs here.
-    pair.step(3)
+    pair.assert_equal_steps(3)
 
 
 # Gradients
@@ -102,7 +112,7 @@ def test_groups_with_options_of_their_own() -> None:
 def test_adam_late_missing_and_frozen_gradients() -> None:
     pair = Pair(ADAMW)
     for without in ((0,), (0, 2), (), (1,), (0, 1, 2), (3,), ()):
-        pair.step(2, without=without)
+        pair.assert_equal_steps(2, without=without)
     assert [int(state["step"]) for state in pair.optimizers[0].state.values()] != [14] * 4
 
 
@@ -128,7 +138,7 @@ def test_no_gradients_at_all() -> None:
         optimizer.step()
     assert pair.optimizers[0].last_backend == {}  # type: ignore[attr-defined]
     assert not pair.optimizers[0].state
-    pair.step()
+    pair.assert_equal_steps()
 
 
 def test_gradients_accumulate_and_zero_in_place() -> None:
@@ -156,7 +166,7 @@ def test_data_is_swapped(case: Case) -> None:
         for p, value in zip(params, initial, strict=True):
             p.data = value.clone()
 
-    Pair(case).step(2).do(swap).step(2)
+    Pair(case).assert_equal_steps(2).do(swap).assert_equal_steps(2)
 
 
 def test_module_to_double_and_back() -> None:
@@ -175,13 +185,13 @@ def test_module_to_double_and_back() -> None:
 
 
 def test_swap_tensors_finds_no_reference_of_ours() -> None:
-    pair = Pair(ADAMW).step()
+    pair = Pair(ADAMW).assert_equal_steps()
 
     def swap(_: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
         params[0].grad = None
         torch.utils.swap_tensors(params[0], nn.Parameter(torch.full((64,), 0.5)))
 
-    pair.do(swap).step(2)
+    pair.do(swap).assert_equal_steps(2)
 
 
 @both_rules
@@ -193,11 +203,13 @@ def test_states_are_edited_replaced_and_deleted(case: Case) -> None:
         o.state[params[2]][name].mul_(2.0)
         o.state[params[3]] = dict(reversed(o.state[params[3]].items()))
 
-    Pair(case).step(2).do(replace).step(2)
+    Pair(case).assert_equal_steps(2).do(replace).assert_equal_steps(2)
 
 
 def test_state_is_deleted_and_starts_afresh() -> None:
-    Pair(ADAMW).step(2).do(lambda o, params: o.state.pop(params[1])).step(2).do(lambda o, _: o.state.clear()).step(2)
+    pair = Pair(ADAMW).assert_equal_steps(2)
+    pair.do(lambda o, params: o.state.pop(params[1])).assert_equal_steps(2)
+    pair.do(lambda o, _: o.state.clear()).assert_equal_steps(2)
 
 
 def test_state_in_another_order() -> None:
@@ -205,11 +217,11 @@ def test_state_in_another_order() -> None:
         for p in params[:2]:
             o.state[p] = o.state.pop(p)
 
-    Pair(ADAMW).step(2).do(reorder).step(2)
+    Pair(ADAMW).assert_equal_steps(2).do(reorder).assert_equal_steps(2)
 
 
 def test_load_state_dict_in_mid_training() -> None:
-    pair = Pair(ADAMW).step(2)
+    pair = Pair(ADAMW).assert_equal_steps(2)
     saved = [copy.deepcopy(o.state_dict()) for o in pair.optimizers]
     saved = [
         {
@@ -218,10 +230,10 @@ def test_load_state_dict_in_mid_training() -> None:
         }
         for d in saved
     ]
-    pair.step(2)
+    pair.assert_equal_steps(2)
     for optimizer, state in zip(pair.optimizers, saved, strict=True):
         optimizer.load_state_dict(state)
-    pair.step(2)
+    pair.assert_equal_steps(2)
 
 
 def test_lazily_cloned_storage_is_copied_before_it_is_written() -> None:
@@ -238,8 +250,8 @@ def test_lazily_cloned_storage_is_copied_before_it_is_written() -> None:
 
 
 def test_step_saturates_where_torchs_does() -> None:
-    pair = Pair(ADAMW, count=1).step()
-    pair.do(lambda o, params: o.state[params[0]]["step"].fill_(2**24 - 1)).step(3)
+    pair = Pair(ADAMW, count=1).assert_equal_steps()
+    pair.do(lambda o, params: o.state[params[0]]["step"].fill_(2**24 - 1)).assert_equal_steps(3)
     assert next(iter(pair.optimizers[0].state.values()))["step"] == 2**24
 
 
@@ -262,7 +274,7 @@ def test_nan_and_infinity_take_torchs_way(case: Case) -> None:
         with torch.no_grad():
             params[0][3], params[1][5] = float("nan"), float("inf")
 
-    pair.do(poison).step(3)
+    pair.do(poison).assert_equal_steps(3)
 
 
 # Autograd
