@@ -174,6 +174,30 @@ def test_parameters_that_share_memory(overlap: str) -> None:
     assert_equal(*found)
 
 
+@every_case
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("twice", [False, True])
+def test_sharing_memory_from_the_first_step(case: Case, twice: bool) -> None:
+    """Their states are torch's to create: a momentum buffer of ours would be uninitialised."""
+    found = []
+    for make in (case.ours, case.torchs):
+        base = torch.arange(96.0)
+        a, c = nn.Parameter(base[:64]), nn.Parameter(torch.ones(64))
+        b = a if twice else nn.Parameter(base[32:])
+        optimizer = make([a, c, b], **case.options)
+        for _ in range(3):
+            a.grad, b.grad, c.grad = torch.ones(64), torch.full((64,), 2.0), torch.ones(64)
+            optimizer.step()
+        if make is case.ours:
+            assert optimizer.last_backend == BOTH
+        found.append((a.detach().clone(), b.detach().clone(), c.detach().clone()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 def test_tensor_subclasses() -> None:
     class Tagged(torch.Tensor):

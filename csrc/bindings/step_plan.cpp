@@ -145,6 +145,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, std::option
   examine(*created);
   settle(stepped);
   set_aside_overlapping();
+  set_aside_missing();
   if (!again && (!missing_.empty() || !foreign_.empty())) return todo();
   if (!missing_.empty() || !foreign_.empty()) {
     throw std::runtime_error("parameters or states have changed while step() was creating states");
@@ -313,25 +314,26 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
   if (p->is_inference() && !inference_mode_) return foreign("inference tensors");
   if (is_lazily_cloned(p)) return foreign("lazily cloned tensors");
 
+  const bool fp64 = is_fp64(p);
+  const int itemsize = fp64 ? 8 : 4;
   const int counters = rule_.counts_steps ? 1 : 0;
   const auto wanted = static_cast<int>(wanted_states(group));
-  for (int k = 0; k < wanted; ++k) {
+  examined.verdict = Verdict::ready;
+  for (int k = 0; k < wanted && examined.verdict == Verdict::ready; ++k) {
     if (located.values[k] != nullptr && located.values[k] != Py_None) continue;
     // As in torch, a rule that counts steps creates its state as a whole, so that a part of it is a mistake.
     const bool partial = rule_.counts_steps && located.state != nullptr && PyDict_Check(located.state) &&
                          PyDict_GET_SIZE(located.state) > 0;
-    examined.verdict = partial ? Verdict::partial_state : Verdict::missing_state;
     examined.culprit = k;
-    return;
+    examined.verdict = partial ? Verdict::partial_state : Verdict::missing_state;
+    if (partial) return;
   }
 
-  const bool fp64 = is_fp64(p);
-  const int itemsize = fp64 ? 8 : 4;
   void* step = nullptr;
   void* states[kMaxStates] = {};
   examined.written[0] = p;
   examined.written_count = 1;
-  for (int k = 0; k < wanted; ++k) {
+  for (int k = 0; k < wanted && examined.verdict == Verdict::ready; ++k) {
     if (!THPVariable_CheckExact(located.values[k])) return foreign("states that are not plain tensors");
     c10::TensorImpl* s = THPVariable_Unpack(located.values[k]).unsafeGetTensorImpl();
     const bool is_step = k < counters;
@@ -364,7 +366,6 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
   void* param = writable_data(p, itemsize);
   const void* grad = readable_data(g, itemsize);
   const int64_t numel = p->numel();
-  examined.verdict = Verdict::ready;
   examined.written_moved = segment.param != param || segment.numel != numel || segment.step != step ||
                            !std::equal(states, states + kMaxStates, segment.states);
   examined.grad_moved = segment.grad != grad;
@@ -400,35 +401,35 @@ void StepPlan::prepare(size_t begin, size_t end, const Indices& created) {
   }
 }
 
-// Sorts what was examined: the wrong raises, the missing and the foreign are listed, the ready stay.
+// Sorts what was examined: the wrong raises, the foreign are listed, the others stay.
 void StepPlan::settle(const Indices& stepped) {
   missing_.clear();
   foreign_.clear();
   written_moved_ = grads_moved_ = !searched_;
   searched_ = false;  // until this step's search is through
-  size_t ready = 0;
+  size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
     Examined& examined = examined_[i];
     examined.located = i;
     const Index index(located_[i].group->index, located_[i].index);
     if (std::binary_search(stepped.begin(), stepped.end(), index)) continue;
-    if (examined.verdict == Verdict::ready) {
+    if (examined.verdict == Verdict::ready || examined.verdict == Verdict::missing_state) {
       written_moved_ |= examined.written_moved;
       grads_moved_ |= examined.grad_moved;
-      if (ready != i) {
-        examined_[ready] = examined;
-        segments_[ready] = segments_[i];
-      }
-      ++ready;
-    } else if (examined.verdict == Verdict::missing_state) {
-      missing_.push_back(index);
+      keep(i, kept++);
     } else if (examined.verdict == Verdict::foreign) {
       foreign_.push_back({index.first, index.second, examined.reason});
     } else {
       refuse(examined);
     }
   }
-  count_ = ready;
+  count_ = kept;
+}
+
+void StepPlan::keep(size_t from, size_t to) {
+  if (from == to) return;
+  examined_[to] = examined_[from];
+  segments_[to] = segments_[from];
 }
 
 void StepPlan::refuse(const Examined& examined) const {
@@ -484,12 +485,26 @@ void StepPlan::set_aside_overlapping() {
       const Located& located = located_[examined_[i].located];
       foreign_.push_back({located.group->index, located.index, "tensors that share memory"});
     } else {
-      examined_[kept] = examined_[i];
-      segments_[kept++] = segments_[i];
+      keep(i, kept++);
     }
   }
   count_ = kept;
   searched_ = false;
+}
+
+// Only now, so that torch gets those of them that share memory, and creates their states itself.
+void StepPlan::set_aside_missing() {
+  size_t kept = 0;
+  for (size_t i = 0; i < count_; ++i) {
+    if (examined_[i].verdict == Verdict::ready) {
+      keep(i, kept++);
+    } else {
+      const Located& located = located_[examined_[i].located];
+      missing_.emplace_back(located.group->index, located.index);
+    }
+  }
+  searched_ = searched_ && kept == count_;
+  count_ = kept;
 }
 
 // Nothing can fail from here on.

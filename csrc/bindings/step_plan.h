@@ -83,6 +83,8 @@ class StepPlan {
   void settle(const Indices& stepped);
   [[noreturn]] void refuse(const Examined& examined) const;
   void set_aside_overlapping();
+  void set_aside_missing();
+  void keep(size_t from, size_t to);  // among the examined and their segments
   void run();
   void record(const Examined& examined, const Segment& segment) const;
   pybind11::object todo() const;
