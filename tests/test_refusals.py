@@ -31,13 +31,13 @@ class Broken:
         for p in self.params:
             p.grad = torch.ones_like(p)
 
-    def refuses(self, error: type[Exception], message: str) -> None:
+    def assert_refuses(self, error: type[Exception], message: str) -> None:
         before = snapshot(self.optimizer)
         with pytest.raises(error, match=message):
             self.optimizer.step()
         assert_same_bits(snapshot(self.optimizer), before)
 
-    def recovers(self) -> None:
+    def assert_recovers(self) -> None:
         before = [p.detach().clone() for p in self.params]
         self.give_gradients()
         self.optimizer.step()
@@ -53,28 +53,28 @@ def test_gradient_of_another_shape() -> None:
     broken = Broken()
     good = broken.params[1].data
     broken.params[1].data = torch.ones(8, 8)
-    broken.refuses(ValueError, r"group 0 \('layer.weight', shape \[8, 8\]\) has a gradient of another shape")
+    broken.assert_refuses(ValueError, r"group 0 \('layer.weight', shape \[8, 8\]\) has a gradient of another shape")
     broken.params[1].data = good
-    broken.recovers()
+    broken.assert_recovers()
 
 
 def test_state_of_another_shape() -> None:
     broken = Broken()
     state = broken.optimizer.state[broken.params[1]]
     good, state["exp_avg"] = state["exp_avg"], torch.zeros(8, 8)
-    broken.refuses(ValueError, rf"the state 'exp_avg' of {WHERE} has another shape, \[8, 8\]. Delete")
+    broken.assert_refuses(ValueError, rf"the state 'exp_avg' of {WHERE} has another shape, \[8, 8\]. Delete")
     state["exp_avg"] = good
-    broken.recovers()
+    broken.assert_recovers()
 
 
 def test_part_of_a_state() -> None:
     broken = Broken()
     broken.optimizer.param_groups[0]["amsgrad"] = True
-    broken.refuses(KeyError, r"the state of parameter 0 of group 0 .* has no 'max_exp_avg_sq'. Was an option")
+    broken.assert_refuses(KeyError, r"the state of parameter 0 of group 0 .* has no 'max_exp_avg_sq'. Was an option")
     broken.optimizer.state.pop(broken.params[0])
-    broken.refuses(KeyError, "parameter 1 of group 0")
+    broken.assert_refuses(KeyError, "parameter 1 of group 0")
     broken.optimizer.state.pop(broken.params[1])
-    broken.recovers()
+    broken.assert_recovers()
 
 
 def test_expanded_parameter() -> None:
@@ -119,7 +119,7 @@ def test_groups_edited_to_nonsense(kind: str) -> None:
         broken.optimizer.step()
     broken.optimizer.param_groups[1] = good
     assert_same_bits(snapshot(broken.optimizer), before)
-    broken.recovers()
+    broken.assert_recovers()
 
 
 def test_closure_that_raises() -> None:
@@ -132,7 +132,7 @@ def test_closure_that_raises() -> None:
     with pytest.raises(ZeroDivisionError, match="in the closure"):
         broken.optimizer.step(closure)
     assert_same_bits(snapshot(broken.optimizer), before)
-    broken.recovers()
+    broken.assert_recovers()
 
 
 @pytest.mark.parametrize("fused", [None, True])
@@ -141,8 +141,8 @@ def test_sparse_gradient_for_adam(fused: bool | None) -> None:
     """torch raises the same words, but only after the first parameter's state was created or its step counted."""
     broken = Broken(fused=fused)
     broken.params[1].grad = torch.ones(64).to_sparse()
-    broken.refuses(RuntimeError, "Adam does not support sparse gradients, please consider SparseAdam instead")
-    broken.recovers()
+    broken.assert_refuses(RuntimeError, "Adam does not support sparse gradients, please consider SparseAdam instead")
+    broken.assert_recovers()
     fresh = [nn.Parameter(torch.ones(4)) for _ in range(2)]
     fresh[0].grad, fresh[1].grad = torch.ones(4), torch.ones(4).to_sparse()
     optimizer = dracopt_ext.Adam(fresh, fused=fused)
@@ -155,8 +155,8 @@ def test_sparse_gradient_for_fused_sgd() -> None:
     broken = Broken("SGD", momentum=0.9, fused=True)
     broken.params[1].grad = torch.ones(64).to_sparse()
     with pytest.warns(RuntimeWarning, match="leaves sparse tensors to torch"):
-        broken.refuses(RuntimeError, "`_fused_sgd` does not support sparse gradients")
-    broken.recovers()
+        broken.assert_refuses(RuntimeError, "`_fused_sgd` does not support sparse gradients")
+    broken.assert_recovers()
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -166,10 +166,12 @@ def test_native_backend_refuses_what_it_does_not_serve(name: str) -> None:
     broken.params[1].grad = None
     broken.params[1].data = good.bfloat16()
     broken.params[1].grad = torch.ones(64, dtype=torch.bfloat16)
-    broken.refuses(RuntimeError, f"backend='native' does not serve these dtypes: {WHERE}. Leave `backend` at None")
+    broken.assert_refuses(
+        RuntimeError, f"backend='native' does not serve these dtypes: {WHERE}. Leave `backend` at None"
+    )
     broken.params[1].grad = None
     broken.params[1].data = good
-    broken.recovers()
+    broken.assert_recovers()
 
 
 def test_interrupted_creation_of_states_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
