@@ -435,7 +435,7 @@ void StepPlan::keep(size_t from, size_t to) {
 void StepPlan::refuse(const Examined& examined) const {
   const Located& located = located_[examined.located];
   const std::string parameter = describe_parameter(located.group->dict, located.group->index, located.index);
-  const std::string state = quoted(state_keys_[static_cast<size_t>(examined.culprit)]);
+  const auto state = [&] { return quoted(state_keys_[static_cast<size_t>(examined.culprit)]); };
   const char* const afresh = ". Delete this parameter's state to start it afresh";
   switch (examined.verdict) {
     case Verdict::expanded:
@@ -446,10 +446,10 @@ void StepPlan::refuse(const Examined& examined) const {
       throw py::value_error(parameter + " has a gradient of another shape, " + shape_of(located.grad) +
                             ". Set .grad to None, or to a tensor of the parameter's shape");
     case Verdict::partial_state:
-      throw py::key_error("the state of " + parameter + " has no " + state +
+      throw py::key_error("the state of " + parameter + " has no " + state() +
                           ". Was an option such as amsgrad switched on after the first step?" + (afresh + 1));
     default:
-      throw py::value_error("the state " + state + " of " + parameter + " has another shape, " +
+      throw py::value_error("the state " + state() + " of " + parameter + " has another shape, " +
                             shape_of(THPVariable_Unpack(located.values[examined.culprit]).unsafeGetTensorImpl()) +
                             afresh);
   }

@@ -106,8 +106,7 @@ class StepPlan {
 
   WrittenMemory memory_;
   std::vector<size_t> overlapping_;
-  bool searched_ =
-      false;  // is overlapping_, empty, still true of the addresses in segments_, as far as they have not moved?
+  bool searched_ = false;  // nothing overlaps, as long as the addresses in segments_ do not move
   size_t searched_count_ = 0;
   bool written_moved_ = true, grads_moved_ = true;  // since that search
 

@@ -59,8 +59,7 @@ inline bool is_lazily_cloned(const c10::TensorImpl* tensor) {
   return c10::impl::cow::is_cow_data_ptr(tensor->unsafe_storage().data_ptr());
 }
 
-// The first element of a plain tensor, to be written. A lazily cloned storage is copied first, as by torch's own
-// writes.
+// The first element of a plain tensor, to be written; not of one that is lazily cloned.
 inline void* writable_data(c10::TensorImpl* tensor, int64_t itemsize) {
   return static_cast<char*>(tensor->unsafe_storage().mutable_data()) + tensor->storage_offset() * itemsize;
 }
