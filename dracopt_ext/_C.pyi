@@ -10,6 +10,7 @@ class StepPlan:
         self,
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, Any],
+        grad_scale: float = 1.0,
         created: list[tuple[int, int]] | None = None,
         stepped: list[tuple[int, int]] = ...,
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int, str]]] | None: ...

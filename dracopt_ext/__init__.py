@@ -1,6 +1,6 @@
 """Fused optimizers behind torch.optim's interface: ``import dracopt_ext as optim``.
 
-``SGD``, ``Adam`` and ``AdamW`` are ours; every other name of ``torch.optim`` is torch's own.
+``SGD``, ``Adam``, ``AdamW`` and ``NAdam`` are ours; every other name of ``torch.optim`` is torch's own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from .backend import backends as backends
 from .optim import SGD as SGD
 from .optim import Adam as Adam
 from .optim import AdamW as AdamW
+from .optim import NAdam as NAdam
 
 if TYPE_CHECKING:  # what __getattr__ passes on
-    from torch.optim import (  # noqa: F401  # noqa: F401
+    from torch.optim import (  # noqa: F401
         ASGD,
         LBFGS,
         Adadelta,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # what __getattr__ passes on
         Adagrad,
         Adamax,
         Muon,
-        NAdam,
         Optimizer,
         RAdam,
         RMSprop,

@@ -5,8 +5,9 @@ tensors lack are spelled out: a fused multiply-add (:func:`_fma`) and a correctl
 Everything else is IEEE arithmetic in the order written. Arithmetic is fp32 whatever the storage, fp64 for fp64 tensors;
 scalars are computed in double precision and rounded once.
 
-A rule takes a parameter, its gradient (negated already if the objective is maximized), the parameter's state, which it
-updates in place, and the hyperparameters of the parameter group under their names there.
+A rule takes a parameter, its gradient, the parameter's state and the hyperparameters of the parameter group under their
+names there. It works on tensors in the arithmetic's dtype, replaces the moments in the state it is given, advances the
+state's scalars in place, and returns the new parameter. What surrounds a rule is written once, in :func:`update`.
 """
 
 from __future__ import annotations
@@ -45,14 +46,36 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=like.dtype, device=like.device)
 
 
-def _arithmetic(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _decay_and_average(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weight decay, and the moving averages of the gradient and its square; returns parameter and gradient."""
+    beta1, beta2 = betas
+    if weight_decay != 0 and decoupled_weight_decay:
+        p = p * _scalar(1 - lr * weight_decay, p)
+    elif weight_decay != 0:
+        g = _fma(p, _scalar(weight_decay, p), g)
+    # torch.lerp: from the nearer end.
+    weight, change = _scalar(1 - beta1, p), g - state["exp_avg"]
+    state["exp_avg"] = _fma(weight, change, state["exp_avg"]) if weight < 0.5 else _fma(weight - 1, change, g)
+    state["exp_avg_sq"] = _fma(_scalar(1 - beta2, p) * g, g, state["exp_avg_sq"] * _scalar(beta2, p))
+    return p, g
+
+
+def _denominator(second_moment: Tensor, beta2: float, step: float, eps: float) -> Tensor:
+    return _sqrt(second_moment) / _scalar((1 - beta2**step) ** 0.5, second_moment) + _scalar(eps, second_moment)
 
 
 def adam(
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
     *,
     lr: float,
     betas: tuple[float, float],
@@ -60,7 +83,7 @@ def adam(
     weight_decay: float,
     amsgrad: bool,
     decoupled_weight_decay: bool,
-) -> None:
+) -> Tensor:
     r"""Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and AdamW (Loshchilov & Hutter 2019).
 
     .. math::
@@ -73,43 +96,64 @@ def adam(
     The state holds ``step`` (t, before this update), ``exp_avg`` (m), ``exp_avg_sq`` (v) and, with ``amsgrad``,
     ``max_exp_avg_sq``. The order of operations is that of torch's fused CPU kernels.
     """
-    beta1, beta2 = betas
     state["step"] += 1
     step = state["step"].item()
-    p, g = _arithmetic(param), _arithmetic(grad)
-    exp_avg, exp_avg_sq = _arithmetic(state["exp_avg"]), _arithmetic(state["exp_avg_sq"])
-
-    if weight_decay != 0 and decoupled_weight_decay:
-        p = p * _scalar(1 - lr * weight_decay, p)
-    elif weight_decay != 0:
-        g = _fma(p, _scalar(weight_decay, p), g)
-    # torch.lerp: from the nearer end.
-    weight = _scalar(1 - beta1, p)
-    exp_avg = _fma(weight, g - exp_avg, exp_avg) if weight < 0.5 else _fma(weight - 1, g - exp_avg, g)
-    exp_avg_sq = _fma(_scalar(1 - beta2, p) * g, g, exp_avg_sq * _scalar(beta2, p))
-    second_moment = exp_avg_sq
+    p, g = _decay_and_average(p, g, state, lr, betas, weight_decay, decoupled_weight_decay)
+    second_moment = state["exp_avg_sq"]
     if amsgrad:
-        second_moment = torch.maximum(_arithmetic(state["max_exp_avg_sq"]), exp_avg_sq)
-        state["max_exp_avg_sq"].copy_(second_moment)
-    denom = _sqrt(second_moment) / _scalar((1 - beta2**step) ** 0.5, p) + _scalar(eps, p)
-    p = p + (_scalar(-(lr / (1 - beta1**step)), p) * exp_avg) / denom
+        second_moment = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], second_moment)
+    step_size = _scalar(-(lr / (1 - betas[0] ** step)), p)
+    return p + (step_size * state["exp_avg"]) / _denominator(second_moment, betas[1], step, eps)
 
-    param.copy_(p)
-    state["exp_avg"].copy_(exp_avg)
-    state["exp_avg_sq"].copy_(exp_avg_sq)
+
+def nadam(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    momentum_decay: float,
+    decoupled_weight_decay: bool,
+) -> Tensor:
+    r"""NAdam (Dozat 2016, "Incorporating Nesterov momentum into Adam"), as ``torch.optim.NAdam`` writes it.
+
+    .. math::
+        g &\leftarrow g + \lambda p \quad\text{(L2)}, \qquad
+        p \leftarrow (1 - \gamma\lambda)\, p \quad\text{(decoupled)} \\
+        m &\leftarrow m + (1 - \beta_1)(g - m), \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \mu_t &= \beta_1 \big(1 - \tfrac12\, 0.96^{t\psi}\big), \qquad M_t = \mu_1 \cdots \mu_t \\
+        p &\leftarrow p - \gamma \Big(\frac{1 - \mu_t}{1 - M_t}\, g + \frac{\mu_{t+1}}{1 - M_{t+1}}\, m\Big)
+            \Big/ \Big(\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon\Big)
+
+    The state holds ``step`` (t, before this update), ``mu_product`` (M), ``exp_avg`` (m) and ``exp_avg_sq`` (v).
+    """
+    state["step"] += 1
+    step = state["step"].item()
+    mu = betas[0] * (1 - 0.5 * 0.96 ** (step * momentum_decay))
+    mu_next = betas[0] * (1 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
+    state["mu_product"] *= mu
+    mu_product = state["mu_product"].item()
+    p, g = _decay_and_average(p, g, state, lr, betas, weight_decay, decoupled_weight_decay)
+    grad_factor = _scalar(-lr * (1 - mu) / (1 - mu_product), p)
+    exp_avg_factor = _scalar(-lr * mu_next / (1 - mu_product * mu_next), p)
+    direction = _fma(exp_avg_factor, state["exp_avg"], grad_factor * g)
+    return p + direction / _denominator(state["exp_avg_sq"], betas[1], step, eps)
 
 
 def sgd(
-    param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
     *,
     lr: float,
     momentum: float,
     dampening: float,
     weight_decay: float,
     nesterov: bool,
-) -> None:
+) -> Tensor:
     r"""Stochastic gradient descent with momentum (Sutskever et al. 2013), as ``torch.optim.SGD`` writes it.
 
     .. math::
@@ -117,20 +161,73 @@ def sgd(
         b &\leftarrow \mu b + (1 - \tau) g \quad\text{(at first } b \leftarrow g\text{)} \\
         p &\leftarrow p - \gamma\, b, \qquad\text{or with Nesterov}\quad p \leftarrow p - \gamma\, (g + \mu b)
 
-    The state holds ``momentum_buffer`` (b), if ``momentum`` is not 0; this function creates it at the first step.
+    The state holds ``momentum_buffer`` (b), if ``momentum`` is not 0.
     """
-    p, g = _arithmetic(param), _arithmetic(grad)
     if weight_decay != 0:
         g = _fma(p, _scalar(weight_decay, p), g)
     if momentum != 0:
         buffer = g
-        if state.get("momentum_buffer") is not None:
-            buffer = _fma(_scalar(1 - dampening, p), g, _arithmetic(state["momentum_buffer"]) * _scalar(momentum, p))
-            state["momentum_buffer"].copy_(buffer)
-        else:
-            state["momentum_buffer"] = buffer.detach().to(grad.dtype, copy=True)
+        if "momentum_buffer" in state:
+            buffer = _fma(_scalar(1 - dampening, p), g, state["momentum_buffer"] * _scalar(momentum, p))
+        state["momentum_buffer"] = buffer
         g = _fma(_scalar(momentum, p), buffer, g) if nesterov else buffer
-    param.copy_(_fma(_scalar(-lr, p), g, p))
+    return _fma(_scalar(-lr, p), g, p)
 
 
-RULES: dict[str, Callable[..., None]] = {"adam": adam, "sgd": sgd}
+RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "nadam": nadam, "sgd": sgd}
+
+
+CARRIED = ("step", "mu_product")
+"""The scalars among a state's entries, which a rule advances itself."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""A state's entries that are tensors like the parameter."""
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_number(item) for item in value)
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def update(
+    rule: str,
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    hyperparameters: dict[str, Any],
+    *,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    first: bool = False,
+) -> None:
+    """One step of one parameter, in place.
+
+    Args:
+        rule: a name in :data:`RULES`.
+        param: a real or complex tensor; a complex number counts as two real ones.
+        grad: of the same shape; divided by ``grad_scale`` and, with ``maximize``, negated. Not modified.
+        state: the parameter's, complete; its moments have the parameter's shape and any dtype and strides.
+        hyperparameters: of the parameter group, those that the rule takes; numbers or tensors of one element.
+        first: whether the moments hold nothing yet. The rule is then not shown them.
+    """
+    moments = {name: state[name] for name in MOMENTS if state.get(name) is not None}
+    in_fp64 = any(t.dtype in (torch.float64, torch.complex128) for t in (param, grad, *moments.values()))
+
+    def real(tensor: Tensor) -> Tensor:
+        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+    def widened(tensor: Tensor) -> Tensor:
+        return real(tensor).to(torch.float64 if in_fp64 else torch.float32)
+
+    g = widened(grad)
+    if grad_scale != 1:
+        g = g / _scalar(grad_scale, g)
+    of_rule = {name: state[name] for name in CARRIED if name in state}
+    if not first:
+        of_rule.update({name: widened(value) for name, value in moments.items()})
+    numbers = {name: _number(value) for name, value in hyperparameters.items()}
+    p = RULES[rule](widened(param), -g if maximize else g, of_rule, **numbers)
+    real(param).copy_(p)
+    for name, moment in moments.items():
+        if name in of_rule:
+            real(moment).copy_(of_rule[name])

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 import dracopt_ext
+from dracopt_ext.reference import CARRIED
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
+Snapshot = dict[str, Tensor]
+Place = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,22 @@ class Case:
     def torchs(self) -> MakeOptimizer:
         return getattr(torch.optim, self.algorithm)
 
+    @property
+    def fused(self) -> dict[str, bool]:
+        """The option that makes torch round as ours does on whole SIMD blocks; empty where torch has no such kernel."""
+        return {} if self.algorithm == "NAdam" else {"fused": True}
+
+    def assert_agree(self, ours: Snapshot, theirs: Snapshot, steps: int) -> None:
+        """With torch, after that many steps on whole SIMD blocks."""
+        if self.fused:
+            assert_same_bits(ours, theirs)
+        else:
+            assert_close(ours, theirs, steps * UNFUSED_ULPS)
+
+
+# At most twelve roundings of torch's step and eight of ours, of half an ulp each, in terms no larger than twice the
+# scale of the result.
+UNFUSED_ULPS = (12 + 8) * 0.5 * 2
 
 CASES = [
     Case("SGD"),
@@ -47,15 +66,20 @@ CASES = [
     Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.5, 0.95)}),
     Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True}),
     Case("AdamW", {"lr": 0.01, "weight_decay": 0, "eps": 0}),
+    Case("NAdam"),
+    Case("NAdam", {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.3, "maximize": True}),
+    Case("NAdam", {"lr": 0.01, "betas": (0.4, 0.9), "weight_decay": 0.1, "decoupled_weight_decay": True}),
 ]
+FUSED_CASES = [case for case in CASES if case.fused]
+RULES = [CASES[4], CASES[11], CASES[14]]
+"""One case for each rule, with every stream it can have."""
 
 DTYPES = [torch.float32, torch.float64]
+STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # Around the widths of vectors and of a thread's share; 0 elements too. Torch rounds the tail of a tensor differently.
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8193, 33000]
 WHOLE_BLOCKS = [64, 128, 512, 1024, 4096]
-
-Snapshot = dict[str, Tensor]
 
 
 def inputs(
@@ -86,20 +110,34 @@ def train(
     options: dict[str, Any],
     initial: Sequence[Tensor],
     gradients: Sequence[Sequence[Tensor]],
-    place: Callable[[Tensor], Tensor] = Tensor.clone,
+    place: Place = Tensor.clone,
+    place_grad: Place | None = None,
+    place_state: Place | None = None,
 ) -> Snapshot:
-    """Takes one step for each list of gradients. ``place`` decides where in memory a tensor comes to lie."""
+    """Takes one step for each list of gradients.
+
+    ``place`` decides where in memory a parameter comes to lie; and a gradient, but for ``place_grad``; and a state
+    after the first step, if there is ``place_state``.
+    """
     params = [torch.nn.Parameter(place(value)) for value in initial]
     optimizer = make(params, **options)
-    for step in gradients:
+    for number, step in enumerate(gradients):
         for p, grad in zip(params, step, strict=True):
-            p.grad = place(grad)
+            p.grad_dtype = grad.dtype
+            p.grad = (place_grad or place)(grad)
         optimizer.step()
+        if number == 0 and place_state is not None:
+            for state in optimizer.state.values():
+                for name, value in state.items():
+                    if value.dim() > 0 or name not in CARRIED:
+                        state[name] = place_state(value)
     return snapshot(optimizer)
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
     """Elementwise; NaNs compare as NaN."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return (a.view(as_integer) == b.view(as_integer)) | (a.isnan() & b.isnan())
 

@@ -8,19 +8,20 @@ import torch
 
 from dracopt_ext import _C
 
-from .cases import CASES, DTYPES, SIZES, inputs, train
+from .cases import CASES, SIZES, STORAGE, inputs, train
 
 
 def digest() -> str:
     found = hashlib.sha256()
-    for dtype in DTYPES:
-        initial, gradients = inputs(SIZES, dtype, steps=4)
-        initial.append(torch.tensor([float("nan"), float("inf"), -0.0, 1e-42], dtype=dtype))
+    for param, grad, state in (*zip(STORAGE, STORAGE, STORAGE, strict=True), (torch.bfloat16, torch.float16, None)):
+        initial, gradients = inputs(SIZES, torch.float32, steps=4)
+        initial.append(torch.tensor([float("nan"), float("inf"), -0.0, 1e-42]))
         for step in gradients:
-            step.append(torch.tensor([1.0, float("inf"), 0.0, 1e-42], dtype=dtype))
+            step.append(torch.tensor([1.0, float("inf"), 0.0, 1e-42]))
+        given = [t.to(param) for t in initial], [[t.to(grad) for t in step] for step in gradients]
         for case in CASES:
-            for tensor in train(case.ours, case.options, initial, gradients).values():
-                found.update(tensor.nan_to_num(nan=123.0).numpy().tobytes())
+            for tensor in train(case.ours, {**case.options, "state_dtype": state}, *given).values():
+                found.update(tensor.double().nan_to_num(nan=123.0).numpy().tobytes())
     return found.hexdigest()
 
 

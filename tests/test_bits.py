@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from dracopt_ext import _C
+from dracopt_ext.reference import MOMENTS
 
 from .cases import (
     CASES,
     DTYPES,
     FAULTS,
+    FUSED_CASES,
     SIZES,
+    UNFUSED_ULPS,
     WHOLE_BLOCKS,
     Case,
     NoOp,
@@ -73,7 +76,10 @@ def test_reference_in_fp64_bites(case: Case, fault: type[NoOp]) -> None:
         assert_close(wrong, by_reference(case, SIZES, torch.float64, FP64_STEPS), FP64_ULPS)
 
 
-@every_case
+every_fused_case = pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+
+
+@every_fused_case
 @every_dtype
 def test_torch_fused_on_whole_simd_blocks(case: Case, dtype: torch.dtype) -> None:
     given = inputs(WHOLE_BLOCKS, dtype, 10)
@@ -81,7 +87,7 @@ def test_torch_fused_on_whole_simd_blocks(case: Case, dtype: torch.dtype) -> Non
     assert_same_bits(ours, train(case.torchs, {**case.options, "fused": True}, *given))
 
 
-@every_case
+@every_fused_case
 @every_dtype
 @every_fault
 def test_torch_fused_bites(case: Case, dtype: torch.dtype, fault: type[NoOp]) -> None:
@@ -89,6 +95,28 @@ def test_torch_fused_bites(case: Case, dtype: torch.dtype, fault: type[NoOp]) ->
     theirs = train(case.torchs, {**case.options, "fused": True}, *given)
     with pytest.raises(AssertionError, match="elements differ"):
         assert_same_bits(train(fault(case.ours), case.options, *given), theirs)
+
+
+every_unfused_case = pytest.mark.parametrize("case", [case for case in CASES if not case.fused], ids=str)
+
+
+@every_unfused_case
+@every_dtype
+@pytest.mark.parametrize("foreach", [False, True])
+def test_torch_unfused(case: Case, dtype: torch.dtype, foreach: bool) -> None:
+    given = inputs(SIZES, dtype, 5)
+    theirs = train(case.torchs, {**case.options, "foreach": foreach}, *given)
+    assert_close(train(case.ours, case.options, *given), theirs, 5 * UNFUSED_ULPS)
+
+
+@every_unfused_case
+@every_dtype
+@every_fault
+def test_torch_unfused_bites(case: Case, dtype: torch.dtype, fault: type[NoOp]) -> None:
+    given = inputs(SIZES, dtype, 5)
+    theirs = train(case.torchs, case.options, *given)
+    with pytest.raises(AssertionError, match="ulps"):
+        assert_close(train(fault(case.ours), case.options, *given), theirs, 5 * UNFUSED_ULPS)
 
 
 def one_exact_step(case: Case) -> tuple[Any, dict[str, Tensor]]:
@@ -124,7 +152,7 @@ def test_splits(case: Case, dtype: torch.dtype) -> None:
     lengths = [1, 2, 3, 61, 64, 67, 129, 1000, 3673]
     together = train(case.ours, case.options, [whole], steps)
     pieces = train(case.ours, case.options, whole.split(lengths), [grad.split(lengths) for (grad,) in steps])
-    for name in ("", ".exp_avg", ".exp_avg_sq", ".max_exp_avg_sq", ".momentum_buffer"):
+    for name in ("", *(f".{moment}" for moment in MOMENTS)):
         if f"0.0{name}" in together:
             joined = torch.cat([pieces[f"0.{i}{name}"] for i in range(len(lengths))])
             assert_same_bits({name: joined}, {name: together[f"0.0{name}"]})

@@ -24,20 +24,12 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
-def channels_last() -> tuple[Tensor, Tensor]:
-    return random(4, 3, 5, 5).to(memory_format=torch.channels_last), random(4, 3, 5, 5)
-
-
-# Parameter and gradient, by what sets them apart.
-FOREIGN: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "bfloat16": lambda: (random(37, dtype=torch.bfloat16), random(37).bfloat16()),
-    "float16": lambda: (random(37, dtype=torch.float16), random(37).half()),
-    "gaps": lambda: (random(6, 8)[:, ::2], random(6, 4)),
-    "transposed gradient": lambda: (random(6, 4), random(4, 6).t()),
-    "expanded gradient": lambda: (random(6, 4), random(4).expand(6, 4)),
-    "channels_last parameter": channels_last,
-}
-CASES = [Case("SGD", {"lr": 0.1, "momentum": 0.9}), Case("Adam", {"lr": 0.01}), Case("AdamW", {"lr": 0.01})]
+CASES = [
+    Case("SGD", {"lr": 0.1, "momentum": 0.9}),
+    Case("Adam", {"lr": 0.01}),
+    Case("AdamW", {"lr": 0.01}),
+    Case("NAdam", {"lr": 0.01}),
+]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -61,51 +53,6 @@ def assert_equal(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
         assert tensor.dtype == theirs[name].dtype
 
 
-@every_case
-@pytest.mark.parametrize("kind", FOREIGN)
-@pytest.mark.parametrize("fused", [None, True])
-@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
-def test_dtypes_and_strides(case: Case, kind: str, fused: bool | None) -> None:
-    """Also with ``fused=True``, where torch's fused CPU kernels go wrong."""
-    tensors = [FOREIGN[kind](), (random(64), random(64))]
-    ours = stepped(case.ours, tensors, **case.options, fused=fused)
-    assert ours.last_backend == BOTH
-    assert_equal(stepped(case.ours, tensors[:1], **case.options), stepped(case.torchs, tensors[:1], **case.options))
-    alone = stepped(case.ours, tensors[1:], **case.options)
-    assert alone.last_backend == NATIVE
-    assert torch.equal(ours.param_groups[0]["params"][1], alone.param_groups[0]["params"][0])
-    before = FOREIGN[kind]()[0]
-    assert not torch.equal(ours.param_groups[0]["params"][0], before)
-
-
-def test_elements_between_the_gaps_are_not_touched() -> None:
-    base = torch.zeros(6, 8)
-    p = base[:, ::2].requires_grad_()
-    p.grad = torch.ones(6, 4)
-    with pytest.warns(RuntimeWarning, match="leaves these strides to torch"):
-        dracopt_ext.AdamW([p], lr=0.1, fused=True).step()
-    assert (base[:, 1::2] == 0).all()
-    assert (base[:, ::2] != 0).all()
-
-
-def test_dense_layouts_that_agree_run_natively() -> None:
-    weight, grad = channels_last()
-    tensors = [(weight, grad.to(memory_format=torch.channels_last)), (random(4, 6).t(), random(4, 6).t())]
-    ours = stepped(dracopt_ext.AdamW, tensors, lr=0.1)
-    assert ours.last_backend == NATIVE
-    reference = stepped(dracopt_ext.AdamW, tensors, lr=0.1, backend="reference")
-    assert_equal(ours, reference)
-
-
-@every_case
-@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
-def test_complex_parameters(case: Case) -> None:
-    tensors = [(random(8, dtype=torch.complex64), random(9, dtype=torch.complex64)[:8])]
-    ours = stepped(case.ours, tensors, **case.options)
-    assert ours.last_backend == TORCH
-    assert_equal(ours, stepped(case.torchs, tensors, **case.options))
-
-
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 def test_sparse_gradients() -> None:
     sparse = torch.tensor([0.0, 2.0, 0.0]).to_sparse()
@@ -113,16 +60,6 @@ def test_sparse_gradients() -> None:
     ours = stepped(dracopt_ext.SGD, tensors, lr=0.1)
     assert ours.last_backend == TORCH
     assert_equal(ours, stepped(torch.optim.SGD, tensors, lr=0.1))
-
-
-@every_case
-@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
-def test_tensor_lr(case: Case) -> None:
-    tensors = [(random(5), random(5))]
-    for lr in (torch.tensor(0.1), torch.tensor([0.1])):
-        ours = stepped(case.ours, tensors, **{**case.options, "lr": lr})
-        assert ours.last_backend == TORCH
-        assert_equal(ours, stepped(case.torchs, tensors, **{**case.options, "lr": lr}))
 
 
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
@@ -224,36 +161,40 @@ def test_meta_parameters() -> None:
 
 
 def test_the_fallback_warns_once_with_the_reason() -> None:
-    message = "^SGD leaves these dtypes to torch's own implementation, which is slower$"
+    message = "^SGD leaves sparse tensors to torch's own implementation, which is slower$"
+    sparse = [(random(3), torch.tensor([0.0, 2.0, 0.0]).to_sparse())]
     with pytest.warns(RuntimeWarning, match=message) as caught:
-        stepped(dracopt_ext.SGD, [FOREIGN["bfloat16"]()], steps=2, lr=0.1)
+        stepped(dracopt_ext.SGD, sparse, steps=2, lr=0.1)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stepped(dracopt_ext.SGD, [FOREIGN["bfloat16"]()], lr=0.1)
+        stepped(dracopt_ext.SGD, sparse, lr=0.1)
+
+
+def one_that_torch_steps(dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """For its elements might share memory: the strides do not tell."""
+    return nn.Parameter(torch.as_strided(torch.ones(64, dtype=dtype), (4, 4), (2, 3)))
 
 
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
-def test_first_step_of_a_mixture_that_overflows_changes_nothing() -> None:
-    """torch's fused SGD leaves an uninitialised momentum buffer behind in this case."""
-    p, q = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-    optimizer = dracopt_ext.SGD([p, q], lr=0.1, momentum=0.9, fused=True)
-    p.grad, q.grad = torch.full((64,), float("inf")), torch.ones(8, dtype=torch.bfloat16)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+def test_unscaling_for_what_torch_steps() -> None:
+    p, q = nn.Parameter(torch.ones(64)), one_that_torch_steps()
+    optimizer = dracopt_ext.SGD([p, q], lr=0.5, fused=True)
+    p.grad, q.grad = torch.full((64,), 8.0), torch.zeros(4, 4)
+    q.grad[0, 0] = 8.0
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
     optimizer.step()
-    assert not optimizer.state
-    assert optimizer.last_backend == {}
-    p.grad = torch.full((64,), 2.0)
-    optimizer.found_inf = torch.tensor(0.0)
-    optimizer.step()
-    torch.testing.assert_close(p.detach(), torch.full((64,), 0.9))
-    assert (optimizer.state[p]["momentum_buffer"] == 1.0).all()
-    assert (p.grad == 2.0).all()
+    assert optimizer.last_backend == BOTH
+    assert (p == 0).all()
+    assert q[0, 0] == 0
+    assert q.grad[0, 0] == 8.0
+    assert (p.grad == 8.0).all()
 
 
-def test_unscaling_fp16_is_refused_in_torchs_words() -> None:
-    p = nn.Parameter(torch.ones(8, dtype=torch.float16))
-    p.grad = torch.ones(8, dtype=torch.float16)
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_unscaling_fp16_for_what_torch_steps_is_refused_in_its_words() -> None:
+    p = one_that_torch_steps(torch.float16)
+    p.grad = torch.ones(4, 4, dtype=torch.float16)
     optimizer = dracopt_ext.Adam([p], fused=True)
     optimizer.grad_scale = torch.tensor(2.0)
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
@@ -275,9 +216,7 @@ def test_the_reference_serves_low_precision(case: Case) -> None:
 
 
 def test_the_reference_refuses_what_it_does_not_serve() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"takes dense real tensors only, not a torch.float32 parameter of shape \[3\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"takes dense tensors only, not a torch.sparse_coo gradient of .* \[3\]"):
         stepped(dracopt_ext.SGD, [(random(3), torch.ones(3).to_sparse())], backend="reference")
-    with pytest.raises(RuntimeError, match="serves no hyperparameters that are tensors"):
-        stepped(dracopt_ext.SGD, [(random(3), random(3))], lr=torch.tensor(0.1), backend="reference")
+    with pytest.raises(RuntimeError, match="serves neither differentiable=True nor capturable=True"):
+        stepped(dracopt_ext.SGD, [(random(3), random(3))], differentiable=True, backend="reference")

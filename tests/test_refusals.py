@@ -53,7 +53,7 @@ def test_gradient_of_another_shape() -> None:
     broken = Broken()
     good = broken.params[1].data
     broken.params[1].data = torch.ones(8, 8)
-    broken.assert_refuses(ValueError, r"group 0 \('layer.weight', shape \[8, 8\]\) has a gradient of another shape")
+    broken.assert_refuses(ValueError, r"the gradient of .*\('layer.weight', shape \[8, 8\]\) has another shape, \[64\]")
     broken.params[1].data = good
     broken.assert_recovers()
 
@@ -90,6 +90,89 @@ def test_expanded_parameter() -> None:
         assert (good == 1).all()
 
 
+def wrong_gradients() -> dict[str, tuple[Callable[[nn.Parameter], None], str]]:
+    def set_grad(grad: torch.Tensor) -> Callable[[nn.Parameter], None]:
+        def change(p: nn.Parameter) -> None:
+            # torch checks what is assigned to .grad, but not what becomes of it then.
+            p.grad = torch.zeros_like(p)
+            p.grad.data = grad
+
+        return change
+
+    return {
+        "shape": (set_grad(torch.ones(8, 8)), r"has another shape, \[8, 8\]"),
+        "one element for all": (set_grad(torch.ones(1)), r"has another shape, \[1\]"),
+        "more": (set_grad(torch.ones(65)), r"has another shape, \[65\]"),
+        "integers": (set_grad(torch.ones(64, dtype=torch.int64)), "has a dtype that does not fit, Long"),
+        "complex": (set_grad(torch.ones(64, dtype=torch.complex64)), "has a dtype that does not fit, ComplexFloat"),
+    }
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+@pytest.mark.parametrize("kind", wrong_gradients())
+def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
+    change, message = wrong_gradients()[kind]
+    broken = Broken(name)
+    change(broken.params[1])
+    broken.assert_refuses(ValueError, f"the gradient of {WHERE} {message}. Set .grad to None")
+    broken.params[1].grad = None
+    broken.assert_recovers()
+
+
+WRONG_STATES: dict[str, tuple[str, Any, str]] = {
+    "shape": ("exp_avg_sq", torch.zeros(8, 8), r"has another shape, \[8, 8\]"),
+    "integers": ("exp_avg", torch.zeros(64, dtype=torch.int32), "has a dtype that does not fit, Int"),
+    "complex": ("exp_avg", torch.zeros(64, dtype=torch.complex64), "has a dtype that does not fit, ComplexFloat"),
+    "expanded": (
+        "exp_avg",
+        torch.zeros(1).expand(64),
+        "is expanded: several of its elements share one memory location",
+    ),
+    "device": ("exp_avg", torch.zeros(64, device="meta"), "is on another device, meta"),
+    "number": ("exp_avg", 0.0, "is no tensor but a float"),
+    "step as a number": ("step", 1, "is no tensor but a int"),
+    "step of two elements": ("step", torch.ones(2), r"has another shape, \[2\]"),
+    "step on another device": ("step", torch.ones((), device="meta"), "is on another device, meta"),
+}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+@pytest.mark.parametrize("kind", WRONG_STATES)
+def test_states_that_do_not_fit(name: str, kind: str) -> None:
+    key, value, message = WRONG_STATES[kind]
+    broken = Broken(name)
+    state = broken.optimizer.state[broken.params[1]]
+    good, state[key] = state[key], value
+    params = [p.detach().clone() for p in broken.params]
+    others = snapshot_of_states(broken, without=broken.params[1])
+    with pytest.raises(ValueError, match=f"the state '{key}' of {WHERE} {message}. Delete this parameter's state"):
+        broken.optimizer.step()
+    assert state[key] is value
+    for p, before in zip(broken.params, params, strict=True):
+        assert torch.equal(p, before)
+    assert_same_bits(snapshot_of_states(broken, without=broken.params[1]), others)
+    state[key] = good
+    broken.assert_recovers()
+
+
+def snapshot_of_states(broken: Broken, without: nn.Parameter) -> dict[str, torch.Tensor]:
+    return {
+        f"{i}.{name}": value.clone()
+        for i, p in enumerate(broken.params)
+        if p is not without
+        for name, value in broken.optimizer.state[p].items()
+    }
+
+
+def test_momentum_buffer_that_does_not_fit() -> None:
+    broken = Broken("SGD", momentum=0.9)
+    state = broken.optimizer.state[broken.params[1]]
+    good, state["momentum_buffer"] = state["momentum_buffer"], torch.zeros(63)
+    broken.assert_refuses(ValueError, f"the state 'momentum_buffer' of {WHERE} has another shape")
+    state["momentum_buffer"] = good
+    broken.assert_recovers()
+
+
 BAD_GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
     "text for lr": (lambda g: g.update(lr="fast"), TypeError, r"param_groups\[1\]\['lr'\] must be a number, not str"),
     "None for eps": (
@@ -101,6 +184,23 @@ BAD_GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
         lambda g: g.update(betas=(0.9, 0.9, 0.9)),
         ValueError,
         r"\[1\] holds 8 hyperparameters",
+    ),
+    "not a number for lr": (
+        lambda g: g.update(lr=float("nan")),
+        ValueError,
+        r"param_groups\[1\]\['lr'\] is nan; it must be finite",
+    ),
+    "infinite weight decay": (lambda g: g.update(weight_decay=float("inf")), ValueError, r"\['weight_decay'\] is inf"),
+    "a beta of 1": (
+        lambda g: g.update(betas=(1.0, 0.9)),
+        ValueError,
+        r"\['betas'\] is 1.0; it must be at least 0 and less than 1",
+    ),
+    "a negative beta": (lambda g: g.update(betas=(0.5, -0.9)), ValueError, r"\['betas'\] is -0.9"),
+    "a tensor of two for lr": (
+        lambda g: g.update(lr=torch.ones(2)),
+        ValueError,
+        r"\['lr'\] must be a tensor of one element, not of shape \[2\]",
     ),
     "no lr": (lambda g: g.pop("lr"), KeyError, r"param_groups\[1\]\['lr'\] is missing"),
     "a tuple of params": (lambda g: g.update(params=tuple(g["params"])), TypeError, r"\['params'\] must be a list"),
@@ -135,6 +235,14 @@ def test_closure_that_raises() -> None:
     broken.assert_recovers()
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_sparse_gradient_for_nadam() -> None:
+    broken = Broken("NAdam")
+    broken.params[1].grad = torch.ones(64).to_sparse()
+    broken.assert_refuses(RuntimeError, "NAdam does not support sparse gradients")
+    broken.assert_recovers()
+
+
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 def test_sparse_gradient_for_adam(fused: bool | None) -> None:
@@ -159,18 +267,15 @@ def test_sparse_gradient_for_fused_sgd() -> None:
     broken.assert_recovers()
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
 def test_native_backend_refuses_what_it_does_not_serve(name: str) -> None:
     broken = Broken(name, backend="native")
-    good = broken.params[1].data
-    broken.params[1].grad = None
-    broken.params[1].data = good.bfloat16()
-    broken.params[1].grad = torch.ones(64, dtype=torch.bfloat16)
+    broken.optimizer.param_groups[0]["differentiable"] = True
     broken.assert_refuses(
-        RuntimeError, f"backend='native' does not serve these dtypes: {WHERE}. Leave `backend` at None"
+        RuntimeError,
+        r"backend='native' does not serve differentiable=True: parameter 0 .*\('first', shape \[64\]\). Leave",
     )
-    broken.params[1].grad = None
-    broken.params[1].data = good
+    broken.optimizer.param_groups[0]["differentiable"] = False
     broken.assert_recovers()
 
 

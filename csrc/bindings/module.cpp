@@ -10,7 +10,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return dracopt::cpu::kernels().isa; });
   py::class_<dracopt::StepPlan>(m, "StepPlan")
       .def(py::init<const std::string&>(), py::arg("rule"))
-      .def("step", &dracopt::StepPlan::step, py::arg("param_groups"), py::arg("state"), py::arg("created") = py::none(),
-           py::arg("stepped") = dracopt::StepPlan::Indices())
+      .def("step", &dracopt::StepPlan::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
+           py::arg("created") = py::none(), py::arg("stepped") = dracopt::StepPlan::Indices())
       .def_property_readonly("updated", &dracopt::StepPlan::updated);
 }

@@ -7,8 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <unordered_map>
 
+#include "bindings/describe.h"
+#include "bindings/state_walk.h"
 #include "bindings/tensor_facts.h"
 #include "cpu/kernels.h"
 
@@ -27,10 +28,9 @@ constexpr int64_t kGrainTensors = 128;
 constexpr size_t kBlock = 16;  // parameters located at once
 
 // The keys that every rule's groups have, in the order in which read_group() takes them.
-constexpr const char* kDriverKeyNames[] = {"params", "maximize", "differentiable", "capturable", nullptr};
-constexpr size_t kDriverKeys = 4;
+constexpr const char* kDriverKeyNames[] = {"params", "maximize", "fused", "differentiable", "capturable", nullptr};
+constexpr size_t kDriverKeys = 5;
 constexpr size_t kMaxGroupKeys = kDriverKeys + kMaxHyperparameters;
-constexpr const char* kStepKeyName[] = {"step", nullptr};
 
 constexpr double kMaxStep = 9007199254740992.0;  // 2^53: beyond it a double no longer counts
 
@@ -52,69 +52,10 @@ bool is_true(PyObject* object) {
   return truth == 1;
 }
 
-std::string quoted(PyObject* text) { return py::repr(text).cast<std::string>(); }
-
-// "param_groups[0]['lr']"
-std::string describe_key(int group, PyObject* key) {
-  return "param_groups[" + std::to_string(group) + "][" + quoted(key) + "]";
-}
-
-// "parameter 3 of group 0 ('layer.weight', shape [10, 4])"
-std::string describe_parameter(PyObject* group, int group_index, int index) {
-  std::string name;
-  PyObject* names = PyDict_GetItemString(group, "param_names");
-  if (names != nullptr && PyList_Check(names) && index < PyList_GET_SIZE(names)) {
-    name = quoted(PyList_GET_ITEM(names, index)) + ", ";
-  }
-  PyObject* tensor = PyList_GET_ITEM(PyDict_GetItemString(group, "params"), index);
-  return "parameter " + std::to_string(index) + " of group " + std::to_string(group_index) + " (" + name + "shape " +
-         shape_of(THPVariable_Unpack(tensor).unsafeGetTensorImpl()) + ")";
-}
-
 // Without Python's isinstance(), which torch overrides in Python.
 bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
-
-// The optimizer's state, by parameter. Its entries usually lie in the order of the parameters: a walk in step with them
-// compares pointers. Once an entry is not at the walk's position, an index of all entries is made. Either is much
-// faster than Tensor.__hash__; and that is Python, during which another thread might take away what was located.
-class StateWalk {
- public:
-  explicit StateWalk(PyObject* state) : state_(state) { advance(); }
-
-  PyObject* find(PyObject* parameter) {
-    if (parameter == key_) {
-      PyObject* found = value_;
-      advance();
-      return found;
-    }
-    if (!indexed_) make_index();
-    const auto found = index_.find(parameter);
-    return found == index_.end() ? nullptr : found->second;
-  }
-
-  void pass(PyObject* parameter) {
-    if (parameter == key_) advance();
-  }
-
- private:
-  void advance() {
-    if (!PyDict_Next(state_, &position_, &key_, &value_)) key_ = nullptr;
-  }
-
-  void make_index() {
-    indexed_ = true;
-    PyObject *key, *value;
-    for (Py_ssize_t position = 0; PyDict_Next(state_, &position, &key, &value);) index_.emplace(key, value);
-  }
-
-  PyObject* state_;
-  Py_ssize_t position_ = 0;
-  PyObject *key_ = nullptr, *value_ = nullptr;
-  bool indexed_ = false;
-  std::unordered_map<PyObject*, PyObject*> index_;
-};
 
 }  // namespace
 
@@ -126,16 +67,18 @@ StepPlan::StepPlan(const std::string& rule)
       }()) {
   group_keys_.append(kDriverKeyNames);
   group_keys_.append(rule_.group_keys);
-  if (rule_.counts_steps) state_keys_.append(kStepKeyName);
+  state_keys_.append(rule_.carried_keys);
   state_keys_.append(rule_.state_keys);
 }
 
-py::object StepPlan::step(py::handle param_groups, py::handle state, std::optional<Indices> created, Indices stepped) {
+py::object StepPlan::step(py::handle param_groups, py::handle state, double grad_scale, std::optional<Indices> created,
+                          Indices stepped) {
   if (running_) {
     throw std::runtime_error(
         "step() of this optimizer is already running in another thread; give each thread an optimizer of its own");
   }
   updated_ = 0;
+  grad_scale_ = grad_scale;
   read_groups(param_groups.ptr());
   locate(state.ptr());
   const bool again = created.has_value();
@@ -179,25 +122,41 @@ void StepPlan::read_group(PyObject* dict, Group& group) {
     throw py::type_error(describe_key(group.index, group_keys_[0]) + " must be a list of tensors");
   }
   group.maximize = is_true(values[1]);
+  group.fused = is_true(values[2]);
   group.foreign = nullptr;
-  if (is_true(values[2])) group.foreign = "differentiable=True";
-  if (is_true(values[3])) group.foreign = "capturable=True";
+  if (is_true(values[3])) group.foreign = "differentiable=True";
+  // torch takes it on CPU only together with fused, where it means nothing.
+  if (is_true(values[4]) && !group.fused) group.foreign = "capturable=True";
 
   int count = 0;
-  const auto append = [&](PyObject* key, PyObject* number) {
+  const auto append = [&](PyObject* key, PyObject* number, bool is_decay_rate) {
     double value = 0;
     if (PyFloat_CheckExact(number)) {
       value = PyFloat_AS_DOUBLE(number);
     } else if (PyBool_Check(number)) {
       value = number == Py_True;
     } else if (is_tensor(number)) {
-      group.foreign = "hyperparameters that are tensors";
+      const c10::TensorImpl* tensor = THPVariable_Unpack(number).unsafeGetTensorImpl();
+      const Format& format = format_of(tensor);
+      if (tensor->numel() != 1) {
+        throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
+                              shape_of(tensor));
+      }
+      if (is_plain(tensor) && format.is_native && !format.is_complex) {
+        value = number_at(readable_data(tensor, format.bytes()), format.dtype);
+      } else {
+        group.foreign = "hyperparameters that are tensors on another device or of another dtype";
+      }
     } else {
       value = PyFloat_AsDouble(number);
       if (value == -1.0 && PyErr_Occurred()) {
         PyErr_Clear();
         throw py::type_error(describe_key(group.index, key) + " must be a number, not " + Py_TYPE(number)->tp_name);
       }
+    }
+    if (!std::isfinite(value) || (is_decay_rate && !(value >= 0 && value < 1))) {
+      throw py::value_error(describe_key(group.index, key) + " is " + quoted(number) + "; it must be " +
+                            (is_decay_rate ? "at least 0 and less than 1" : "finite"));
     }
     if (count < rule_.hyperparameters) group.hyperparameters[count] = value;
     ++count;
@@ -207,10 +166,10 @@ void StepPlan::read_group(PyObject* dict, Group& group) {
     if (value == nullptr) throw py::key_error(describe_key(group.index, group_keys_[k]) + " is missing");
     if (PyTuple_Check(value) || PyList_Check(value)) {
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
-        append(group_keys_[k], PySequence_Fast_GET_ITEM(value, i));
+        append(group_keys_[k], PySequence_Fast_GET_ITEM(value, i), true);  // betas
       }
     } else {
-      append(group_keys_[k], value);
+      append(group_keys_[k], value, false);
     }
   }
   if (count != rule_.hyperparameters) {
@@ -259,7 +218,7 @@ void StepPlan::locate(PyObject* state) {
     }
     for (size_t i = first; i < count; ++i) {
       if (located_[i].state == nullptr || !PyDict_Check(located_[i].state)) continue;
-      state_keys_.read(located_[i].state, wanted_states(*located_[i].group), located_[i].values);
+      state_keys_.read(located_[i].state, static_cast<size_t>(wanted_states(*located_[i].group)), located_[i].values);
     }
   }
   located_.resize(count);
@@ -273,7 +232,7 @@ void StepPlan::examine(const Indices& created) {
   if (examined_.size() < count_) {
     examined_.resize(count_);
     segments_.resize(count_);
-    scalars_.resize(count_);
+    prepared_.resize(count_);
   }
   struct Examination {
     StepPlan& plan;
@@ -290,114 +249,182 @@ void StepPlan::examine(const Indices& created) {
 
 void StepPlan::examine(const Located& located, Examined& examined, Segment& segment) const {
   const Group& group = *located.group;
-  c10::TensorImpl* p = located.param;
-  c10::TensorImpl* g = located.grad;
   const auto foreign = [&](const char* reason) {
     examined.verdict = Verdict::foreign;
     examined.reason = reason;
   };
+  c10::TensorImpl* p = examined.streams[kParam] = located.param;
+  c10::TensorImpl* g = examined.streams[kGrad] = located.grad;
   if (group.foreign != nullptr) return foreign(group.foreign);
   if (!THPVariable_CheckExact(located.parameter)) return foreign("tensor subclasses");
   if (!is_plain(p)) return foreign(why_not_plain(p));
-  if (!p->is_non_overlapping_and_dense()) {
-    if (!is_expanded(p)) return foreign("these strides");
+  if (is_expanded(p)) {
     examined.verdict = Verdict::expanded;
     return;
   }
-  if (!is_plain(g)) return foreign(why_not_plain(g));
-  if (!same_shape(p, g)) {
-    examined.verdict = Verdict::wrong_gradient;
-    return;
-  }
-  if (!is_native_dtype(p) || g->dtype() != p->dtype()) return foreign("these dtypes");
-  if (!same_order(p, g)) return foreign("these strides");
+  if (may_overlap_itself(p)) return foreign("strides by which elements may share memory");
+  const Format& format = format_of(p);
+  if (!format.is_native) return foreign("these dtypes");
+  if (format.is_complex && group.fused) return foreign("complex parameters with fused=True");
   if (p->is_inference() && !inference_mode_) return foreign("inference tensors");
   if (is_lazily_cloned(p)) return foreign("lazily cloned tensors");
 
-  const bool fp64 = is_fp64(p);
-  const int itemsize = fp64 ? 8 : 4;
-  const int counters = rule_.counts_steps ? 1 : 0;
-  const auto wanted = static_cast<int>(wanted_states(group));
-  examined.verdict = Verdict::ready;
-  for (int k = 0; k < wanted && examined.verdict == Verdict::ready; ++k) {
-    if (located.values[k] != nullptr && located.values[k] != Py_None) continue;
-    // As in torch, a rule that counts steps creates its state as a whole, so that a part of it is a mistake.
-    const bool partial = rule_.counts_steps && located.state != nullptr && PyDict_Check(located.state) &&
-                         PyDict_GET_SIZE(located.state) > 0;
-    examined.culprit = k;
-    examined.verdict = partial ? Verdict::partial_state : Verdict::missing_state;
-    if (partial) return;
+  examined.fault = fault_of(g, p);
+  if (examined.fault != Fault::none) {
+    examined.verdict = Verdict::wrong;
+    examined.culprit = kGradient;
+    return;
   }
+  if (!is_plain(g)) return foreign(why_not_plain(g));
+  examined.verdict = Verdict::ready;
+  examined.written_moved = false;
+  if (examine_state(located, examined)) fill(group, examined, segment);
+}
 
-  void* step = nullptr;
-  void* states[kMaxStates] = {};
-  examined.written[0] = p;
-  examined.written_count = 1;
-  for (int k = 0; k < wanted && examined.verdict == Verdict::ready; ++k) {
-    if (!THPVariable_CheckExact(located.values[k])) return foreign("states that are not plain tensors");
+// Why a tensor cannot be the gradient or a moment of a parameter, which is plain.
+StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
+  if (is_python_subclass(tensor)) return Fault::none;
+  if (!is_plain(tensor) && tensor->device() != param->device()) return Fault::device;
+  if (!same_shape(tensor, param)) return Fault::shape;
+  if (tensor->dtype() == param->dtype()) return Fault::none;
+  const Format& format = format_of(tensor);
+  if (!format.is_native || format.is_complex != format_of(param).is_complex) return Fault::dtype;
+  return Fault::none;
+}
+
+// The same of a scalar that the state carries.
+StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor) {
+  if (is_python_subclass(tensor)) return Fault::none;
+  if (!is_plain(tensor) && !tensor->device().is_cpu()) return Fault::device;
+  return tensor->numel() == 1 ? Fault::none : Fault::shape;
+}
+
+// Returns false if the verdict is clear without a look at the streams' memory.
+bool StepPlan::examine_state(const Located& located, Examined& examined) const {
+  const auto foreign = [&](const char* reason) {
+    examined.verdict = Verdict::foreign;
+    examined.reason = reason;
+    return false;
+  };
+  const auto wrong = [&](Fault fault, int culprit) {
+    examined.verdict = Verdict::wrong;
+    examined.fault = fault;
+    examined.culprit = culprit;
+    return false;
+  };
+  const int wanted = wanted_states(*located.group);
+  for (int k = 0; k < wanted; ++k) {
+    if (located.values[k] != nullptr && located.values[k] != Py_None) continue;
+    // As in torch, a rule that carries scalars creates its state as a whole, so that a part of it is a mistake.
+    const bool partial = rule_.carried > 0 && located.state != nullptr && PyDict_Check(located.state) &&
+                         PyDict_GET_SIZE(located.state) > 0;
+    examined.verdict = partial ? Verdict::partial_state : Verdict::missing_state;
+    examined.culprit = k;
+    return !partial;
+  }
+  for (int k = 0; k < wanted; ++k) {
+    if (!THPVariable_CheckExact(located.values[k])) {
+      if (!is_tensor(located.values[k])) return wrong(Fault::no_tensor, k);
+      return foreign("states that are tensor subclasses");
+    }
     c10::TensorImpl* s = THPVariable_Unpack(located.values[k]).unsafeGetTensorImpl();
-    const bool is_step = k < counters;
+    const bool is_carried = k < rule_.carried;
+    const Fault fault = is_carried ? fault_of_scalar(s) : fault_of(s, located.param);
+    if (fault != Fault::none) return wrong(fault, k);
     if (!is_plain(s)) return foreign(why_not_plain(s));
     if (is_lazily_cloned(s)) return foreign("lazily cloned tensors");
-    if (is_step ? s->numel() != 1 : !same_shape(s, p)) {
-      examined.verdict = Verdict::wrong_state;
-      examined.culprit = k;
-      return;
-    }
-    if (!is_step) {
-      if (s->dtype() != p->dtype()) return foreign("these dtypes");
-      if (!same_order(p, s)) return foreign("these strides");
-      examined.written[examined.written_count++] = s;
-      states[k - counters] = writable_data(s, itemsize);
+    if (!is_carried) {
+      if (is_expanded(s)) return wrong(Fault::expanded, k);
+      if (may_overlap_itself(s)) return foreign("strides by which elements may share memory");
+      examined.streams[kFirstState + k - rule_.carried] = s;
       continue;
     }
-    if (!is_native_dtype(s)) return foreign("these dtypes");
-    examined.step_is_fp64 = is_fp64(s);
-    step = writable_data(s, examined.step_is_fp64 ? 8 : 4);
-    // In the counter's own type, so that it saturates as torch's does (at 2^24 in fp32).
-    const double next = examined.step_is_fp64 ? *static_cast<double*>(step) + 1
-                                              : static_cast<double>(*static_cast<float*>(step) + 1.0f);
-    if (!(next >= 1 && next <= kMaxStep && std::floor(next) == next)) {
+    const Format& format = format_of(s);
+    if (!format.is_native || format.is_complex || format.bytes() < 4) return foreign("step counts of this dtype");
+    void* data = writable_data(s, format.bytes());
+    examined.written_moved |= examined.carried_data[k] != data;
+    examined.carriers[k] = s;
+    examined.carried_data[k] = data;
+    examined.carried[k] = {number_at(examined.carried_data[k], format.dtype), format.dtype == Dtype::fp32};
+    const double value = examined.carried[k].value;
+    if (k == 0 && !(value >= 0 && value < kMaxStep && std::floor(value) == value)) {
       return foreign("step counts that are not natural numbers");
     }
-    examined.next_step = next;
   }
+  return true;
+}
 
-  void* param = writable_data(p, itemsize);
-  const void* grad = readable_data(g, itemsize);
-  const int64_t numel = p->numel();
-  examined.written_moved = segment.param != param || segment.numel != numel || segment.step != step ||
-                           !std::equal(states, states + kMaxStates, segment.states);
-  examined.grad_moved = segment.grad != grad;
-  segment.param = param;
-  segment.grad = grad;
-  std::copy(states, states + kMaxStates, segment.states);
-  segment.step = step;
-  segment.update = rule_.update[static_cast<int>(fp64 ? Arithmetic::fp64 : Arithmetic::fp32)][group.states];
+// The work on tensors that are in order. Those of a state that is missing are left out.
+void StepPlan::fill(const Group& group, Examined& examined, Segment& segment) const {
+  const c10::TensorImpl* p = examined.streams[kParam];
+  const Format& format = format_of(p);
+  const int64_t numel = p->numel() * format.reals();
+  const int count = kFirstState + (examined.verdict == Verdict::ready ? group.states : 0);
+  const bool dense = p->is_non_overlapping_and_dense(), contiguous = p->is_contiguous();
+  bool fp64 = false;
+  examined.written_moved |= segment.numel != numel || examined.stream_count != count;
+  examined.stream_count = count;
+  examined.strided = false;
+  for (int k = 0; k < count; ++k) {
+    c10::TensorImpl* tensor = examined.streams[k];
+    const Format& stored = format_of(tensor);
+    void* data =
+        k == kGrad ? const_cast<void*>(readable_data(tensor, stored.bytes())) : writable_data(tensor, stored.bytes());
+    const bool simple = contiguous && tensor->is_contiguous();
+    const int64_t bytes = (simple ? p->numel() : extent_of(tensor)) * stored.bytes();
+    const bool moved = segment.streams[k].data != data || examined.bytes[k] != bytes;
+    if (k == kGrad) {
+      examined.grad_moved = moved;
+    } else {
+      examined.written_moved |= moved;
+    }
+    segment.streams[k] = {data, stored.dtype, true};
+    examined.bytes[k] = bytes;
+    fp64 |= stored.dtype == Dtype::fp64;
+    examined.strided |= !simple && !(dense && tensor->strides() == p->strides());
+  }
+  examined.strided &= p->numel() > 0;
+  examined.arithmetic = fp64 ? Arithmetic::fp64 : Arithmetic::fp32;
+  segment.layout = nullptr;
+  segment.update = rule_.update[static_cast<int>(examined.arithmetic)][group.states];
+  segment.grad_scale = grad_scale_;
   segment.numel = numel;
-  segment.unit_numel = kUnitBytes / itemsize;
+  segment.unit_numel = kUnitBytes / itemsize(format.dtype);
   segment.maximize = group.maximize;
 }
 
-// The scalars of the ready ones. They depend on the group and the step number, which neighbours nearly always share.
+// The scalars of the ready ones. They depend on the group and on what the state carries, which neighbours nearly always
+// share.
 void StepPlan::prepare(size_t begin, size_t end, const Indices& created) {
   PowerMemo powers{};
-  size_t last = end;
+  const Examined* last = nullptr;
+  const Group* last_group = nullptr;
+  bool last_first = false;
   for (size_t i = begin; i < end; ++i) {
     Examined& examined = examined_[i];
     if (examined.verdict != Verdict::ready) continue;
     const Group* group = located_[i].group;
-    if (!rule_.counts_steps) {  // only whether the step is the first matters then
-      const Index index(group->index, located_[i].index);
-      examined.next_step = !created.empty() && std::binary_search(created.begin(), created.end(), index) ? 1 : 2;
+    const bool first = rule_.carried == 0 && !created.empty() &&
+                       std::binary_search(created.begin(), created.end(), Index(group->index, located_[i].index));
+    bool same =
+        last != nullptr && last_group == group && last_first == first && last->arithmetic == examined.arithmetic;
+    for (int k = 0; same && k < rule_.carried; ++k) {
+      same = last->carried[k].value == examined.carried[k].value &&
+             last->carried[k].is_fp32 == examined.carried[k].is_fp32;
     }
-    if (last == end || located_[last].group != group || examined_[last].next_step != examined.next_step ||
-        segments_[last].unit_numel != segments_[i].unit_numel) {
-      const Arithmetic arithmetic = segments_[i].unit_numel == kUnitBytes / 8 ? Arithmetic::fp64 : Arithmetic::fp32;
-      rule_.prepare[static_cast<int>(arithmetic)](examined.next_step, group->hyperparameters, powers, &scalars_[i]);
-      last = i;
+    if (same) {
+      examined.prepared = last->prepared;
+    } else {
+      examined.prepared = i;
+      Prepared& prepared = prepared_[i];
+      std::copy(examined.carried, examined.carried + rule_.carried, prepared.carried);
+      rule_.prepare[static_cast<int>(examined.arithmetic)](prepared.carried, first, group->hyperparameters, powers,
+                                                           &prepared.scalars);
     }
-    segments_[i].scalars = &scalars_[last];
+    segments_[i].scalars = &prepared_[examined.prepared].scalars;
+    last = &examined;
+    last_group = group;
+    last_first = first;
   }
 }
 
@@ -405,6 +432,7 @@ void StepPlan::prepare(size_t begin, size_t end, const Indices& created) {
 void StepPlan::settle(const Indices& stepped) {
   missing_.clear();
   foreign_.clear();
+  layouts_.clear();
   written_moved_ = grads_moved_ = !searched_;
   searched_ = false;  // until this step's search is through
   size_t kept = 0;
@@ -416,6 +444,7 @@ void StepPlan::settle(const Indices& stepped) {
     if (examined.verdict == Verdict::ready || examined.verdict == Verdict::missing_state) {
       written_moved_ |= examined.written_moved;
       grads_moved_ |= examined.grad_moved;
+      if (examined.strided) lay_out(examined, segments_[i]);
       keep(i, kept++);
     } else if (examined.verdict == Verdict::foreign) {
       foreign_.push_back({index.first, index.second, examined.reason});
@@ -424,6 +453,22 @@ void StepPlan::settle(const Indices& stepped) {
     }
   }
   count_ = kept;
+}
+
+// Numbers the elements of tensors that do not simply lie one after the other.
+void StepPlan::lay_out(const Examined& examined, Segment& segment) {
+  const bool is_complex = format_of(examined.streams[kParam]).is_complex;
+  c10::SmallVector<int64_t, 8> sizes(examined.streams[kParam]->sizes()), strides[kMaxStreams];
+  const int64_t* pointers[kMaxStreams];
+  if (is_complex) sizes.push_back(2);
+  for (int k = 0; k < examined.stream_count; ++k) {
+    for (int64_t stride : examined.streams[k]->strides()) strides[k].push_back(is_complex ? 2 * stride : stride);
+    if (is_complex) strides[k].push_back(1);
+    pointers[k] = strides[k].data();
+  }
+  layouts_.push_back(make_layout(static_cast<int>(sizes.size()), sizes.data(), examined.stream_count, pointers));
+  segment.layout = &layouts_.back();
+  for (int k = 0; k < examined.stream_count; ++k) segment.streams[k].dense = segment.layout->dense(k);
 }
 
 void StepPlan::keep(size_t from, size_t to) {
@@ -435,24 +480,39 @@ void StepPlan::keep(size_t from, size_t to) {
 void StepPlan::refuse(const Examined& examined) const {
   const Located& located = located_[examined.located];
   const std::string parameter = describe_parameter(located.group->dict, located.group->index, located.index);
-  const auto state = [&] { return quoted(state_keys_[static_cast<size_t>(examined.culprit)]); };
-  const char* const afresh = ". Delete this parameter's state to start it afresh";
-  switch (examined.verdict) {
-    case Verdict::expanded:
-      throw py::value_error(parameter +
-                            " is expanded: several of its elements share one memory location, so it cannot be updated "
-                            "in place. Optimize a clone() of it instead");
-    case Verdict::wrong_gradient:
-      throw py::value_error(parameter + " has a gradient of another shape, " + shape_of(located.grad) +
-                            ". Set .grad to None, or to a tensor of the parameter's shape");
-    case Verdict::partial_state:
-      throw py::key_error("the state of " + parameter + " has no " + state() +
-                          ". Was an option such as amsgrad switched on after the first step?" + (afresh + 1));
-    default:
-      throw py::value_error("the state " + state() + " of " + parameter + " has another shape, " +
-                            shape_of(THPVariable_Unpack(located.values[examined.culprit]).unsafeGetTensorImpl()) +
-                            afresh);
+  if (examined.verdict == Verdict::expanded) {
+    throw py::value_error(parameter +
+                          " is expanded: several of its elements share one memory location, so it cannot be updated in "
+                          "place. Optimize a clone() of it instead");
   }
+  const bool of_gradient = examined.verdict == Verdict::wrong && examined.culprit == kGradient;
+  const std::string state = of_gradient ? "" : quoted(state_keys_[static_cast<size_t>(examined.culprit)]);
+  if (examined.verdict == Verdict::partial_state) {
+    throw py::key_error("the state of " + parameter + " has no " + state +
+                        ". Was an option such as amsgrad switched on after the first step? Delete this parameter's "
+                        "state to start it afresh");
+  }
+  PyObject* value = of_gradient ? nullptr : located.values[examined.culprit];
+  const auto fault = [&]() -> std::string {
+    if (examined.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
+    const c10::TensorImpl* tensor = of_gradient ? located.grad : THPVariable_Unpack(value).unsafeGetTensorImpl();
+    switch (examined.fault) {
+      case Fault::device:
+        return "is on another device, " + tensor->device().str();
+      case Fault::dtype:
+        return std::string("has a dtype that does not fit, ") + c10::toString(tensor->dtype().toScalarType());
+      case Fault::expanded:
+        return "is expanded: several of its elements share one memory location";
+      default:
+        return "has another shape, " + shape_of(tensor);
+    }
+  };
+  if (of_gradient) {
+    throw py::value_error("the gradient of " + parameter + " " + fault() +
+                          ". Set .grad to None, or to a tensor like the parameter");
+  }
+  throw py::value_error("the state " + state + " of " + parameter + " " + fault() +
+                        ". Delete this parameter's state to start it afresh");
 }
 
 // Element for element in parallel is wrong for tensors that share memory: torch is to take them one after the other.
@@ -462,19 +522,24 @@ void StepPlan::set_aside_overlapping() {
   searched_count_ = count_;
   if (!written_moved_ && !grads_moved_) return;
 
-  const auto bytes = [&](size_t i) { return segments_[i].numel * (kUnitBytes / segments_[i].unit_numel); };
   if (written_moved_) {
     memory_.clear();
     for (size_t i = 0; i < count_; ++i) {
-      memory_.add(i, segments_[i].param, bytes(i));
-      for (void* state : segments_[i].states) memory_.add(i, state, state != nullptr ? bytes(i) : 0);
-      if (segments_[i].step != nullptr) memory_.add(i, segments_[i].step, examined_[i].step_is_fp64 ? 8 : 4);
+      const Examined& examined = examined_[i];
+      for (int k = 0; k < examined.stream_count; ++k) {
+        if (k != kGrad) memory_.add(i, segments_[i].streams[k].data, examined.bytes[k]);
+      }
+      for (int k = 0; k < rule_.carried && examined.verdict == Verdict::ready; ++k) {
+        memory_.add(i, examined.carried_data[k], examined.carried[k].is_fp32 ? 4 : 8);
+      }
     }
     memory_.sort();
   }
   overlapping_.clear();
   memory_.append_overlapping(overlapping_);
-  for (size_t i = 0; i < count_; ++i) memory_.append_overlapping(i, segments_[i].grad, bytes(i), overlapping_);
+  for (size_t i = 0; i < count_; ++i) {
+    memory_.append_overlapping(i, segments_[i].streams[kGrad].data, examined_[i].bytes[kGrad], overlapping_);
+  }
   if (overlapping_.empty()) return;
 
   std::vector<bool> aside(count_, false);
@@ -516,7 +581,7 @@ void StepPlan::run() {
   for (size_t i = 0; i < count_; ++i) {
     Segment& segment = segments_[i];
     segment.first_unit = step.work.units;
-    step.work.units += units_of(segment.numel, kUnitBytes / segment.unit_numel);
+    step.work.units += units_of(segment.numel, segment.unit_numel);
   }
   if (step.work.units < kShortStepUnits) {
     in_parallel(
@@ -526,7 +591,7 @@ void StepPlan::run() {
           for (size_t i = segment_at(work.segments, work.count, begin); i < work.count; ++i) {
             const Segment& segment = work.segments[i];
             if (segment.first_unit >= end) break;
-            if (segment.first_unit >= begin) plan->record(plan->examined_[i], segment);
+            if (segment.first_unit >= begin) plan->record(plan->examined_[i]);
           }
           cpu::run(begin, end, &work);
         },
@@ -537,9 +602,8 @@ void StepPlan::run() {
   std::vector<c10::Storage> alive;  // whatever another thread does to the tensors meanwhile
   alive.reserve(count_ * (kMaxStates + 2));
   for (size_t i = 0; i < count_; ++i) {
-    record(examined_[i], segments_[i]);
-    alive.push_back(located_[examined_[i].located].grad->storage());
-    for (int k = 0; k < examined_[i].written_count; ++k) alive.push_back(examined_[i].written[k]->storage());
+    record(examined_[i]);
+    for (int k = 0; k < examined_[i].stream_count; ++k) alive.push_back(examined_[i].streams[k]->storage());
   }
   running_ = true;
   {
@@ -550,15 +614,22 @@ void StepPlan::run() {
 }
 
 // What a step leaves beside the data.
-void StepPlan::record(const Examined& examined, const Segment& segment) const {
-  if (segment.step != nullptr && examined.step_is_fp64) {
-    *static_cast<double*>(segment.step) = examined.next_step;
-  } else if (segment.step != nullptr) {
-    *static_cast<float*>(segment.step) = static_cast<float>(examined.next_step);
-  }
+void StepPlan::record(const Examined& examined) const {
   // As torch's in-place operations do: a backward through a graph that saved the old value must raise.
-  for (int k = 0; k < examined.written_count; ++k) {
-    if (!examined.written[k]->is_inference()) examined.written[k]->bump_version();
+  const auto bump = [](c10::TensorImpl* tensor) {
+    if (!tensor->is_inference()) tensor->bump_version();
+  };
+  for (int k = 0; k < examined.stream_count; ++k) {
+    if (k != kGrad) bump(examined.streams[k]);
+  }
+  for (int k = 0; k < rule_.carried; ++k) {
+    const Carried& carried = prepared_[examined.prepared].carried[k];
+    if (carried.is_fp32) {
+      *static_cast<float*>(examined.carried_data[k]) = static_cast<float>(carried.value);
+    } else {
+      *static_cast<double*>(examined.carried_data[k]) = carried.value;
+    }
+    bump(examined.carriers[k]);
   }
 }
 

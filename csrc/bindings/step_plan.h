@@ -3,6 +3,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <deque>
 #include <optional>
 #include <string>
 #include <utility>
@@ -27,9 +28,10 @@ class StepPlan {
   // Steps every parameter that has a gradient and returns None. If there is something for Python to do first, changes
   // nothing and returns (missing, foreign): the indices of parameters whose state is yet to be created, and those that
   // the native kernels do not serve, with the reason. Python does it and calls again: the parameters in `created` then
-  // take their first step, and those in `stepped` are passed over. Bad input raises, and nothing has changed.
-  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, std::optional<Indices> created,
-                        Indices stepped);
+  // take their first step, and those in `stepped` are passed over. Gradients are divided by `grad_scale` where they are
+  // read. Bad input raises, and nothing has changed.
+  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, double grad_scale,
+                        std::optional<Indices> created, Indices stepped);
 
   size_t updated() const { return updated_; }  // parameters, by the last call
 
@@ -39,7 +41,7 @@ class StepPlan {
     PyObject* params;
     int index;
     int states;
-    bool maximize;
+    bool maximize, fused;
     const char* foreign;  // why torch is to step the whole group; null if it is not
     double hyperparameters[kMaxHyperparameters];
   };
@@ -52,21 +54,37 @@ class StepPlan {
     c10::TensorImpl* param;
     c10::TensorImpl* grad = nullptr;
     PyObject* state = nullptr;
-    PyObject* values[kMaxStates + 1] = {};  // by state_keys_
+    PyObject* values[kMaxCarried + kMaxStates] = {};  // by state_keys_
   };
 
-  enum class Verdict { ready, missing_state, foreign, expanded, wrong_gradient, partial_state, wrong_state };
+  enum class Verdict { ready, missing_state, foreign, expanded, partial_state, wrong };
+
+  // How a gradient or a state cannot belong to its parameter.
+  enum class Fault { none, no_tensor, device, shape, dtype, expanded };
+  static constexpr int kGradient = -1;
 
   // What a located parameter's tensors turned out to be.
   struct Examined {
     Verdict verdict;
-    bool step_is_fp64, written_moved, grad_moved;
-    int culprit;         // in state_keys_, of a partial or wrong state
+    Fault fault;         // of what is wrong
+    int culprit;         // and where: in state_keys_, or kGradient
     const char* reason;  // of a foreign one
     size_t located;
-    double next_step;
-    int written_count;
-    c10::TensorImpl* written[kMaxStates + 1];  // the parameter and its states
+    Arithmetic arithmetic;
+    bool strided, written_moved, grad_moved;
+    int stream_count;            // without the states that are missing
+    int64_t bytes[kMaxStreams];  // that a stream extends over
+    c10::TensorImpl* streams[kMaxStreams];
+    c10::TensorImpl* carriers[kMaxCarried];  // the tensors of the carried scalars
+    void* carried_data[kMaxCarried];
+    Carried carried[kMaxCarried];  // before this step
+    size_t prepared;
+  };
+
+  // What the rule made of a group's hyperparameters and of carried scalars, for all parameters that have the same.
+  struct Prepared {
+    Scalars scalars;
+    Carried carried[kMaxCarried];  // after this step
   };
 
   struct Foreign {
@@ -79,17 +97,22 @@ class StepPlan {
   void locate(PyObject* state);
   void examine(const Indices& created);
   void examine(const Located& located, Examined& examined, Segment& segment) const;
+  bool examine_state(const Located& located, Examined& examined) const;
+  static Fault fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param);
+  static Fault fault_of_scalar(const c10::TensorImpl* tensor);
+  void fill(const Group& group, Examined& examined, Segment& segment) const;
   void prepare(size_t begin, size_t end, const Indices& created);
   void settle(const Indices& stepped);
+  void lay_out(const Examined& examined, Segment& segment);
   [[noreturn]] void refuse(const Examined& examined) const;
   void set_aside_overlapping();
   void set_aside_missing();
   void keep(size_t from, size_t to);  // among the examined and their segments
   void run();
-  void record(const Examined& examined, const Segment& segment) const;
+  void record(const Examined& examined) const;
   pybind11::object todo() const;
 
-  size_t wanted_states(const Group& group) const { return group.states + (rule_.counts_steps ? 1 : 0); }
+  int wanted_states(const Group& group) const { return rule_.carried + group.states; }
 
   const RuleEntry& rule_;
   KeyReader group_keys_, state_keys_;
@@ -98,8 +121,10 @@ class StepPlan {
   std::vector<Located> located_;
   std::vector<Examined> examined_;
   std::vector<Segment> segments_;  // one for each examined; those beyond count_ are from an earlier step
-  std::vector<Scalars> scalars_;
+  std::vector<Prepared> prepared_;
+  std::deque<Layout> layouts_;
   size_t count_ = 0;
+  double grad_scale_ = 1;
   bool inference_mode_ = false;
   Indices missing_;
   std::vector<Foreign> foreign_;

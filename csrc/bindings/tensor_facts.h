@@ -4,8 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/COW.h>
 
-#include <sstream>
-#include <string>
+#include <array>
+
+#include "core/dtype.h"
 
 namespace dracopt {
 
@@ -20,16 +21,43 @@ inline bool is_plain(const c10::TensorImpl* tensor) {
          tensor->unsafe_storage();
 }
 
-inline const char* why_not_plain(const c10::TensorImpl* tensor) {
-  if (tensor->layout() != c10::kStrided) return "sparse tensors";
-  if (!tensor->device().is_cpu()) return "tensors on a device without native kernels";
-  return "tensor subclasses and lazily transformed tensors";
+// A tensor whose shape, device or layout Python may decide, which no parallel region can ask.
+inline bool is_python_subclass(const c10::TensorImpl* tensor) {
+  return tensor->key_set().has(c10::DispatchKey::Python);
 }
 
-inline bool is_fp64(const c10::TensorImpl* tensor) { return tensor->dtype() == caffe2::TypeMeta::Make<double>(); }
+inline const char* why_not_plain(const c10::TensorImpl* tensor) {
+  if (is_python_subclass(tensor)) return "tensor subclasses";
+  if (tensor->layout() != c10::kStrided) return "sparse tensors";
+  if (!tensor->device().is_cpu()) return "tensors on a device without native kernels";
+  return "lazily transformed tensors";
+}
 
-inline bool is_native_dtype(const c10::TensorImpl* tensor) {
-  return tensor->dtype() == caffe2::TypeMeta::Make<float>() || is_fp64(tensor);
+// How a tensor's numbers are stored. A complex number is two real ones, side by side.
+struct Format {
+  bool is_native = false;
+  bool is_complex = false;
+  Dtype dtype = Dtype::fp32;
+
+  int reals() const { return is_complex ? 2 : 1; }
+  int bytes() const { return itemsize(dtype) * reals(); }  // of an element
+};
+
+inline const Format& format_of(const c10::TensorImpl* tensor) {
+  static constexpr auto formats = [] {
+    std::array<Format, static_cast<size_t>(c10::ScalarType::NumOptions) + 1> table{};
+    const auto set = [&](c10::ScalarType type, Dtype dtype, bool is_complex) {
+      table[static_cast<size_t>(type)] = {true, is_complex, dtype};
+    };
+    set(c10::ScalarType::Float, Dtype::fp32, false);
+    set(c10::ScalarType::Double, Dtype::fp64, false);
+    set(c10::ScalarType::BFloat16, Dtype::bf16, false);
+    set(c10::ScalarType::Half, Dtype::fp16, false);
+    set(c10::ScalarType::ComplexFloat, Dtype::fp32, true);
+    set(c10::ScalarType::ComplexDouble, Dtype::fp64, true);
+    return table;
+  }();
+  return formats[static_cast<size_t>(tensor->dtype().toScalarType())];
 }
 
 inline bool same_shape(const c10::TensorImpl* a, const c10::TensorImpl* b) {
@@ -41,17 +69,37 @@ inline bool same_shape(const c10::TensorImpl* a, const c10::TensorImpl* b) {
   return true;
 }
 
-// Both of one shape. The same elements in the same order of memory?
-inline bool same_order(const c10::TensorImpl* a, const c10::TensorImpl* b) {
-  return (a->is_contiguous() && b->is_contiguous()) || a->strides() == b->strides();
-}
-
 // Do several elements lie at one place?
 inline bool is_expanded(const c10::TensorImpl* tensor) {
+  if (tensor->is_non_overlapping_and_dense()) return false;
   for (int64_t d = 0; d < tensor->dim(); ++d) {
-    if (tensor->strides()[d] == 0 && tensor->sizes()[d] > 1) return true;
+    if (tensor->strides()[d] == 0 && tensor->sizes()[d] > 1) return tensor->numel() > 0;
   }
   return false;
+}
+
+// Not expanded. Might several elements lie at one place all the same? Not if each dimension strides over all that the
+// faster ones reach.
+inline bool may_overlap_itself(const c10::TensorImpl* tensor) {
+  if (tensor->is_non_overlapping_and_dense()) return false;
+  const auto sizes = tensor->sizes(), strides = tensor->strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    int64_t reach = 0;
+    for (size_t e = 0; e < sizes.size(); ++e) {
+      const bool faster = strides[e] < strides[d] || (strides[e] == strides[d] && e > d);
+      if (faster && sizes[e] > 1) reach += (sizes[e] - 1) * strides[e];
+    }
+    if (sizes[d] > 1 && strides[d] <= reach) return true;
+  }
+  return false;
+}
+
+// Elements from a tensor's first to the end of its last.
+inline int64_t extent_of(const c10::TensorImpl* tensor) {
+  if (tensor->numel() == 0) return 0;
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor->dim(); ++d) last += (tensor->sizes()[d] - 1) * tensor->strides()[d];
+  return last + 1;
 }
 
 // Does a write have to copy the storage first, as torch's lazy clones are? No parallel region may do that.
@@ -68,10 +116,18 @@ inline const void* readable_data(const c10::TensorImpl* tensor, int64_t itemsize
   return static_cast<const char*>(tensor->unsafe_storage().data()) + tensor->storage_offset() * itemsize;
 }
 
-inline std::string shape_of(const c10::TensorImpl* tensor) {
-  std::ostringstream out;
-  out << tensor->sizes();
-  return out.str();
+// The number at an address, widened.
+inline double number_at(const void* data, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::fp32:
+      return *static_cast<const float*>(data);
+    case Dtype::fp64:
+      return *static_cast<const double*>(data);
+    case Dtype::bf16:
+      return widen(*static_cast<const Bf16*>(data));
+    default:
+      return widen(*static_cast<const Fp16*>(data));
+  }
 }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }

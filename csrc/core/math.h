@@ -57,5 +57,18 @@ DRACOPT_HD double power(double x, int64_t n) {
   return hi;
 }
 
+// e^(x + correction) for x <= 0 and a correction that is tiny beside it: within an ulp (0 where the result is not
+// normal), and the same bits on host and device, which exp() and pow() are not.
+DRACOPT_HD double exponential(double x, double correction) {
+  if (!(x > -708.0)) return x != x ? x : 0.0;
+  constexpr double round_to_integer = 0x1.8p52, ln2 = 0x1.62e42fefa39efp-1, ln2_rest = 0x1.abc9e3b39803fp-56;
+  const double n = (x * 0x1.71547652b82fep+0 + round_to_integer) - round_to_integer;
+  const double rest = fma(-n, ln2, x), r = rest + fma(-n, ln2_rest, correction);
+  double series = 1.0;  // of Taylor, in Horner's form
+  for (int k = 14; k > 1; --k) series = fma(series, r / k, 1.0);
+  series = fma(series, r, 1.0);
+  return series * __builtin_bit_cast(double, (static_cast<int64_t>(n) + 1023) << 52);
+}
+
 }  // namespace DRACOPT_ISA
 }  // namespace dracopt

@@ -1,9 +1,10 @@
-// What the driver knows of a rule: its names, the number of its states and its compiled functions. No rule is named
-// here.
+// What the driver knows of a rule: its names, its carried scalars, the number of its states and its compiled functions.
+// No rule is named here.
 #pragma once
 
 #include <cstddef>
 
+#include "core/carried.h"
 #include "core/segment.h"
 
 namespace dracopt {
@@ -27,13 +28,15 @@ struct PowerMemo {
 
 struct RuleEntry {
   const char* name;
-  const char* const* group_keys;  // of the parameter group, null-terminated; a tuple counts as its items
-  const char* const* state_keys;  // of the parameter's state, null-terminated
-  int hyperparameters;            // doubles that `group_keys` yield
-  bool counts_steps;              // the state carries `step`
+  const char* const* group_keys;    // of the parameter group, null-terminated; a tuple counts as its items
+  const char* const* carried_keys;  // scalars of the parameter's state, null-terminated; the step count is the first
+  const char* const* state_keys;    // streams of the parameter's state, null-terminated
+  int hyperparameters;              // doubles that `group_keys` yield
+  int carried;                      // of `carried_keys`; a rule that has any creates its state before the first step
   int (*states)(const double* hyperparameters);
-  // The per-tensor scalars of step number `step` (1 is the first), by arithmetic.
-  void (*prepare[2])(double step, const double* hyperparameters, PowerMemo& powers, Scalars* out);
+  // Advances what the state carries to this step and computes the step's scalars. `first` says that the streams of the
+  // state hold nothing yet, where the rule carries nothing that would tell.
+  void (*prepare[2])(Carried* carried, bool first, const double* hyperparameters, PowerMemo& powers, Scalars* out);
   UpdateFn update[2][kMaxStates + 1];  // by arithmetic and number of states; null where the rule has no such form
 };
 

@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/dtype.h"
+#include "core/layout.h"
+
 namespace dracopt {
 
-constexpr int kMaxStates = 3;
 constexpr int kUnitBytes = 64;  // of the parameter: a cache line
 
 struct Segment;
@@ -14,14 +16,21 @@ struct Segment;
 // Updates the elements [begin, end) of a segment.
 using UpdateFn = void (*)(const Segment& segment, int64_t begin, int64_t end);
 
+struct Stream {
+  void* data;
+  Dtype dtype;
+  bool dense;  // its elements lie one after the other, else as the segment's layout says
+};
+
+enum StreamIndex : int { kParam, kGrad, kFirstState };
+
 // One tensor's part of a step: its streams and the scalars that its rule prepared.
 struct Segment {
-  void* param;
-  const void* grad;
-  void* states[kMaxStates];
-  void* step;  // the tensor's step counter; null if its rule does not count
+  Stream streams[kMaxStreams];  // the gradient is only read
+  const Layout* layout;         // null if every stream is dense
   const void* scalars;
   UpdateFn update;
+  double grad_scale;  // what the gradient is divided by
   int64_t numel;
   int64_t first_unit;  // of the flattened list; ascending
   int32_t unit_numel;  // elements in a unit
@@ -29,8 +38,8 @@ struct Segment {
 };
 
 // A tensor's length in units. At least one, so that many tiny tensors are shared between threads as well.
-inline int64_t units_of(int64_t numel, int itemsize) {
-  return numel * itemsize <= kUnitBytes ? 1 : (numel * itemsize + kUnitBytes - 1) / kUnitBytes;
+inline int64_t units_of(int64_t numel, int32_t unit_numel) {
+  return numel <= unit_numel ? 1 : numel / unit_numel + (numel % unit_numel != 0);
 }
 
 // The segment that holds a unit: the last one whose first unit is not beyond it.
@@ -41,6 +50,18 @@ inline size_t segment_at(const Segment* segments, size_t count, int64_t unit) {
     (segments[middle].first_unit <= unit ? low : high) = middle;
   }
   return low;
+}
+
+// Updates the units [begin, end) of the list.
+inline void run_units(const Segment* segments, size_t count, int64_t begin, int64_t end) {
+  for (size_t i = segment_at(segments, count, begin); i < count; ++i) {
+    const Segment& segment = segments[i];
+    if (segment.first_unit >= end) break;
+    const int64_t from = begin > segment.first_unit ? (begin - segment.first_unit) * segment.unit_numel : 0;
+    const int64_t units = end - segment.first_unit;
+    const int64_t to = units < units_of(segment.numel, segment.unit_numel) ? units * segment.unit_numel : segment.numel;
+    segment.update(segment, from, to);
+  }
 }
 
 }  // namespace dracopt

@@ -1,5 +1,4 @@
 // Picks the instruction set once and walks the segments of a range.
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -69,13 +68,7 @@ const RuleEntry* find_rule(const char* name) {
 
 void run(int64_t begin, int64_t end, void* context) {
   const Work& work = *static_cast<const Work*>(context);
-  for (size_t i = segment_at(work.segments, work.count, begin); i < work.count; ++i) {
-    const Segment& segment = work.segments[i];
-    if (segment.first_unit >= end) break;
-    const int64_t from = std::max<int64_t>(begin - segment.first_unit, 0) * segment.unit_numel;
-    const int64_t to = std::min((end - segment.first_unit) * segment.unit_numel, segment.numel);
-    segment.update(segment, from, to);
-  }
+  run_units(work.segments, work.count, begin, end);
 }
 
 }  // namespace cpu

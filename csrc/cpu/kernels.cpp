@@ -3,6 +3,7 @@
 // sets.
 #include "cpu/kernels.h"
 
+#include "cpu/tiles.h"
 #include "rules/all.h"
 
 namespace dracopt {
@@ -22,49 +23,55 @@ double memoized_power(PowerMemo& memo, double base, double exponent) {
 }
 
 template <typename Rule, typename T>
-void prepare(double step, const double* hyperparameters, PowerMemo& powers, Scalars* out) {
+void prepare(Carried* carried, bool first, const double* hyperparameters, PowerMemo& powers, Scalars* out) {
   using RuleScalars = typename Rule::template Scalars<T>;
   static_assert(sizeof(RuleScalars) <= kScalarBytes, "raise kScalarBytes in core/rule_entry.h");
   const auto& h = *reinterpret_cast<const typename Rule::Hyperparameters*>(hyperparameters);
   const auto power = [&](double base, double exponent) { return memoized_power(powers, base, exponent); };
-  *reinterpret_cast<RuleScalars*>(out->bytes) = Rule::template prepare<T>(step, h, power);
+  *reinterpret_cast<RuleScalars*>(out->bytes) = Rule::template prepare<T>(carried, first, h, power);
 }
 
-constexpr int64_t kTileBytes = 1024;
-
-// The processor's own prefetchers lose track of so many streams at once: on one large tensor this gains a tenth.
-template <typename T>
-void prefetch_tile(const T* stream) {
-  for (int64_t line = 0; line < kTileBytes; line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(stream) + line);
+// The one loop. The compiler vectorises it; the tail is the same code.
+template <typename Rule, typename T, int N, typename Stored>
+void apply(const Segment& segment, Stored* const* tiles, int64_t count) {
+  const auto scalars = *static_cast<const typename Rule::template Scalars<T>*>(segment.scalars);
+  const T sign = segment.maximize ? T(-1) : T(1);
+  Stored* const param = tiles[kParam];
+  const Stored* const grad = tiles[kGrad];
+  Stored* const* const states = tiles + kFirstState;
+  DRACOPT_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    T p = widen(param[i]), s[kMaxStates];
+    for (int k = 0; k < N; ++k) s[k] = widen(states[k][i]);
+    Rule::template update<T, N>(scalars, p, sign * widen(grad[i]), s);
+    for (int k = 0; k < N; ++k) states[k][i] = narrow<Stored>(s[k]);
+    param[i] = narrow<Stored>(p);
   }
 }
 
-// The one loop: load, apply the rule, store. The compiler vectorises it; the tail is the same code.
+// Updates a range a tile at a time.
 template <typename Rule, typename T, int N>
 void update(const Segment& segment, int64_t begin, int64_t end) {
-  const auto scalars = *static_cast<const typename Rule::template Scalars<T>*>(segment.scalars);
-  const T sign = segment.maximize ? T(-1) : T(1);
-  T* param = static_cast<T*>(segment.param);
-  const T* grad = static_cast<const T*>(segment.grad);
-  T* states[kMaxStates];
-  for (int k = 0; k < N; ++k) states[k] = static_cast<T*>(segment.states[k]);
-
-  constexpr int64_t tile = kTileBytes / sizeof(T), ahead = 2 * tile;
-  for (int64_t from = begin; from < end; from += tile) {
-    const int64_t to = end - from < tile ? end : from + tile;
-    if (end - from > ahead) {
-      prefetch_tile(param + from + ahead);
-      prefetch_tile(grad + from + ahead);
-      for (int k = 0; k < N; ++k) prefetch_tile(states[k] + from + ahead);
+  constexpr int streams = kFirstState + N;
+  [[maybe_unused]] const bool all_bf16 = sizeof(T) == 4 && all_dense(segment, streams, Dtype::bf16);
+  alignas(64) T staged[streams][kTile<T>];
+  T* tiles[streams];
+  for (int64_t from = begin; from < end; from += kTile<T>) {
+    const int64_t count = end - from < kTile<T> ? end - from : kTile<T>;
+    for (int k = 0; k < streams; ++k) prefetch<T>(segment, k, from, end);
+    if constexpr (sizeof(T) == 4) {
+      if (all_bf16) {  // what models are mostly trained in, and a third faster so
+        Bf16* stored[streams];
+        for (int k = 0; k < streams; ++k) stored[k] = static_cast<Bf16*>(segment.streams[k].data) + from;
+        apply<Rule, T, N>(segment, stored, count);
+        continue;
+      }
     }
-    DRACOPT_INDEPENDENT
-    for (int64_t i = from; i < to; ++i) {
-      T p = param[i], s[kMaxStates];
-      for (int k = 0; k < N; ++k) s[k] = states[k][i];
-      Rule::template update<T, N>(scalars, p, sign * grad[i], s);
-      for (int k = 0; k < N; ++k) states[k][i] = s[k];
-      param[i] = p;
+    for (int k = 0; k < streams; ++k) tiles[k] = load(segment, k, from, count, staged[k]);
+    if (segment.grad_scale != 1) tiles[kGrad] = divided(tiles[kGrad], segment.grad_scale, count, staged[kGrad]);
+    apply<Rule, T, N>(segment, tiles, count);
+    for (int k = 0; k < streams; ++k) {
+      if (k != kGrad && tiles[k] == staged[k]) store(segment, k, from, count, staged[k]);
     }
   }
 }
@@ -82,9 +89,11 @@ constexpr RuleEntry entry() {
   RuleEntry e{};
   e.name = Rule::name;
   e.group_keys = Rule::group_keys;
+  e.carried_keys = Rule::carried_keys;
   e.state_keys = Rule::state_keys;
   e.hyperparameters = sizeof(Hyperparameters) / sizeof(double);
-  e.counts_steps = Rule::counts_steps;
+  e.carried = sizeof(Rule::carried_keys) / sizeof(char*) - 1;
+  static_assert(sizeof(Rule::carried_keys) / sizeof(char*) - 1 <= kMaxCarried, "raise kMaxCarried in core/carried.h");
   e.states = [](const double* h) { return Rule::states(*reinterpret_cast<const Hyperparameters*>(h)); };
   e.prepare[static_cast<int>(Arithmetic::fp32)] = prepare<Rule, float>;
   e.prepare[static_cast<int>(Arithmetic::fp64)] = prepare<Rule, double>;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rules/adam.h"
+#include "rules/nadam.h"
 #include "rules/sgd.h"
 
-#define DRACOPT_FOR_EACH_RULE(apply) apply(Adam) apply(Sgd)
+#define DRACOPT_FOR_EACH_RULE(apply) apply(Adam) apply(NAdam) apply(Sgd)

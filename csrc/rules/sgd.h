@@ -2,7 +2,7 @@
 // (Sutskever et al. 2013, with the learning rate outside the buffer).
 #pragma once
 
-#include "core/macros.h"
+#include "core/carried.h"
 #include "core/math.h"
 
 namespace dracopt {
@@ -15,9 +15,9 @@ struct Sgd {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
   static constexpr const char* group_keys[] = {"lr", "momentum", "dampening", "weight_decay", "nesterov", nullptr};
+  static constexpr const char* carried_keys[] = {nullptr};
   static constexpr const char* state_keys[] = {"momentum_buffer", nullptr};
   static constexpr int min_states = 0, max_states = 1;
-  static constexpr bool counts_steps = false;
   static int states(const Hyperparameters& h) { return h.momentum != 0 ? 1 : 0; }
 
   template <typename T>
@@ -28,7 +28,7 @@ struct Sgd {
   };
 
   template <typename T, typename Power>
-  DRACOPT_HD static Scalars<T> prepare(double step, const Hyperparameters& h, Power&&) {
+  DRACOPT_HD static Scalars<T> prepare(Carried*, bool first, const Hyperparameters& h, Power&&) {
     return {
         .neg_lr = static_cast<T>(-h.lr),
         .momentum = static_cast<T>(h.momentum),
@@ -36,7 +36,7 @@ struct Sgd {
         .l2 = static_cast<T>(h.weight_decay),
         .has_l2 = flag<T>(h.weight_decay != 0),
         .nesterov = flag<T>(h.nesterov != 0),
-        .first = flag<T>(step == 1),
+        .first = flag<T>(first),
     };
   }
 

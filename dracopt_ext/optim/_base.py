@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import _device_dtype_check_for_fused
+from torch.optim.optimizer import StateDict, _device_dtype_check_for_fused
 
 from .. import backend as backend_module
 from .. import reference
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .._C import StepPlan
 
 Group = dict[str, Any]
+
+STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -34,7 +37,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _rule_keys: ClassVar[tuple[str, ...]]
     """The hyperparameters of a parameter group that the rule takes."""
     _counts_steps: ClassVar[bool]
-    """Whether a parameter's state, with a step count, is there before its first update; else that update creates it."""
+    """Whether a parameter's state counts its steps, and is zero before the first; else the first step fills it."""
     _sparse_error: ClassVar[str]
     """What torch says of a sparse gradient that this class, or this class with ``fused=True``, does not take."""
     _torch_step: ClassVar[Callable[..., Any]]
@@ -42,6 +45,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     backend: str | None
     """The backend that was asked for; None if each step may choose."""
+    state_dtype: torch.dtype | None
+    """The dtype of the moments; None if it is each parameter's."""
     _plan: StepPlan | None = None
     _plan_ran: bool = False
     _others_ran: dict[str, set[str]]  # by device type, what ran beside the plan in the last step
@@ -51,14 +56,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         torch_class: Any = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim"))
         cls._torch_step = staticmethod(inspect.unwrap(torch_class.step))
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backend: str | None = None, state_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        if state_dtype not in (None, *STATE_DTYPES):
+            names = ", ".join(map(str, STATE_DTYPES))
+            raise ValueError(f"state_dtype={state_dtype!r} is none of {names}; None stands for the parameter's own")
         self.backend = backend_module.resolve(backend)
+        self.state_dtype = state_dtype
         self._others_ran = {}
         super().__init__(*args, **kwargs)
 
     def _create_state(self, group: Group) -> None:
         """Create the state of ``group["params"]``, all of which have a gradient and none of which has a state."""
-        raise NotImplementedError
+        self._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
+
+    def _lacks_state(self, p: Tensor, group: Group) -> bool:
+        return not self.state[p]
 
     @property
     def last_backend(self) -> dict[str, frozenset[str]]:
@@ -92,25 +106,37 @@ class FusedOptimizer(torch.optim.Optimizer):
         if getattr(self, "found_inf", None) is None and getattr(self, "grad_scale", None) is None:
             self._update()
         else:
-            self._update_unscaled()
+            self._update_scaled(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         return loss
 
-    def _update(self) -> None:
+    def _update_scaled(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """A step to which torch.amp.GradScaler has left the division by its scale and the check for overflow."""
+        if any(tensor is not None and tensor.device.type != "cpu" for tensor in (found_inf, grad_scale)):
+            self._step_by_torch(self._with_gradients())  # its fused kernels take both attributes, without waiting
+        elif found_inf is None or not found_inf.item():
+            self._update(1.0 if grad_scale is None else grad_scale.item())
+
+    def _update(self, grad_scale: float = 1.0) -> None:
+        """Update every parameter that has a gradient, which is divided by ``grad_scale``."""
         if self.backend == "reference":
-            self._update_by_reference()
+            self._update_by_reference(self._with_gradients(), grad_scale)
         elif _C is None:
-            self._update_by_torch(self._with_gradients())
+            self._update_by_torch(self._with_gradients(), grad_scale)
         else:
             plan = self._plan
             if plan is None:
                 plan = self._plan = _C.StepPlan(self._rule)
-            todo = plan.step(self.param_groups, self.state)
+            todo = plan.step(self.param_groups, self.state, grad_scale)
             if todo is not None:
-                self._update_in_parts(plan, *todo)
+                self._update_in_parts(plan, grad_scale, *todo)
             self._plan_ran = True
 
     def _update_in_parts(
-        self, plan: StepPlan, missing: list[tuple[int, int]], foreign: list[tuple[int, int, str]]
+        self,
+        plan: StepPlan,
+        grad_scale: float,
+        missing: list[tuple[int, int]],
+        foreign: list[tuple[int, int, str]],
     ) -> None:
         """A step before which states are to be created, or of which torch is to do a part."""
         for group_index, index, reason in foreign:
@@ -119,24 +145,47 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"backend='native' does not serve {reason}: {self._describe(group_index, index)}. "
                     "Leave `backend` at None to let torch's implementation step such parameters"
                 )
-            warn_once(f"{type(self).__name__} leaves {reason} to torch's own implementation, which is slower")
+            other = "torch's own implementation" if self.state_dtype is None else "the reference implementation"
+            warn_once(f"{type(self).__name__} leaves {reason} to {other}, which is slower")
         stepped = [(group_index, index) for group_index, index, _ in foreign]
         created, others = self._select(missing), self._select(stepped)
         with self._restored_on_error(created + others):
             with torch.no_grad():
                 for group in created:
-                    self._create_state(group)
-            self._update_by_torch(others)
-            plan.step(self.param_groups, self.state, missing, stepped)
+                    self._create_moments(group)
+            self._update_by_torch(others, grad_scale)
+            plan.step(self.param_groups, self.state, grad_scale, missing, stepped)
 
-    def _update_by_torch(self, groups: list[Group]) -> None:
-        """Step these groups with torch's own implementation."""
+    def _create_moments(self, group: Group) -> None:
+        """Create the state of ``group["params"]`` in the dtype that was asked for."""
+        if self.state_dtype is None:
+            return self._create_state(group)
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(
+                    f"state_dtype={self.state_dtype} serves real parameters only, not one of dtype {p.dtype} and shape "
+                    f"{list(p.shape)}; give complex parameters an optimizer of their own"
+                )
+            self._create_state({**group, "params": [p]})
+            for name in reference.MOMENTS:
+                if name in self.state[p]:
+                    self.state[p][name] = self.state[p][name].to(self.state_dtype)
+        return None
+
+    def _update_by_torch(self, groups: list[Group], grad_scale: float) -> None:
+        """Step these groups with torch's own implementation; or, where that cannot, with the reference."""
+        if self.state_dtype is not None:
+            return self._update_by_reference(groups, grad_scale)
         groups = [self._for_torch(group) for group in groups]
+        with self._unscaled(groups, grad_scale):
+            self._step_by_torch(groups, grad_scale=None, found_inf=None)
+
+    def _step_by_torch(self, groups: list[Group], **attributes: Any) -> None:
         if not groups:
             return
         # torch's step works on an optimizer's groups: give it one that shares everything else with this one.
         view = object.__new__(type(self))
-        view.__dict__.update(self.__dict__, param_groups=groups)
+        view.__dict__.update(self.__dict__, param_groups=groups, **attributes)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._torch_step(view)
         for group in groups:
@@ -156,56 +205,54 @@ class FusedOptimizer(torch.optim.Optimizer):
             return {**group, "fused": None}
         return group
 
-    def _update_by_reference(self) -> None:
-        groups = self._with_gradients()
+    @contextmanager
+    def _unscaled(self, groups: list[Group], grad_scale: float) -> Iterator[None]:
+        """For the time of the block these parameters have gradients that are divided by ``grad_scale``."""
+        if grad_scale == 1:
+            yield
+            return
+        params = [p for group in groups for p in group["params"]]
+        scaled = [p.grad for p in params]
+        if any(grad.dtype == torch.float16 for grad in scaled):
+            raise ValueError("Attempting to unscale FP16 gradients.")  # in fp16, where it would lose bits
+        try:
+            for p in params:
+                p.grad = p.grad / grad_scale
+            yield
+        finally:
+            for p, grad in zip(params, scaled, strict=True):
+                p.grad = grad
+
+    def _update_by_reference(self, groups: list[Group], grad_scale: float) -> None:
         for group in groups:
-            tensors = any(isinstance(group[key], Tensor) for key in self._rule_keys)
-            if tensors or group["differentiable"] or group.get("capturable"):
+            if group["differentiable"] or group.get("capturable"):
                 raise RuntimeError(
-                    "backend='reference' serves no hyperparameters that are tensors, nor differentiable or capturable"
+                    "the reference implementation serves neither differentiable=True nor capturable=True"
                 )
             for p in group["params"]:
-                if p.grad.layout != torch.strided or not p.is_floating_point():
+                if p.grad.layout != torch.strided:
                     raise RuntimeError(
-                        f"backend='reference' takes dense real tensors only, not a {p.dtype} parameter of shape "
-                        f"{list(p.shape)} with a {p.grad.layout} gradient"
+                        f"the reference implementation takes dense tensors only, not a {p.grad.layout} gradient of a "
+                        f"parameter of shape {list(p.shape)}"
                     )
         with torch.no_grad(), self._restored_on_error(groups):
             for group in groups:
                 hyperparameters = {key: group[key] for key in self._rule_keys}
                 for p in group["params"]:
-                    if self._counts_steps and not self.state[p]:
-                        self._create_state({**group, "params": [p]})
-                    grad = -p.grad if group["maximize"] else p.grad
-                    reference.RULES[self._rule](p, grad, self.state[p], **hyperparameters)
+                    new = self._lacks_state(p, group)
+                    if new:
+                        self._create_moments({**group, "params": [p]})
+                    reference.update(
+                        self._rule,
+                        p,
+                        p.grad,
+                        self.state[p],
+                        hyperparameters,
+                        maximize=group["maximize"],
+                        grad_scale=grad_scale,
+                        first=new and not self._counts_steps,
+                    )
                     self._others_ran.setdefault(p.device.type, set()).add("reference")
-
-    def _update_unscaled(self) -> None:
-        """A step to which torch.amp.GradScaler has left the division by its scale and the check for overflow."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        groups = self._with_gradients()
-        params = [p for group in groups for p in group["params"]]
-        if any(p.device.type != "cpu" for p in params):
-            return self._update_by_torch(groups)
-        if found_inf is not None and found_inf.item():
-            return None
-        if grad_scale is not None and any(p.grad.dtype == torch.float16 for p in params):
-            raise ValueError("Attempting to unscale FP16 gradients.")
-        scaled = [p.grad for p in params]
-        attributes = dict(self.__dict__)
-        try:
-            self.grad_scale = self.found_inf = None
-            if grad_scale is not None:
-                for p in params:
-                    p.grad = p.grad / grad_scale
-            return self._update()
-        finally:
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
-                if name in attributes:
-                    self.__dict__[name] = attributes[name]
-            for p, grad in zip(params, scaled, strict=True):
-                p.grad = grad
 
     def _with_gradients(self) -> list[Group]:
         """The groups with only those parameters that have a gradient, without the groups that have none."""
@@ -245,14 +292,49 @@ class FusedOptimizer(torch.optim.Optimizer):
         return f"parameter {index} of group {group_index} ({name}shape {list(group['params'][index].shape)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch drops all attributes, for hooks among them may not pickle. These two are what the user asked for.
+        # torch drops all attributes, for hooks among them may not pickle. These are what the user asked for.
         kept: dict[str, Any] = {}
-        for name in ("backend", "_step_supports_amp_scaling"):
+        for name in ("backend", "state_dtype", "_step_supports_amp_scaling"):
             if name in self.__dict__:
                 kept[name] = self.__dict__[name]
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("backend", None)
+        self.__dict__.setdefault("state_dtype", None)
         self.__dict__.setdefault("_others_ran", {})
         super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what :meth:`state_dict` returned, of this class or of torch's; differs from torch's in three points.
+
+        The moments take the dtype ``state_dtype``, if that was given, else as in torch the parameter's. NAdam's
+        ``mu_product`` keeps its own, where torch rounds it to the parameter's. No tensor is shared with ``state_dict``.
+        """
+        saved: StateDict = {}
+        handles = [
+            # After the user's pre-hooks, which may have replaced the dict, and before the post-hooks.
+            self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final)),
+            self.register_load_state_dict_post_hook(lambda _: self._take_over(saved), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take_over(self, saved: StateDict) -> None:
+        """Replace the tensors that torch has just loaded from ``saved`` by copies in the dtypes that we keep."""
+        ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for saved_id, p in zip(ids, params, strict=True):
+            for name, value in saved["state"].get(saved_id, {}).items():
+                loaded = self.state[p][name]
+                if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
+                    continue
+                dtype = loaded.dtype
+                if name in reference.MOMENTS and self.state_dtype is not None:
+                    dtype = self.state_dtype
+                elif name in reference.CARRIED and name != "step":
+                    dtype = value.dtype
+                self.state[p][name] = value.to(device=loaded.device, dtype=dtype, copy=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._base import FusedOptimizer, Group
+from ._base import FusedOptimizer
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -25,6 +25,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         maximize: ascend instead of descending (default False).
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None (default) takes the best for each parameter.
             An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
+        state_dtype: dtype of the moments: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It is not
+            part of the state dict, and what is loaded is converted to it.
 
     The formula stands with :func:`dracopt_ext.reference.adam`.
     """
@@ -50,6 +52,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -65,10 +68,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
             backend=backend,
+            state_dtype=state_dtype,
         )
-
-    def _create_state(self, group: Group) -> None:
-        self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -92,6 +93,7 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         # Past Adam, whose signature differs from torch's AdamW.
         super(Adam, self).__init__(
@@ -107,4 +109,5 @@ class AdamW(Adam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
             backend=backend,
+            state_dtype=state_dtype,
         )

@@ -25,6 +25,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize: ascend instead of descending (default False).
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None (default) takes the best for each parameter.
             An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
+        state_dtype: dtype of the momentum buffer: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It
+            is not part of the state dict, and what is loaded is converted to it.
 
     The formula stands with :func:`dracopt_ext.reference.sgd`.
     """
@@ -48,6 +50,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -61,9 +64,13 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
             backend=backend,
+            state_dtype=state_dtype,
         )
+
+    def _lacks_state(self, p: Tensor, group: Group) -> bool:
+        return bool(group["momentum"] != 0) and self.state[p].get("momentum_buffer") is None
 
     def _create_state(self, group: Group) -> None:
         # Filled by the first step, which writes the buffer without reading it.
         for p in group["params"]:
-            self.state[p]["momentum_buffer"] = torch.empty_like(p.grad)
+            self.state[p]["momentum_buffer"] = torch.empty_like(p)

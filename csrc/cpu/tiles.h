@@ -1,0 +1,136 @@
+// Tiles: the pieces of a stream, short enough for the first-level cache, that the update loop works on. One that is
+// dense and in the arithmetic's own dtype is worked on where it lies; any other is staged.
+#pragma once
+
+#include "core/segment.h"
+
+namespace dracopt {
+inline namespace DRACOPT_ISA {
+
+template <typename T>
+constexpr int64_t kTile = 512 / sizeof(T);  // elements
+
+// The processor's own prefetchers lose track of so many streams at once: on one large tensor this gains a fifth.
+template <typename T>
+void prefetch(const Segment& segment, int stream, int64_t from, int64_t end) {
+  const Stream& s = segment.streams[stream];
+  from += 8 * kTile<T>;
+  if (from >= end || !s.dense) return;
+  const int64_t bytes = itemsize(s.dtype);
+  const char* const tile = static_cast<const char*>(s.data) + from * bytes;
+  for (int64_t line = 0; line < kTile<T> * bytes; line += 64) __builtin_prefetch(tile + line);
+}
+
+// Can the update loop work on all streams where they lie, in this dtype?
+inline bool all_dense(const Segment& segment, int streams, Dtype dtype) {
+  bool all = segment.grad_scale == 1;
+  for (int k = 0; k < streams; ++k) all &= segment.streams[k].dense && segment.streams[k].dtype == dtype;
+  return all;
+}
+
+// Calls `body` with the stream's address as a pointer to what is stored there.
+template <typename Body>
+DRACOPT_HD void as_stored(const Stream& stream, const Body& body) {
+  switch (stream.dtype) {
+    case Dtype::fp32:
+      return body(static_cast<float*>(stream.data));
+    case Dtype::fp64:
+      return body(static_cast<double*>(stream.data));
+    case Dtype::bf16:
+      return body(static_cast<Bf16*>(stream.data));
+    case Dtype::fp16:
+      return body(static_cast<Fp16*>(stream.data));
+  }
+}
+
+// Calls `body(offset, stride, n)` for runs of n elements that lie `stride` apart, which are together the `count`
+// elements from number `from` on.
+template <typename Body>
+DRACOPT_HD void for_each_run(const Layout& layout, int stream, int64_t from, int64_t count, const Body& body) {
+  const int64_t* const strides = layout.strides[stream];
+  const int inner = layout.dims - 1;
+  int64_t index[kMaxDims], offset = 0;
+  for (int d = inner; d >= 0; --d) {
+    index[d] = from % layout.sizes[d];
+    from /= layout.sizes[d];
+    offset += index[d] * strides[d];
+  }
+  while (count > 0) {
+    int64_t n = layout.sizes[inner] - index[inner];
+    if (n > count) n = count;
+    body(offset, strides[inner], n);
+    count -= n;
+    index[inner] += n;
+    offset += n * strides[inner];
+    for (int d = inner; d > 0 && index[d] == layout.sizes[d]; --d) {
+      offset += strides[d - 1] - index[d] * strides[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+template <typename T, typename Stored>
+void gather(const Stored* from, int64_t stride, int64_t count, T* to) {
+  if (stride == 1) {
+    DRACOPT_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
+  }
+}
+
+template <typename T, typename Stored>
+void scatter(const T* from, int64_t count, Stored* to, int64_t stride) {
+  if (stride == 1) {
+    DRACOPT_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) to[i] = narrow<Stored>(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow<Stored>(from[i]);
+  }
+}
+
+template <typename T>
+void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
+  const Stream& s = segment.streams[stream];
+  as_stored(s, [&](const auto* data) {
+    if (s.dense) return gather(data + from, 1, count, staged);
+    for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
+      gather(data + offset, stride, n, staged);
+      staged += n;
+    });
+  });
+}
+
+// The `count` elements from number `from` on: where they lie, or as a copy in `staged`.
+template <typename T>
+DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
+  const Stream& s = segment.streams[stream];
+  if (s.dense && s.dtype == dtype_of<T>) return static_cast<T*>(s.data) + from;
+  stage(segment, stream, from, count, staged);
+  return staged;
+}
+
+// Writes back what was staged.
+template <typename T>
+void store(const Segment& segment, int stream, int64_t from, int64_t count, const T* staged) {
+  const Stream& s = segment.streams[stream];
+  as_stored(s, [&](auto* data) {
+    if (s.dense) return scatter(staged, count, data + from, 1);
+    for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
+      scatter(staged, n, data + offset, stride);
+      staged += n;
+    });
+  });
+}
+
+template <typename T>
+T* divided(const T* tile, double divisor, int64_t count, T* staged) {
+  const T by = static_cast<T>(divisor);
+  DRACOPT_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) staged[i] = tile[i] / by;
+  return staged;
+}
+
+}  // namespace DRACOPT_ISA
+}  // namespace dracopt

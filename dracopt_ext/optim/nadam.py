@@ -1,0 +1,71 @@
+"""NAdam."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._base import FusedOptimizer
+
+
+class NAdam(FusedOptimizer, torch.optim.NAdam):
+    """NAdam (Dozat 2016): Adam with Nesterov's momentum; ``torch.optim.NAdam`` with another engine.
+
+    Takes what that class takes, with its defaults and errors. ``foreach`` and ``capturable`` are checked as there;
+    neither chooses the engine.
+
+    Args:
+        params: tensors, named parameters or groups to optimize.
+        lr: learning rate (default 2e-3).
+        betas: decay rates of the two moments (default (0.9, 0.999)).
+        eps: added to the denominator (default 1e-8).
+        weight_decay: L2 penalty, or decoupled decay with ``decoupled_weight_decay`` (default 0).
+        momentum_decay: how fast the momentum of a step approaches ``betas[0]`` (default 4e-3).
+        decoupled_weight_decay: NAdamW (default False).
+        maximize: ascend instead of descending (default False).
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; None (default) takes the best for each parameter.
+            An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
+        state_dtype: dtype of the moments: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It is not
+            part of the state dict, and what is loaded is converted to it.
+
+    The formula stands with :func:`dracopt_ext.reference.nadam`.
+    """
+
+    _rule = "nadam"
+    _rule_keys = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay")
+    _counts_steps = True
+    _sparse_error = "NAdam does not support sparse gradients"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            momentum_decay,
+            decoupled_weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            backend=backend,
+            state_dtype=state_dtype,
+        )
