@@ -1,0 +1,203 @@
+"""The rules' scalars, the numbering of strided elements and the sharing of work, compiled on their own: no torch is
+needed, and no tensor is allocated, however many elements it has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
+
+
+def output_of(program: str, folder: Path) -> str:
+    (folder / "program.cpp").write_text(program)
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([COMPILER, *flags, "program.cpp", "-o", "program"], cwd=folder, check=True)
+    return subprocess.run([folder / "program"], capture_output=True, text=True, check=True).stdout
+
+
+POWERS = """
+#include <cmath>
+#include <cstdio>
+#include <initializer_list>
+#include "rules/all.h"
+int main() {
+  long wrong = 0, wrong_by_more = 0;
+  for (double beta : {0.0, 0.3, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999}) {
+    for (long step = 1; step <= 1000000; ++step) {
+      const double ours = dracopt::power(beta, step), libm = std::pow(beta, double(step));
+      wrong += float(1 - ours) != float(1 - libm) || float(std::sqrt(1 - ours)) != float(std::sqrt(1 - libm));
+      wrong_by_more += std::fabs(ours - libm) > 2.3e-16 * libm + 1e-290;
+    }
+  }
+  std::printf("%ld %ld", wrong, wrong_by_more);
+}
+"""
+
+
+def test_bias_corrections_are_those_of_libm_up_to_a_million_steps(tmp_path: Path) -> None:
+    assert output_of(POWERS, tmp_path) == "0 0", "powers that round to another fp32 scalar; those more than an ulp off"
+
+
+MOMENTA = """
+#include <cmath>
+#include <cstdio>
+#include <initializer_list>
+#include "rules/all.h"
+int main() {
+  long wrong = 0, wrong_by_more = 0;
+  for (double decay : {0.0, 1e-4, 4e-3, 0.3, 7.0}) {
+    for (long step = 1; step <= 1000000; ++step) {
+      dracopt::NAdam::Hyperparameters h{1e-3, 0.9, 0.999, 1e-8, 0, decay, 0};
+      const double ours = dracopt::NAdam::momentum(double(step), h);
+      const double libm = 0.9 * (1 - 0.5 * std::pow(0.96, double(step) * decay));
+      wrong += float(ours) != float(libm) || float(1 - ours) != float(1 - libm);
+      wrong_by_more += std::fabs(ours - libm) > 2.3e-16;
+    }
+  }
+  double worst = 0;
+  for (double x = 0; x > -709; x -= 0.0137) {
+    worst = std::fmax(worst, std::fabs(dracopt::exponential(x, 0) - std::exp(x)) / std::exp(x));
+  }
+  const bool ends = dracopt::exponential(-1e300, 0) == 0 && dracopt::exponential(-INFINITY, 0) == 0 &&
+                    std::isnan(dracopt::exponential(NAN, 0)) && dracopt::exponential(0, 0) == 1;
+  std::printf("%ld %ld %d %d", wrong, wrong_by_more, worst < 4.5e-16 || worst == 1, int(ends));
+}
+"""
+
+
+def test_nadams_momenta_are_those_of_libm_up_to_a_million_steps(tmp_path: Path) -> None:
+    assert output_of(MOMENTA, tmp_path) == "0 0 1 1", "other fp32 scalars; more than an ulp off; exponential; its ends"
+
+
+# Segments whose update function writes down its range. Nothing is allocated: the largest has 2^40 elements.
+SHARING = """
+#include <cstdio>
+#include <initializer_list>
+#include <vector>
+#include "core/segment.h"
+using namespace dracopt;
+struct Range { const Segment* segment; int64_t begin, end; };
+static std::vector<Range> ranges;
+static void update(const Segment& s, int64_t begin, int64_t end) { ranges.push_back({&s, begin, end}); }
+int main() {
+  long faults = 0;
+  const int64_t large = int64_t(1) << 31;
+  const std::vector<std::vector<int64_t>> lists = {
+      {large + 77}, {0, large * 512, 0, 1}, {5, large, large - 1, large + 1, 0, 63, 64, 65}, {0}, {1, 1, 1}};
+  for (const auto& list : lists) {
+    for (int32_t unit_numel : {8, 16, 32}) {
+      std::vector<Segment> segments(list.size());
+      int64_t units = 0;
+      for (size_t i = 0; i < list.size(); ++i) {
+        segments[i].update = update;
+        segments[i].numel = list[i];
+        segments[i].unit_numel = unit_numel;
+        segments[i].first_unit = units;
+        units += units_of(list[i], unit_numel);
+      }
+      for (int64_t threads : {1, 2, 3, 7, 64}) {
+        ranges.clear();
+        const int64_t grain = (units + threads - 1) / threads;
+        for (int64_t from = 0; from < units; from += grain) {
+          run_units(segments.data(), segments.size(), from, from + grain < units ? from + grain : units);
+        }
+        // Every segment's ranges follow one another from its first to its last element.
+        size_t r = 0;
+        for (const Segment& s : segments) {
+          int64_t at = 0;
+          do {
+            faults += r == ranges.size() || ranges[r].segment != &s || ranges[r].begin != at || ranges[r].end < at;
+            if (r < ranges.size()) at = ranges[r++].end;
+          } while (at < s.numel && faults == 0);
+          faults += at != s.numel;
+        }
+        faults += r != ranges.size();
+      }
+    }
+  }
+  std::printf("%ld", faults);
+}
+"""
+
+
+def test_work_is_shared_without_gap_or_overlap_beyond_two_to_the_31(tmp_path: Path) -> None:
+    assert output_of(SHARING, tmp_path) == "0"
+
+
+LAYOUTS = """
+#include <cstdio>
+#include <vector>
+#include "core/layout.h"
+using namespace dracopt;
+static void show(std::vector<int64_t> sizes, std::vector<std::vector<int64_t>> strides) {
+  const int64_t* pointers[kMaxStreams] = {};
+  for (size_t k = 0; k < strides.size(); ++k) pointers[k] = strides[k].data();
+  const Layout layout = make_layout(int(sizes.size()), sizes.data(), int(strides.size()), pointers);
+  for (int d = 0; d < layout.dims; ++d) {
+    std::printf("%lld:", (long long)layout.sizes[d]);
+    for (size_t k = 0; k < strides.size(); ++k) std::printf("%s%lld", k ? "," : "", (long long)layout.strides[k][d]);
+    std::printf(" ");
+  }
+  for (size_t k = 0; k < strides.size(); ++k) std::printf("%d", int(layout.dense(int(k))));
+  std::printf("\\n");
+}
+int main() {
+  const int64_t G = int64_t(1) << 30;
+  show({4, 5, 6}, {{30, 6, 1}, {30, 6, 1}});            // one dimension
+  show({4, 5, 6}, {{30, 6, 1}, {1, 4, 20}});            // nothing joins
+  show({4, 5, 6}, {{1, 24, 4}, {1, 24, 4}});            // dense in another order
+  show({4, 5, 6}, {{30, 6, 1}, {60, 12, 2}});           // joins with gaps
+  show({4, 1, 6}, {{6, 99, 1}, {6, 77, 1}});            // a dimension of one element
+  show({1, 1}, {{5, 7}, {9, 9}});                       // one element
+  show({8 * G, 6}, {{6, 1}, {0, 1}});                   // expanded along more than 2^31 elements
+  show({2, 4 * G, 3}, {{12 * G, 3, 1}, {1, 6, 2}});     // strides beyond 2^31
+}
+"""
+
+
+def test_layouts_join_what_all_streams_traverse_as_one(tmp_path: Path) -> None:
+    giga = 2**30
+    assert output_of(LAYOUTS, tmp_path).splitlines() == [
+        "120:1,1 11",
+        "4:30,1 5:6,4 6:1,20 10",
+        "120:1,1 11",
+        "120:1,2 10",
+        "24:1,1 11",
+        "1:1,1 11",
+        f"{8 * giga}:6,0 6:1,1 10",
+        f"2:{12 * giga},1 {12 * giga}:1,2 10",
+    ]
+
+
+EXTREMES = """
+#include <cstdio>
+#include <vector>
+#include "cpu/tiles.h"
+using namespace dracopt;
+int main() {
+  // Element numbers beyond 2^31, in a layout of which only the offsets are computed.
+  const int64_t M = int64_t(1) << 32;
+  Layout layout{};
+  layout.dims = 2;
+  layout.sizes[0] = 5; layout.sizes[1] = M;
+  layout.strides[0][0] = M; layout.strides[0][1] = 1;
+  layout.strides[1][0] = 1; layout.strides[1][1] = 5;
+  for_each_run(layout, 1, 3 * M - 2, 4, [](int64_t offset, int64_t stride, int64_t n) {
+    std::printf("%lld+%lldx%lld ", (long long)offset, (long long)stride, (long long)n);
+  });
+}
+"""
+
+
+def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
+    big = 2**32
+    assert output_of(EXTREMES, tmp_path).split() == [f"{2 + (big - 2) * 5}+5x2", "3+5x2"]
