@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: train study test lint format bench clean
+.PHONY: train study test mutants sanitize lint format bench clean
 
 train: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_digits --out $(OUT)
@@ -15,7 +15,23 @@ study: $(VENV)/ready
 	$(BIN)/python -m benchmarks.study_digits --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov=dracopt_ext --cov-fail-under=95
+
+# About 40 faults, built into a copy one after the other: each must fail the test that is named for it.
+mutants: $(VENV)/ready
+	$(BIN)/python -m tests.mutants
+
+# The tests of the compiled module under ASan and UBSan, in a copy. Not those that fork or start processes of their own.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/ready
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext tests $(SANITIZED)
+	cd $(SANITIZED) && DRACOPT_BUILD=sanitize $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --ignore tests/test_packaging.py \
+	  --ignore tests/test_benchmarks.py --ignore tests/test_architecture.py --ignore tests/test_core.py \
+	  -k "not (instruction_sets or forked or compiled_training or two_to_the_31)"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

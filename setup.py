@@ -1,6 +1,7 @@
 """Builds ``dracopt_ext._C``, or says why it could not and packages the Python part alone.
 
-``DRACOPT_BUILD=force`` makes a failure an error, ``pure`` does not try, ``auto`` (the default) does what is possible.
+``DRACOPT_BUILD=force`` makes a failure an error, ``pure`` does not try, ``auto`` (the default) does what is possible;
+``sanitize`` is ``force`` with the compiler's checks for wrong memory accesses and undefined behaviour.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"]
-COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+OPTIMIZED, LINKED = ["-O3", "-g0"], ["-Wl,--strip-all"] if sys.platform == "linux" else []
+if MODE == "sanitize":
+    LINKED = ["-fsanitize=address,undefined"]
+    OPTIMIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *LINKED]
+COMMON_FLAGS = ["-std=c++20", *OPTIMIZED, "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 # Results must not depend on what the compiler contracts; the other two let the loops vectorise and change no result.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
@@ -82,8 +87,8 @@ class BuildNative(BuildExtension):
             except Exception as error:  # distutils, ninja and torch each have their own
                 reason = f"compilation failed: {type(error).__name__}: {error}".split("\n")[0]
         if reason is not None:
-            if MODE == "force":
-                raise SystemExit(f"DRACOPT_BUILD=force: {reason}")
+            if MODE in ("force", "sanitize"):
+                raise SystemExit(f"DRACOPT_BUILD={MODE}: {reason}")
             self.remove_stale()
             self.extensions.clear()
             print(f"dracopt_ext: building without compiled kernels: {reason}", file=sys.stderr)
@@ -140,7 +145,7 @@ setup(
             ["csrc/cpu/dispatch.cpp", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/bindings/*.cpp")))],
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=BINDING_FLAGS,
-            extra_link_args=["-Wl,--strip-all"] if sys.platform == "linux" else [],
+            extra_link_args=LINKED,
         )
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},

@@ -14,13 +14,15 @@ import dracopt_ext
 from . import report
 from .cases import SUITES
 from .measure import Result, measure
-from .peers import BASELINE, PEERS, deepspeed_missing
+from .peers import OURS, PEERS, deepspeed_missing
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="besides dracopt and torch fused; default: all")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, help="besides dracopt and each case's baseline; default: all"
+    )
     parser.add_argument("--rounds", type=int, help="timed steps of each optimizer; large cases take a fifth (200)")
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (2)")
     parser.add_argument("--out", type=Path, help="folder of the CSV file and the plot (benchmarks/results)")
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.check_csv(args.out / "cpu.csv")
     torch.set_num_threads(args.threads)
 
-    left_out = set() if args.peers is None else set(PEERS) - {"dracopt", BASELINE, *args.peers}
+    left_out = set() if args.peers is None else set(PEERS) - {*OURS, *args.peers}
     missing = None if "DeepSpeed CPUAdam" in left_out else deepspeed_missing()
     if missing is not None:
         left_out.add("DeepSpeed CPUAdam")

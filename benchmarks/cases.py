@@ -11,8 +11,23 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How a case's tensors are stored: dtypes by their names in torch, and the order of their elements."""
+
+    param: str = "float32"
+    grad: str = "float32"
+    state: str = "float32"
+    layout: str = "contiguous"
+    """Or ``channels_last``, for the parameters and gradients of four dimensions; or ``transposed gradient``."""
+
+
+PLAIN = Storage()
+BF16 = Storage("bfloat16", "bfloat16", "bfloat16")
+
+
+@dataclass(frozen=True)
 class Case:
-    """One optimizer over a set of fp32 tensors."""
+    """One optimizer over a set of tensors."""
 
     name: str
     optimizer: str
@@ -23,6 +38,11 @@ class Case:
     shapes: Sequence[Shape]
     group_each: bool = False
     """One parameter group for each tensor, with a learning rate of its own."""
+    storage: Storage = PLAIN
+    baseline: str | None = "torch fused"
+    """The peer that the others are compared with; None if no other does this work."""
+    peers: Sequence[str] | None = None
+    """Who takes part; None if all of the suite do."""
 
     @property
     def groups(self) -> int:
@@ -41,6 +61,11 @@ class Case:
         """Whether a step takes so long that fewer rounds have to do."""
         return self.parameters > 10_000_000
 
+    @property
+    def plain(self) -> Case:
+        """The same in contiguous fp32 tensors."""
+        return replace(self, storage=PLAIN, bytes_per_parameter=FP32_BYTES[self.optimizer])
+
     def shrunk(self) -> Case:
         """The same case in a size that only shows that it runs."""
         return replace(self, shapes=[tuple(min(size, 32) for size in shape) for shape in self.shapes[:4]])
@@ -56,12 +81,18 @@ class Suite:
     """Step the peers in turn, so that each finds the caches filled by the others. Else each is measured on its own."""
 
 
-def adamw(name: str, shapes: Sequence[Shape], group_each: bool = False) -> Case:
-    return Case(name, "AdamW", {"lr": 1e-3, "weight_decay": 1e-2}, 28, shapes, group_each)
+FP32_BYTES = {"AdamW": 28, "NAdam": 28, "SGD": 20}  # the latter with momentum
 
 
-def sgd(name: str, shapes: Sequence[Shape]) -> Case:
-    return Case(name, "SGD", {"lr": 1e-2, "momentum": 0.9, "nesterov": True}, 20, shapes)
+def adamw(name: str, shapes: Sequence[Shape], group_each: bool = False, **more: Any) -> Case:
+    bytes_per_parameter = more.pop("bytes_per_parameter", FP32_BYTES["AdamW"])
+    return Case(name, "AdamW", {"lr": 1e-3, "weight_decay": 1e-2}, bytes_per_parameter, shapes, group_each, **more)
+
+
+def sgd(name: str, shapes: Sequence[Shape], nesterov: bool = True, **more: Any) -> Case:
+    bytes_per_parameter = more.pop("bytes_per_parameter", FP32_BYTES["SGD"])
+    options = {"lr": 1e-2, "momentum": 0.9, "nesterov": nesterov}
+    return Case(name, "SGD", options, bytes_per_parameter, shapes, **more)
 
 
 _NORM: list[Shape] = [(768,), (768,)]
@@ -72,6 +103,26 @@ _BLOCK: list[Shape] = [
     *[(768, 3072), (3072,), (3072, 768), (768,)],
 ]
 GPT2_SMALL: list[Shape] = [(50257, 768), (1024, 768), *_BLOCK * 12, *_NORM]
+
+
+def _bottleneck(inputs: int, width: int, projects: bool) -> list[Shape]:
+    norm, wide = [(width,), (width,)], [(4 * width,), (4 * width,)]
+    block: list[Shape] = [(width, inputs, 1, 1), *norm, (width, width, 3, 3), *norm, (4 * width, width, 1, 1), *wide]
+    return [*block, (4 * width, inputs, 1, 1), *wide] if projects else block
+
+
+def _resnet50() -> list[Shape]:
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += _bottleneck(inputs, width, projects=block == 0)
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+RESNET50 = _resnet50()
+SQUARE: list[Shape] = [(8192, 8192)]
 
 ONE_LARGE = adamw("AdamW, 1 tensor of 64M", [(64 * 2**20,)])
 """As close to the memory's speed as a step gets: what the other cases' bandwidth is compared with."""
@@ -87,6 +138,47 @@ SUITES = {
             sgd("SGD Nesterov, 1000 of 256", [(256,)] * 1000),
         ],
         peers=["dracopt", "torch fused", "torch foreach", "torch for-loop", "DeepSpeed CPUAdam"],
+        interleaved=True,
+    ),
+    "storage": Suite(
+        cases=[
+            adamw("AdamW, all bf16, 64M", SQUARE, storage=BF16, bytes_per_parameter=14),
+            adamw(
+                "AdamW, bf16 with fp32 states, 64M",
+                SQUARE,
+                storage=replace(BF16, state="float32"),
+                bytes_per_parameter=22,
+                baseline=None,  # torch's CPU kernels refuse it
+                peers=["dracopt", "dracopt plain"],
+            ),
+            sgd(
+                "SGD momentum, all bf16, 64M",
+                SQUARE,
+                nesterov=False,
+                storage=BF16,
+                bytes_per_parameter=10,
+                baseline="torch foreach",  # torch's fused one leaves whole vectors out
+                peers=["dracopt", "dracopt plain", "torch foreach"],
+            ),
+            Case(
+                "NAdam, 1000 tensors of 256",
+                "NAdam",
+                {"lr": 1e-3},
+                FP32_BYTES["NAdam"],
+                [(256,)] * 1000,
+                baseline="torch foreach",  # there is no fused one
+                peers=["dracopt", "torch foreach"],
+            ),
+            adamw("AdamW, ResNet-50 in channels_last", RESNET50, storage=Storage(layout="channels_last")),
+            adamw(
+                "AdamW, transposed gradient, 64M",
+                SQUARE,
+                storage=Storage(layout="transposed gradient"),
+                peers=["dracopt", "dracopt plain", "torch foreach"],
+                baseline="torch foreach",  # torch's fused one applies the wrong elements
+            ),
+        ],
+        peers=["dracopt", "dracopt plain", "torch fused"],
         interleaved=True,
     ),
     "host": Suite(

@@ -39,21 +39,26 @@ class Result:
         return cls(suite, case, peer, len(seconds), median, p10, p90, others)
 
     @property
+    def floor_bytes(self) -> int:
+        return (self.case.plain if self.peer == "dracopt plain" else self.case).floor_bytes
+
+    @property
     def gb_per_s(self) -> float:
         """Of the bytes that have to move, however many did."""
-        return self.case.floor_bytes / self.median / 1e6
+        return self.floor_bytes / self.median / 1e6
 
 
 def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: set[str]) -> list[Result]:
     """Time all peers of a suite in one case."""
-    names = [name for name in suite.peers if name not in left_out and runs(name, case)]
+    peers = suite.peers if case.peers is None else case.peers
+    names = [name for name in peers if (name not in left_out or name == case.baseline) and runs(name, case)]
     stepped = {name: Stepped(name, case) for name in names}
     optimizers = {name: stepped[name].optimizer for name in names}
     for _ in range(WARM_UP):
         for name in names:
             stepped[name].step()
     require_native(optimizers["dracopt"])
-    require_equal_work(optimizers)
+    require_equal_work(optimizers, case)
     if case.large:
         rounds = max(rounds // 5, 2)
     begin, used_by_others = time.perf_counter(), _used_by_others()
@@ -73,6 +78,8 @@ class Stepped:
     """One optimizer, whose gradients are the same in each step."""
 
     def __init__(self, peer: str, case: Case) -> None:
+        if peer == "dracopt plain":
+            case = case.plain
         groups = make_groups(case)
         self.optimizer = PEERS[peer](case, groups)
         self._gradients: list[torch.Tensor] = []

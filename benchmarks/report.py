@@ -20,11 +20,12 @@ from dracopt_ext.backend import _C
 
 from .cases import ONE_LARGE
 from .measure import Result
-from .peers import BASELINE
+from .peers import OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FUSED = "torch fused"
 ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
@@ -57,18 +58,23 @@ class Row:
     """A result beside the others of its run."""
 
     result: Result
-    ratio: float
-    """How many times faster than torch's fused implementation."""
+    ratio: float | None
+    """How many times faster than the case's baseline; None if there is none."""
     share: float | None
-    """Of the bandwidth that ours reaches on one large tensor; None if that was not measured."""
+    """Of the bandwidth that ours reaches in the same case on contiguous fp32 tensors, else on one large tensor; None if
+    neither was measured."""
 
 
 def compare(results: Sequence[Result]) -> list[Row]:
-    baselines = {(r.suite, r.case.name): r.median for r in results if r.peer == BASELINE}
+    medians = {(r.suite, r.case.name, r.peer): r.median for r in results}
+    plain = {(r.suite, r.case.name): r.gb_per_s for r in results if r.peer == "dracopt plain"}
     peak = next((r.gb_per_s for r in results if r.peer == "dracopt" and r.case.name == ONE_LARGE.name), None)
-    return [
-        Row(r, baselines[r.suite, r.case.name] / r.median, None if peak is None else r.gb_per_s / peak) for r in results
-    ]
+    rows = []
+    for r in results:
+        baseline = medians.get((r.suite, r.case.name, r.case.baseline or ""))
+        bandwidth = plain.get((r.suite, r.case.name), peak)
+        rows.append(Row(r, baseline and baseline / r.median, bandwidth and r.gb_per_s / bandwidth))
+    return rows
 
 
 def check_csv(path: Path) -> None:
@@ -103,12 +109,12 @@ def _cells(row: Row) -> dict[str, object]:
         "tensors": len(case.shapes),
         "groups": case.groups,
         "parameters": case.parameters,
-        "bytes": case.floor_bytes,
+        "bytes": result.floor_bytes,
         "rounds": result.rounds,
         "median_ms": f"{result.median:.5g}",
         "p10_ms": f"{result.p10:.5g}",
         "p90_ms": f"{result.p90:.5g}",
-        "ratio_to_torch_fused": f"{row.ratio:.4g}",
+        "ratio_to_torch_fused": f"{row.ratio:.4g}" if row.ratio and case.baseline == FUSED else "",
         "gb_per_s": f"{result.gb_per_s:.4g}",
         "bandwidth_share": "" if row.share is None else f"{row.share:.4g}",
         "others_cpu_share": "" if result.others is None else f"{result.others:.2f}",
@@ -116,7 +122,7 @@ def _cells(row: Row) -> dict[str, object]:
 
 
 def _backend(peer: str) -> str:
-    if peer == "dracopt":
+    if peer in OURS:
         return "native"
     return "torch" if peer.startswith("torch") else f"deepspeed {metadata.version('deepspeed')}"
 
@@ -170,7 +176,7 @@ def _suites(rows: Sequence[Row]) -> list[str]:
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| case | optimizer | median ms | p10 to p90 | faster than torch fused | GB/s | share of bandwidth |",
+        "| case | optimizer | median ms | p10 to p90 | faster than | GB/s | share of bandwidth |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     case = ""
@@ -181,7 +187,7 @@ def _table(rows: Sequence[Row]) -> str:
             f"**{result.peer}**" if result.peer == "dracopt" else result.peer,
             _short(result.median),
             f"{_short(result.p10)} to {_short(result.p90)}",
-            f"{_short(row.ratio)}x",
+            "" if row.ratio is None else f"{result.case.baseline}: {_short(row.ratio)}x",
             _short(result.gb_per_s),
             "" if row.share is None else f"{row.share:.1%}",
         ]
@@ -196,7 +202,7 @@ def _short(value: float) -> str:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """The speed-up over torch's fused implementation and, where known, the share of bandwidth."""
+    """The speed-up over torch's fused implementation and, where known, the share of bandwidth. Of the suite ``cpu``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,8 +215,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     )
     left = axes[0, 0]
     left.set_xscale("log")
-    _panel(left, cases, [(row, row.ratio) for row in rows], 1, "x")
-    left.axvline(1, color=COLORS[BASELINE], linewidth=1)
+    _panel(left, cases, [(row, row.ratio) for row in rows if row.ratio is not None], 1, "x")
+    left.axvline(1, color=COLORS[FUSED], linewidth=1)
     left.set_title("times as fast as torch fused")
     left.set_yticks(range(len(cases)), cases)
     left.set_ylim(len(cases) - 0.4, -0.5)
@@ -226,7 +232,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     peers = [peer for peer in COLORS if peer in handles]
     figure.legend([handles[peer] for peer in peers], peers, loc="outside lower center", ncols=len(peers), frameon=False)
     title = f"{device()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    figure.suptitle(title, fontsize=9, color=COLORS[BASELINE])
+    figure.suptitle(title, fontsize=9, color=COLORS[FUSED])
     figure.savefig(path, dpi=180)
     plt.close(figure)
 

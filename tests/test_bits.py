@@ -20,6 +20,7 @@ from .cases import (
     DTYPES,
     FAULTS,
     FUSED_CASES,
+    RULES,
     SIZES,
     UNFUSED_ULPS,
     WHOLE_BLOCKS,
@@ -177,6 +178,24 @@ def test_offsets_and_guards(case: Case, dtype: torch.dtype, offset: int) -> None
     for buffer, numel in surroundings:
         assert (buffer[:offset] == 7.5).all()
         assert (buffer[offset + numel :] == 7.5).all()
+
+
+@pytest.mark.parametrize("case", RULES, ids=str)
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 1e-42, -0.0])
+def test_nan_in_every_stream(case: Case, special: float) -> None:
+    """And infinities, subnormal numbers and zeros: each in the parameter, the gradient and the states."""
+    initial, gradients = inputs([64], torch.float32, 3)
+    initial[0][0] = gradients[1][0][1] = special
+    streams = iter(range(2, 10))
+
+    def place_state(state: Tensor) -> Tensor:
+        state[next(streams)] = special
+        return state
+
+    found = train(case.ours, {**case.options, "backend": "native"}, initial, gradients, place_state=place_state)
+    streams = iter(range(2, 10))
+    expected = train(case.ours, {**case.options, "backend": "reference"}, initial, gradients, place_state=place_state)
+    assert_same_bits(found, expected)
 
 
 @every_case

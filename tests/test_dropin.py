@@ -437,3 +437,127 @@ def test_compiled_training_step_gives_the_eager_result() -> None:
         assert optimizer.last_backend == {"cpu": frozenset({"native"})}
         found.append(snapshot(optimizer))
     assert_same_bits(*found)
+
+
+# What torch's own suite asks of every optimizer
+
+
+@every_class
+def test_profiler_sees_the_step_under_torchs_name(name: str) -> None:
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = getattr(dracopt_ext, name)([p])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert f"Optimizer.step#{name}.step" in {event.key for event in profile.key_averages()}
+
+
+@every_class
+@pytest.mark.parametrize("fused", [None, True])
+def test_parameters_that_begin_on_meta(name: str, fused: bool | None) -> None:
+    """They can be optimized once they are somewhere."""
+    model = nn.Linear(4, 4, device="meta")
+    options: dict[str, Any] = {} if fused is None or name == "NAdam" else {"fused": True}
+    optimizer = getattr(dracopt_ext, name)(model.parameters(), **options)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    optimizer = getattr(dracopt_ext, name)(model.parameters(), **options)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert all((p != 1).all() for p in model.parameters())
+
+
+@every_class
+def test_zero_gradients_count_as_steps(name: str) -> None:
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.zeros(4)
+    optimizer = getattr(dracopt_ext, name)([p], weight_decay=0.0)
+    optimizer.step()
+    assert (p == 1).all()
+    assert optimizer.state[p].get("step", 1) == 1
+
+
+@every_class
+def test_named_parameters_and_groups_are_torchs(name: str) -> None:
+    model, _, _ = model_and_data()
+    named = list(model.named_parameters())
+    groups = [{"params": named[:1], "lr": 0.5}, {"params": named[1:]}]
+    found = [getattr(module, name)(groups).param_groups for module in (dracopt_ext, torch.optim)]
+    assert [{k: v for k, v in g.items() if k != "params"} for g in found[0]] == [
+        {k: v for k, v in g.items() if k != "params"} for g in found[1]
+    ]
+    mixed = [{"params": named[:1]}, {"params": [p for _, p in named[1:]]}]
+    errors = []
+    for module in (dracopt_ext, torch.optim):
+        with pytest.raises(ValueError, match="with/without names") as info:
+            getattr(module, name)(mixed)
+        errors.append(str(info.value))
+    assert errors[0] == errors[1]
+
+
+def test_duplicate_parameters_warn_as_in_torch() -> None:
+    p = nn.Parameter(torch.ones(2))
+    warned = []
+    for module in (dracopt_ext, torch.optim):
+        with pytest.warns(UserWarning, match="duplicate parameters") as caught:
+            module.SGD([p, p])
+        warned.append(str(caught[0].message))
+    assert warned[0] == warned[1]
+
+
+def test_sgd_without_momentum_keeps_no_state() -> None:
+    model, x, y = model_and_data()
+    optimizer = dracopt_ext.SGD(model.parameters(), lr=0.1)
+    loop(optimizer, model, x, y)
+    assert not optimizer.state
+    assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_capturable_with_fused_runs_on_the_cpu_as_in_torch(name: str) -> None:
+    (value,), steps = inputs([64], torch.float32, 3)
+    found = []
+    for module in (dracopt_ext, torch.optim):
+        p = nn.Parameter(value.clone())
+        optimizer = getattr(module, name)([p], fused=True, capturable=True)
+        for (grad,) in steps:
+            p.grad = grad.clone()
+            optimizer.step()
+        found.append(snapshot(optimizer))
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam"])
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_capturable_without_fused_raises_as_in_torch(name: str) -> None:
+    errors = []
+    for module in (dracopt_ext, torch.optim):
+        p = nn.Parameter(torch.ones(4))
+        p.grad = torch.ones(4)
+        optimizer = getattr(module, name)([p], capturable=True)
+        with pytest.raises(AssertionError) as info:
+            optimizer.step()
+        errors.append(str(info.value))
+        if module is dracopt_ext:
+            assert not optimizer.state
+    assert errors[0] == errors[1]
+
+
+@every_class
+def test_training_lowers_the_loss_with_every_kind_of_lr_and_scheduler(name: str) -> None:
+    for lr in (0.01, torch.tensor(0.01), torch.tensor([0.01]), torch.tensor([[0.01]])):
+        model, x, y = model_and_data()
+        optimizer = getattr(dracopt_ext, name)(model.parameters(), lr=lr)
+        schedulers: list[Any] = [
+            torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+            torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        ]
+        first = nn.functional.mse_loss(model(x), y).item()
+        for _ in range(10):
+            loop(optimizer, model, x, y, steps=1)
+            for scheduler in schedulers:
+                scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+        assert optimizer.last_backend == {"cpu": frozenset({"native"})}
+        assert nn.functional.mse_loss(model(x), y).item() < first

@@ -79,16 +79,6 @@ def test_differentiable() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
-def test_capturable_on_the_cpu_raises_as_torch() -> None:
-    errors = []
-    for module in (dracopt_ext, torch.optim):
-        with pytest.raises(AssertionError) as info:
-            stepped(module.Adam, [(random(5), random(5))], capturable=True)
-        errors.append(str(info.value))
-    assert errors[0] == errors[1]
-
-
-@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 @pytest.mark.parametrize("overlap", ["same", "shifted", "gradient"])
 def test_parameters_that_share_memory(overlap: str) -> None:
     """Stepped by torch, one after the other; the search is repeated when addresses change."""
@@ -174,6 +164,20 @@ def test_the_fallback_warns_once_with_the_reason() -> None:
 def one_that_torch_steps(dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """For its elements might share memory: the strides do not tell."""
     return nn.Parameter(torch.as_strided(torch.ones(64, dtype=dtype), (4, 4), (2, 3)))
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_torchs_fused_kernels_are_never_used_on_the_cpu(case: Case) -> None:
+    """They take every stride for 1. These elements share nothing, but only a closer look than ours would tell."""
+    buffer = torch.zeros(16)
+    p = nn.Parameter(buffer.as_strided((2, 4), (5, 3)))
+    optimizer = case.ours([p], **case.options, **case.fused)
+    p.grad = torch.ones(2, 4)
+    optimizer.step()
+    assert optimizer.last_backend == TORCH  # type: ignore[attr-defined]
+    assert (p != 0).all()
+    assert int((buffer != 0).sum()) == 8
 
 
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")

@@ -15,26 +15,32 @@ from torch import nn
 
 import dracopt_ext
 
-from .cases import FAULTS, Case, NoOp, assert_same_bits, inputs, snapshot
+from .cases import CASES, FAULTS, STORAGE, Case, NoOp, assert_close, assert_same_bits, inputs, snapshot
 
 NATIVE = {"cpu": frozenset({"native"})}
 ADAMW = Case("AdamW", {"lr": 0.01})
 SGD = Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5})
+NADAM = Case("NAdam", {"lr": 0.01})
 
 both_rules = pytest.mark.parametrize("case", [ADAMW, SGD], ids=str)
+all_rules = pytest.mark.parametrize("case", [ADAMW, SGD, NADAM], ids=str)
 
 
 class Pair:
-    """Our optimizer and torch's fused one over equal parameters; whatever is done, is done to both."""
+    """Our optimizer and its oracle over equal parameters; whatever is done, is done to both.
+
+    The oracle is torch's fused optimizer, or ours with the reference where torch has no fused one.
+    """
 
     def __init__(self, case: Case, count: int = 4, fault: Callable[[Any], Any] | None = None, **options: Any) -> None:
         initial, _ = inputs([64] * count, torch.float32, 0)
         ours = case.ours if fault is None else fault(case.ours)
         self.optimizers = []
         self.seed = 0
-        for make, fused in ((ours, None), (case.torchs, True)):
+        oracle = (case.torchs, case.fused) if case.fused else (case.ours, {"backend": "reference"})
+        for make, more in ((ours, {}), oracle):
             params = [nn.Parameter(value.clone()) for value in initial]
-            self.optimizers.append(make(params, **{**case.options, "fused": fused, **options}))
+            self.optimizers.append(make(params, **{**case.options, **more, **options}))
 
     def do(self, change: Callable[[torch.optim.Optimizer, list[nn.Parameter]], object]) -> Pair:
         for optimizer in self.optimizers:
@@ -55,7 +61,7 @@ class Pair:
         return self
 
 
-@both_rules
+@all_rules
 @pytest.mark.parametrize("fault", FAULTS)
 def test_pairs_bite(case: Case, fault: type[NoOp]) -> None:
     with pytest.raises(AssertionError, match="elements differ"):
@@ -65,7 +71,7 @@ def test_pairs_bite(case: Case, fault: type[NoOp]) -> None:
 # Hyperparameters and groups
 
 
-@both_rules
+@all_rules
 def test_hyperparameters_change(case: Case) -> None:
     pair = Pair(case).assert_equal_steps()
     for key, value in (("lr", 0.5), ("weight_decay", 0.3), ("maximize", True), ("lr", 1), ("lr", 0.25)):
@@ -109,8 +115,9 @@ def test_groups_with_options_of_their_own() -> None:
 # Gradients
 
 
-def test_adam_late_missing_and_frozen_gradients() -> None:
-    pair = Pair(ADAMW)
+@pytest.mark.parametrize("case", [ADAMW, NADAM], ids=str)
+def test_late_missing_and_frozen_gradients(case: Case) -> None:
+    pair = Pair(case)
     for without in ((0,), (0, 2), (), (1,), (0, 1, 2), (3,), ()):
         pair.assert_equal_steps(2, without=without)
     assert [int(state["step"]) for state in pair.optimizers[0].state.values()] != [14] * 4
@@ -158,7 +165,7 @@ def test_gradients_accumulate_and_zero_in_place() -> None:
 # Parameters and states that move
 
 
-@both_rules
+@all_rules
 def test_data_is_swapped(case: Case) -> None:
     initial, _ = inputs([64] * 4, torch.float32, 0, seed=5)
 
@@ -182,6 +189,77 @@ def test_module_to_double_and_back() -> None:
     optimizer.step()
     assert optimizer.last_backend == NATIVE
     assert torch.equal(model.weight, expected)
+
+
+@all_rules
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_module_changes_its_dtype_in_mid_training(case: Case, dtype: torch.dtype) -> None:
+    """The states keep theirs, a mixture that torch refuses. The reference says what is right."""
+    found = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(1)
+        model = nn.Linear(16, 16)
+        optimizer = case.ours(model.parameters(), **case.options, backend=backend)
+        for step in range(4):
+            if step == 2:
+                model.to(dtype)
+            optimizer.zero_grad()
+            model(torch.linspace(-1, 1, 16, dtype=model.weight.dtype)).sum().backward()
+            optimizer.step()
+        found.append(snapshot(optimizer))
+    assert found[0]["0.0"].dtype == dtype
+    assert all(value.dtype == torch.float32 for name, value in found[0].items() if name.count(".") > 1)
+    if dtype == torch.bfloat16:
+        assert_same_bits(*found)
+    else:  # of two steps, each with as many roundings as test_bits.py counts, once or twice for a multiply-add
+        for name in found[0]:
+            assert_close({name: found[0][name]}, {name: found[1][name]}, 24.0 if found[0][name].dtype == dtype else 2.0)
+
+
+def test_module_moves_with_its_gradients() -> None:
+    """``module.to()`` with swapped parameters, as a flag of torch's makes it, finds no reference of ours either."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = nn.Linear(4, 4)
+        optimizer = dracopt_ext.AdamW(model.parameters())
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            optimizer.zero_grad()
+            model.to(dtype)
+            model(torch.ones(1, 4, dtype=dtype)).sum().backward()
+            optimizer.step()
+            assert optimizer.last_backend == NATIVE
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@all_rules
+def test_states_are_offloaded_and_brought_back(case: Case) -> None:
+    def offload(o: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+        kept = [{name: value.clone() for name, value in o.state[p].items()} for p in params]
+        for p in params:
+            for name, value in o.state[p].items():
+                o.state[p][name] = torch.empty_like(value, device="meta")
+        for p, values in zip(params, kept, strict=True):
+            o.state[p].update(values)
+
+    Pair(case).assert_equal_steps(2).do(offload).assert_equal_steps(2)
+
+
+def test_a_step_while_the_states_are_away_is_refused() -> None:
+    p = nn.Parameter(torch.ones(64))
+    p.grad = torch.ones(64)
+    optimizer = dracopt_ext.AdamW([p])
+    optimizer.step()
+    before = p.detach().clone()
+    kept = optimizer.state[p]["exp_avg"]
+    optimizer.state[p]["exp_avg"] = kept.to("meta")
+    with pytest.raises(ValueError, match=r"state 'exp_avg' of parameter 0 of group 0 .* is on another device, meta"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1
+    optimizer.state[p]["exp_avg"] = kept
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
 
 
 def test_swap_tensors_finds_no_reference_of_ours() -> None:
@@ -255,18 +333,21 @@ def test_step_saturates_where_torchs_does() -> None:
     assert next(iter(pair.optimizers[0].state.values()))["step"] == 2**24
 
 
-def test_lr_zero_leaves_parameters_alone_but_creates_state() -> None:
-    p = nn.Parameter(torch.randn(100))
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_lr_zero_leaves_parameters_bit_identical_but_creates_state(case: Case, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.randn(1000).to(dtype))
     before = p.detach().clone()
-    p.grad = torch.randn(100)
-    optimizer = dracopt_ext.AdamW([p], lr=0.0)
+    p.grad = torch.randn(1000).to(dtype)
+    optimizer = case.ours([p], **{**case.options, "lr": 0.0})
     optimizer.step()
-    assert torch.equal(p, before)
-    assert optimizer.state[p]["step"] == 1
-    assert optimizer.state[p]["exp_avg"].any()
+    assert_same_bits({"": p.detach()}, {"": before})
+    state = optimizer.state[p]
+    assert all(value.any() for value in state.values())
+    assert bool(state) == (case.algorithm != "SGD" or "momentum" in case.options)
 
 
-@both_rules
+@all_rules
 def test_nan_and_infinity_take_torchs_way(case: Case) -> None:
     pair = Pair(case)
 
@@ -396,6 +477,17 @@ def test_step_in_a_forked_child() -> None:
     timer.cancel()
     assert answer == b"right"
     assert (p == 0).all()
+
+
+def test_swa_learning_rates() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.ones(4)
+    optimizer = dracopt_ext.SGD([p], lr=1.0)
+    schedule = dracopt_ext.swa_utils.SWALR(optimizer, swa_lr=0.5, anneal_epochs=1, anneal_strategy="linear")
+    optimizer.step()
+    schedule.step()
+    optimizer.step()
+    assert (p == -1.5).all()
 
 
 def test_swa_and_ema_follow() -> None:

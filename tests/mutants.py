@@ -1,0 +1,353 @@
+"""``python -m tests.mutants``: builds one fault after the other into a copy of the sources, and asks of the test that
+is named for it that it fails. Prints a table; exits with 1 if a fault is not found.
+
+``python -m tests.mutants WORD...`` takes only the faults whose name contains one of the words.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPY = ROOT / "build" / "mutants"
+COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "dracopt_ext", "tests"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: ``old`` becomes ``new`` in a file, where it stands once."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    found_by: str
+    """The test that has to fail, as ``file::function``."""
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith("csrc/")
+
+
+ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
+KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
+DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
+PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "tensor_facts.h", "overlap.cpp"))
+BASE, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/reference.py"
+
+BITS = "test_bits::test_reference_in_fp32"
+
+MUTANTS = [
+    # The rules
+    Mutant("weight decay without lr", MOMENTS, "1 - h.lr * h.weight_decay", "1 - h.weight_decay", BITS),
+    Mutant("no L2 penalty", MOMENTS, ".has_l2 = flag<T>(!decoupled && h.weight_decay != 0)", ".has_l2 = 0", BITS),
+    Mutant("moment of the raw gradient", MOMENTS, "g = select(has_l2, fma(p, l2, g), g);", "", BITS),
+    Mutant("two roundings for one", MOMENTS, "fma(one_minus_beta2 * g, g, ", "(one_minus_beta2 * g * g + ", BITS),
+    Mutant("lerp from the wrong end", MOMENTS, ".from_grad = flag<T>(from_grad)", ".from_grad = 0", BITS),
+    Mutant("no bias correction", MOMENTS, "sqrt(1 - power(h.beta2, step))", "1", BITS),
+    Mutant("no eps", MOMENTS, "bias_correction2_sqrt + eps;", "bias_correction2_sqrt;", BITS),
+    Mutant("step counts from 0", ADAM, "1 - power(h.beta1, step)", "1 - power(h.beta1, step - 1)", BITS),
+    Mutant(
+        "amsgrad's maximum not stored",
+        ADAM,
+        "second_moment = states[2] = maximum(states[2], second_moment)",
+        "second_moment = maximum(states[2], second_moment)",
+        "test_known_defects::test_78807_the_maximum_of_amsgrad_is_stored",
+    ),
+    Mutant(
+        "maximum drops NaN",
+        "csrc/core/math.h",
+        "((a > b) | (a != a))",
+        "(a > b)",
+        "test_bits::test_nan_in_every_stream",
+    ),
+    Mutant("first momentum dampened", SGD, ".first = flag<T>(first)", ".first = 0", BITS),
+    Mutant("nesterov ignored", SGD, "flag<T>(h.nesterov != 0)", "0", BITS),
+    Mutant("dampening ignored", SGD, "static_cast<T>(1 - h.dampening)", "1", BITS),
+    Mutant("mu_product stands still", NADAM, "carried[1].multiply(mu)", "carried[1].value * mu", BITS),
+    Mutant("momentum of this step for the next", NADAM, "mu_next = momentum(step + 1, h)", "mu_next = mu", BITS),
+    # The loop and its tiles
+    Mutant("lost tail", KERNELS, "i < count; ++i) {\n    T p", "i < (count & ~7); ++i) {\n    T p", BITS),
+    Mutant("maximize ignored", KERNELS, "segment.maximize ? T(-1) : T(1)", "T(1)", BITS),
+    Mutant(
+        "grad_scale ignored",
+        KERNELS,
+        "if (segment.grad_scale != 1)",
+        "if (false)",
+        "test_dtypes::test_grad_scale_is_divided_by",
+    ),
+    Mutant(
+        "grad_scale multiplied by its reciprocal",
+        TILES,
+        "staged[i] = tile[i] / by",
+        "staged[i] = tile[i] * (1 / by)",
+        "test_dtypes::test_grad_scale_is_divided_by",
+    ),
+    Mutant(
+        "staged states not written back",
+        KERNELS,
+        "if (k != kGrad && tiles[k] == staged[k])",
+        "if (k == kParam && tiles[k] == staged[k])",
+        "test_dtypes::test_reference",
+    ),
+    Mutant(
+        "rows not followed",
+        TILES,
+        "offset += strides[d - 1] - index[d] * strides[d];",
+        "offset += strides[d - 1] - strides[d];",
+        "test_layouts::test_one_layout",
+    ),
+    Mutant(
+        "strides ignored",
+        PLAN,
+        "segment.streams[k].dense = segment.layout->dense(k)",
+        "segment.streams[k].dense = true",
+        "test_layouts::test_one_layout",
+    ),
+    Mutant(
+        "dimensions joined that do not",
+        LAYOUT,
+        "k < streams && joins; ++k) joins",
+        "k < 1 && joins; ++k) joins",
+        "test_core::test_layouts_join_what_all_streams_traverse_as_one",
+    ),
+    Mutant(
+        "bf16 truncated",
+        DTYPE,
+        "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16",
+        "bits >> 16",
+        "test_dtypes::test_every_rounding_to_16_bits_is_right",
+    ),
+    Mutant(
+        "ties rounded up",
+        DTYPE,
+        "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16",
+        "(bits + 0x8000u) >> 16",
+        "test_dtypes::test_every_rounding_to_16_bits_is_right",
+    ),
+    Mutant(
+        "NaN rounded to zero",
+        DTYPE,
+        "is_nan ? 0x7fc0u : rounded",
+        "rounded",
+        "test_dtypes::test_every_rounding_to_16_bits_is_right",
+    ),
+    Mutant(
+        "subnormal fp16 flushed",
+        DTYPE,
+        "(magnitude < smallest_normal ? subnormal : normal)",
+        "(magnitude < smallest_normal ? 0 : normal)",
+        "test_dtypes::test_every_16_bit_number_is_read_right",
+    ),
+    Mutant(
+        "beyond the end of a tensor",
+        SEGMENT,
+        "units < units_of(segment.numel, segment.unit_numel) ? units * segment.unit_numel : segment.numel",
+        "units * segment.unit_numel",
+        "test_core::test_work_is_shared_without_gap_or_overlap_beyond_two_to_the_31",
+    ),
+    Mutant(
+        "32-bit element numbers",
+        SEGMENT,
+        "const int64_t from = begin > segment.first_unit",
+        "const int from = begin > segment.first_unit",
+        "test_core::test_work_is_shared_without_gap_or_overlap_beyond_two_to_the_31",
+    ),
+    # The plan
+    Mutant("last parameter skipped", PLAN, "located_.resize(count);", "located_.resize(count ? count - 1 : 0);", BITS),
+    Mutant(
+        "hyperparameters of the first group for all",
+        PLAN,
+        "first, group->hyperparameters, powers",
+        "first, groups_[0].hyperparameters, powers",
+        "test_known_defects::test_parameters_in_groups_have_their_own_hyperparameters",
+    ),
+    Mutant(
+        "hyperparameters read once",
+        PLAN,
+        "if (count < rule_.hyperparameters) group.hyperparameters[count] = value;",
+        "if (count < rule_.hyperparameters && prepared_.empty()) group.hyperparameters[count] = value;",
+        "test_life::test_hyperparameters_change",
+    ),
+    Mutant(
+        "step count of the neighbour",
+        PLAN,
+        "same = last->carried[k].value == examined.carried[k].value &&",
+        "same =",
+        "test_life::test_late_missing_and_frozen_gradients",
+    ),
+    Mutant(
+        "no version bump",
+        PLAN,
+        "if (!tensor->is_inference()) tensor->bump_version();",
+        "(void)tensor;",
+        "test_known_defects::test_versions_are_bumped",
+    ),
+    Mutant(
+        "shared memory not searched for",
+        OVERLAP,
+        "range.begin < furthest->end",
+        "false",
+        "test_fallback::test_parameters_that_share_memory",
+    ),
+    Mutant(
+        "fp64 states in fp32 arithmetic",
+        PLAN,
+        "fp64 |= stored.dtype == Dtype::fp64;",
+        "fp64 |= k == kParam && stored.dtype == Dtype::fp64;",
+        "test_dtypes::test_reference",
+    ),
+    Mutant(
+        "gradients of any shape taken",
+        PLAN,
+        "if (!same_shape(tensor, param)) return Fault::shape;",
+        "",
+        "test_refusals::test_gradients_that_do_not_fit",
+    ),
+    Mutant(
+        "expanded parameters taken",
+        FACTS,
+        "return tensor->numel() > 0;",
+        "return false;",
+        "test_refusals::test_expanded_parameter",
+    ),
+    Mutant(
+        "NaN hyperparameters taken",
+        PLAN,
+        "!std::isfinite(value) ||",
+        "",
+        "test_refusals::test_groups_edited_to_nonsense",
+    ),
+    # The Python part
+    Mutant(
+        "overflow not noticed",
+        BASE,
+        "elif found_inf is None or not found_inf.item():",
+        "else:",
+        "test_dtypes::test_grad_scaler_in_low_precision",
+    ),
+    Mutant(
+        "scaled gradients left behind",
+        BASE,
+        "p.grad = grad\n",
+        "pass\n",
+        "test_fallback::test_unscaling_for_what_torch_steps",
+    ),
+    Mutant(
+        "state_dtype lost on loading",
+        BASE,
+        "                    dtype = self.state_dtype\n",
+        "                    pass\n",
+        "test_checkpoints::test_state_dtype_holds_after_loading",
+    ),
+    Mutant(
+        "states shared with what was loaded",
+        BASE,
+        "dtype=dtype, copy=True)",
+        "dtype=dtype)",
+        "test_checkpoints::test_nothing_is_shared_with_what_was_loaded",
+    ),
+    Mutant(
+        "mu_product rounded on loading",
+        BASE,
+        "dtype = value.dtype\n",
+        "pass\n",
+        "test_checkpoints::test_mu_product_is_not_rounded",
+    ),
+    Mutant(
+        "options lost by pickle",
+        BASE,
+        '("backend", "state_dtype", "_step_supports_amp_scaling")',
+        '("backend",)',
+        "test_dropin::test_pickle_and_deepcopy",
+    ),
+    Mutant(
+        "half-made states left after an error",
+        BASE,
+        "self.state.pop(p, None)",
+        "pass",
+        "test_refusals::test_interrupted_creation_of_states_leaves_none_behind",
+    ),
+    Mutant(
+        "torch's fused CPU kernels for the rest",
+        BASE,
+        'return {**group, "fused": None}',
+        "return group",
+        "test_fallback::test_torchs_fused_kernels_are_never_used_on_the_cpu",
+    ),
+    Mutant(
+        "the reference's fma rounds twice", REFERENCE, "return torch.where(adjust,", "return torch.where(False,", BITS
+    ),
+]
+
+
+def prepare() -> None:
+    shutil.rmtree(COPY, ignore_errors=True)
+    COPY.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, COPY / name, ignore=shutil.ignore_patterns("__pycache__", "_C*.so"))
+        else:
+            shutil.copy(source, COPY / name)
+
+
+def build() -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run = subprocess.run(
+        command, cwd=COPY, env={**os.environ, "DRACOPT_BUILD": "force"}, capture_output=True, text=True
+    )
+    if run.returncode != 0:
+        sys.exit(f"the copy does not compile:\n{run.stdout}{run.stderr}")
+
+
+def fails(test: str) -> bool:
+    """Whether the test fails, rather than passes or does not run at all."""
+    file, function = test.split("::")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}.py::{function}"]
+    run = subprocess.run(command, cwd=COPY, capture_output=True, text=True)
+    if run.returncode not in (0, 1):
+        sys.exit(f"{test} does not run:\n{run.stdout}{run.stderr}")
+    return run.returncode == 1
+
+
+def found(mutant: Mutant) -> bool:
+    path = COPY / mutant.file
+    source = path.read_text()
+    if source.count(mutant.old) != 1:
+        sys.exit(f"'{mutant.name}': {mutant.old!r} stands {source.count(mutant.old)} times in {mutant.file}, not once")
+    path.write_text(source.replace(mutant.old, mutant.new))
+    try:
+        if mutant.compiled and not mutant.found_by.startswith("test_core::"):  # that one compiles for itself
+            build()
+        return fails(mutant.found_by)
+    finally:
+        path.write_text(source)
+
+
+def main(words: list[str]) -> None:
+    mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    prepare()
+    build()
+    for test in sorted({mutant.found_by for mutant in mutants}):
+        if fails(test):
+            sys.exit(f"{test} fails without any fault")
+    survivors = 0
+    for mutant in sorted(mutants, key=lambda mutant: mutant.compiled):  # those in Python need the build without faults
+        begin = time.monotonic()
+        caught = found(mutant)
+        survivors += not caught
+        verdict, seconds = "found" if caught else "SURVIVED", time.monotonic() - begin
+        print(f"{verdict:9} {seconds:5.1f} s  {mutant.name:45} {mutant.found_by}", flush=True)
+    print(f"{len(mutants) - survivors} of {len(mutants)} faults found")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
