@@ -224,6 +224,28 @@ void StepPlan::locate(PyObject* state) {
   located_.resize(count);
 }
 
+// Why a tensor cannot be the gradient or a moment of a parameter, which is plain.
+DRACOPT_HD StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
+  if (!is_plain(tensor)) {
+    if (is_python_subclass(tensor)) return Fault::none;
+    if (tensor->device() != param->device()) return Fault::device;
+  }
+  if (!same_shape(tensor, param)) return Fault::shape;
+  if (tensor->dtype() == param->dtype()) return Fault::none;
+  const Format& format = format_of(tensor);
+  if (!format.is_native || format.is_complex != format_of(param).is_complex) return Fault::dtype;
+  return Fault::none;
+}
+
+// The same of a scalar that the state carries.
+DRACOPT_HD StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor) {
+  if (!is_plain(tensor)) {
+    if (is_python_subclass(tensor)) return Fault::none;
+    if (!tensor->device().is_cpu()) return Fault::device;
+  }
+  return tensor->numel() == 1 ? Fault::none : Fault::shape;
+}
+
 // Threads share this: most of a step's waiting is for the metadata of its tensors. The calling thread holds the GIL for
 // all of them, and none calls Python.
 void StepPlan::examine(const Indices& created) {
@@ -279,24 +301,6 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
   examined.verdict = Verdict::ready;
   examined.written_moved = false;
   if (examine_state(located, examined)) fill(group, examined, segment);
-}
-
-// Why a tensor cannot be the gradient or a moment of a parameter, which is plain.
-StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
-  if (is_python_subclass(tensor)) return Fault::none;
-  if (!is_plain(tensor) && tensor->device() != param->device()) return Fault::device;
-  if (!same_shape(tensor, param)) return Fault::shape;
-  if (tensor->dtype() == param->dtype()) return Fault::none;
-  const Format& format = format_of(tensor);
-  if (!format.is_native || format.is_complex != format_of(param).is_complex) return Fault::dtype;
-  return Fault::none;
-}
-
-// The same of a scalar that the state carries.
-StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor) {
-  if (is_python_subclass(tensor)) return Fault::none;
-  if (!is_plain(tensor) && !tensor->device().is_cpu()) return Fault::device;
-  return tensor->numel() == 1 ? Fault::none : Fault::shape;
 }
 
 // Returns false if the verdict is clear without a look at the streams' memory.
