@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cases import SUITES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,7 +33,10 @@ def test_benchmarks_append_to_the_csv_and_draw(tmp_path: Path) -> None:
         with (tmp_path / "cpu.csv").open(newline="") as file:
             rows.append(list(csv.DictReader(file)))
     assert rows[1][: len(rows[0])] == rows[0]
-    assert len(rows[1]) == 2 * len(rows[0]) == 2 * 2 * 8  # cases and peers
+    assert len(rows[1]) == 2 * len(rows[0])
+    measured = {(row["case"], row["peer"]) for row in rows[0]}
+    for case in (case for suite in SUITES.values() for case in suite.cases):
+        assert {(case.name, "dracopt"), (case.name, case.baseline or "dracopt")} <= measured
     assert {row["backend"] for row in rows[0] if row["peer"] == "dracopt"} == {"native"}
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
 
