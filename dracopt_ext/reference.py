@@ -12,6 +12,7 @@ state's scalars in place, and returns the new parameter. What surrounds a rule i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,11 @@ def sgd(
 RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "nadam": nadam, "sgd": sgd}
 
 
+def hyperparameters(rule: str) -> tuple[str, ...]:
+    """What a rule takes of the parameter group."""
+    return tuple(inspect.getfullargspec(RULES[rule]).kwonlyargs)
+
+
 CARRIED = ("step", "mu_product")
 """The scalars among a state's entries, which a rule advances itself."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -194,7 +200,7 @@ def update(
     param: Tensor,
     grad: Tensor,
     state: dict[str, Any],
-    hyperparameters: dict[str, Any],
+    group: dict[str, Any],
     *,
     maximize: bool = False,
     grad_scale: float = 1.0,
@@ -207,7 +213,7 @@ def update(
         param: a real or complex tensor; a complex number counts as two real ones.
         grad: of the same shape; divided by ``grad_scale`` and, with ``maximize``, negated. Not modified.
         state: the parameter's, complete; its moments have the parameter's shape and any dtype and strides.
-        hyperparameters: of the parameter group, those that the rule takes; numbers or tensors of one element.
+        group: the parameter group, which holds the rule's hyperparameters: numbers or tensors of one element.
         first: whether the moments hold nothing yet. The rule is then not shown them.
     """
     moments = {name: state[name] for name in MOMENTS if state.get(name) is not None}
@@ -219,15 +225,19 @@ def update(
     def widened(tensor: Tensor) -> Tensor:
         return real(tensor).to(torch.float64 if in_fp64 else torch.float32)
 
-    g = widened(grad)
+    g = widened(grad.resolve_conj())
     if grad_scale != 1:
         g = g / _scalar(grad_scale, g)
-    of_rule = {name: state[name] for name in CARRIED if name in state}
+    of_rule = {name: state[name].clone() for name in CARRIED if name in state}
     if not first:
         of_rule.update({name: widened(value) for name, value in moments.items()})
-    numbers = {name: _number(value) for name, value in hyperparameters.items()}
+    numbers = {name: _number(group[name]) for name in hyperparameters(rule)}
     p = RULES[rule](widened(param), -g if maximize else g, of_rule, **numbers)
+    # Nothing is modified before the rule is through.
     real(param).copy_(p)
+    for name in CARRIED:
+        if name in state:
+            state[name].copy_(of_rule[name])
     for name, moment in moments.items():
         if name in of_rule:
             real(moment).copy_(of_rule[name])

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("mu_product stands still", NADAM, "carried[1].multiply(mu)", "carried[1].value * mu", BITS),
     Mutant("momentum of this step for the next", NADAM, "mu_next = momentum(step + 1, h)", "mu_next = mu", BITS),
     # The loop and its tiles
-    Mutant("lost tail", KERNELS, "i < count; ++i) {\n    T p", "i < (count & ~7); ++i) {\n    T p", BITS),
+    Mutant("lost tail", KERNELS, "i < words; ++i)", "i < (words & ~7); ++i)", BITS),
     Mutant("maximize ignored", KERNELS, "segment.maximize ? T(-1) : T(1)", "T(1)", BITS),
     Mutant(
         "grad_scale ignored",
@@ -120,22 +120,22 @@ MUTANTS = [
     Mutant(
         "bf16 truncated",
         DTYPE,
-        "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16",
-        "bits >> 16",
+        "bits + 0x7fffu + (bits >> 16 & 1)",
+        "bits",
         "test_dtypes::test_every_rounding_to_16_bits_is_right",
     ),
     Mutant(
         "ties rounded up",
         DTYPE,
-        "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16",
-        "(bits + 0x8000u) >> 16",
+        "bits + 0x7fffu + (bits >> 16 & 1)",
+        "bits + 0x8000u",
         "test_dtypes::test_every_rounding_to_16_bits_is_right",
     ),
     Mutant(
         "NaN rounded to zero",
         DTYPE,
-        "is_nan ? 0x7fc0u : rounded",
-        "rounded",
+        "x != x ? 0x7fc00000u : bits",
+        "bits",
         "test_dtypes::test_every_rounding_to_16_bits_is_right",
     ),
     Mutant(
@@ -197,6 +197,34 @@ MUTANTS = [
         "test_fallback::test_parameters_that_share_memory",
     ),
     Mutant(
+        "halves of a pair swapped",
+        DTYPE,
+        "round_to_bf16(from[0]) >> 16 | (round_to_bf16(from[1]) & 0xffff0000u)",
+        "round_to_bf16(from[1]) >> 16 | (round_to_bf16(from[0]) & 0xffff0000u)",
+        "test_dtypes::test_reference",
+    ),
+    Mutant(
+        "the search trusts what lay at another place",
+        PLAN,
+        "examined.written_moved || kept != i;",
+        "examined.written_moved;",
+        "test_fallback::test_the_search_is_repeated_when_parameters_change_places",
+    ),
+    Mutant(
+        "only the last range before a reader looked at",
+        OVERLAP,
+        "range.reach = reach = std::max(reach, range.end);",
+        "range.reach = reach = range.end;",
+        "test_fallback::test_a_gradient_inside_a_parameter_that_encloses_another",
+    ),
+    Mutant(
+        "what torch steps not searched",
+        PLAN,
+        "for (const Foreign& f : foreign_) with_memory_of(f.param",
+        "for (const Foreign& f : foreign_) if (false) with_memory_of(f.param",
+        "test_fallback::test_a_gradient_inside_a_parameter_that_torch_steps",
+    ),
+    Mutant(
         "fp64 states in fp32 arithmetic",
         PLAN,
         "fp64 |= stored.dtype == Dtype::fp64;",
@@ -256,8 +284,8 @@ MUTANTS = [
     Mutant(
         "mu_product rounded on loading",
         BASE,
-        "dtype = value.dtype\n",
-        "pass\n",
+        "dtype = value.dtype if value.dtype == torch.float64 else torch.float32",
+        "pass",
         "test_checkpoints::test_mu_product_is_not_rounded",
     ),
     Mutant(

@@ -16,6 +16,8 @@ import pytest
 
 from dracopt_ext import _C
 
+from .mutants import MUTANTS
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 MODULE = Path(_C.__file__)
@@ -71,6 +73,16 @@ def test_python_imports_run_one_way() -> None:
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 modules = [name for name in names if (package / name).exists() or (package / f"{name}.py").exists()]
                 assert set(modules) <= PYTHON_MAY_IMPORT[own], f"{source.name} imports {modules}"
+
+
+def test_mutants_fit_the_sources() -> None:
+    """They run for a quarter of an hour; that each can be applied, and names a test that there is, is seen here."""
+    names = [mutant.name for mutant in MUTANTS]
+    assert len(names) == len(set(names)) >= 26
+    for mutant in MUTANTS:
+        assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
+        file, function = mutant.found_by.split("::")
+        assert f"def {function}(" in (ROOT / "tests" / f"{file}.py").read_text(), mutant.name
 
 
 def test_no_tensor_is_held_by_the_plan() -> None:

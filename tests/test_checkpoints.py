@@ -87,6 +87,20 @@ def test_mu_product_is_not_rounded() -> None:
     assert states(target)[0]["mu_product"].dtype == FP32
 
 
+def test_mu_product_that_torch_has_rounded() -> None:
+    """In bf16 it would keep NAdam off the native path for good."""
+    target = trained(dracopt_ext.NAdam, BF16, steps=0)
+    rounded = trained(torch.optim.NAdam, BF16, steps=0)
+    rounded.load_state_dict(trained(torch.optim.NAdam, BF16).state_dict())
+    assert states(rounded)[0]["mu_product"].dtype == BF16
+    target.load_state_dict(rounded.state_dict())
+    assert states(target)[0]["mu_product"].dtype == FP32
+    for p in target.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    target.step()
+    assert target.last_backend == {"cpu": frozenset({"native"})}
+
+
 @every_class
 @pytest.mark.parametrize("saved", [None, FP32], ids=str)
 def test_state_dtype_holds_after_loading(case: Case, saved: torch.dtype | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dracopt_ext
 
-from .cases import Case, snapshot
+from .cases import Case, assert_same_bits, snapshot
 
 TORCH = {"cpu": frozenset({"torch"})}
 NATIVE = {"cpu": frozenset({"native"})}
@@ -151,7 +151,7 @@ def test_meta_parameters() -> None:
 
 
 def test_the_fallback_warns_once_with_the_reason() -> None:
-    message = "^SGD leaves sparse tensors to torch's own implementation, which is slower$"
+    message = r"^SGD leaves sparse tensors to torch's own implementation \(or to the reference.*\), which is slower$"
     sparse = [(random(3), torch.tensor([0.0, 2.0, 0.0]).to_sparse())]
     with pytest.warns(RuntimeWarning, match=message) as caught:
         stepped(dracopt_ext.SGD, sparse, steps=2, lr=0.1)
@@ -195,15 +195,107 @@ def test_unscaling_for_what_torch_steps() -> None:
     assert (p.grad == 8.0).all()
 
 
+REFERENCE = {"cpu": frozenset({"reference"})}
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
-def test_unscaling_fp16_for_what_torch_steps_is_refused_in_its_words() -> None:
-    p = one_that_torch_steps(torch.float16)
-    p.grad = torch.ones(4, 4, dtype=torch.float16)
-    optimizer = dracopt_ext.Adam([p], fused=True)
-    optimizer.grad_scale = torch.tensor(2.0)
-    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+def test_unscaling_16_bits_for_what_torch_steps(case: Case, dtype: torch.dtype) -> None:
+    """torch would round the quotient to 16 bits, or refuse; the reference does what the kernels do."""
+    grad = random(4, 4).to(dtype)
+    found = []
+    for p in (one_that_torch_steps(dtype), nn.Parameter(torch.ones(4, 4, dtype=dtype))):
+        with torch.no_grad():
+            p.fill_(1)
+        optimizer = case.ours([p], **case.options, **case.fused)
+        p.grad = torch.zeros(4, 4, dtype=dtype)
+        p.grad[1, 1] = grad[1, 1]
+        optimizer.grad_scale = torch.tensor(3.0)  # type: ignore[attr-defined]
         optimizer.step()
-    assert not optimizer.state
+        found.append((p.detach()[1, 1], optimizer.last_backend))  # type: ignore[attr-defined]
+    assert torch.equal(found[0][0], found[1][0])
+    assert [ran for _, ran in found] == [REFERENCE, NATIVE]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.algorithm != "SGD"], ids=str)
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_mixed_dtypes_for_what_torch_steps(case: Case) -> None:
+    """A model in bf16 whose states are in fp32, and one parameter that is lazily cloned: torch would raise, after it
+    had counted a step."""
+    found = []
+    for lazy in (True, False):
+        p, q = (nn.Parameter(random(8)) for _ in range(2))
+        optimizer = case.ours([p, q], **case.options)
+        for step in range(3):
+            if step == 1:
+                p.data, q.data = p.data.bfloat16(), q.data.bfloat16()
+            p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+            kept = torch._lazy_clone(p.detach()) if lazy and step == 2 else None
+            optimizer.step()
+            del kept
+        assert (optimizer.last_backend != NATIVE) == lazy  # type: ignore[attr-defined]
+        found.append(snapshot(optimizer))
+    assert_same_bits(*found)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_conjugated_gradients(case: Case) -> None:
+    """As an ordinary backward leaves them. torch's Adam raises."""
+    z = nn.Parameter(random(4, dtype=torch.complex64))
+    w = random(5, dtype=torch.complex64)[:4]
+    found = []
+    for resolve in (False, True):
+        p = nn.Parameter(z.detach().clone())
+        (p.conj() * w).real.sum().backward()
+        if resolve:
+            p.grad = p.grad.resolve_conj()
+        optimizer = case.ours([p], **case.options)
+        optimizer.step()
+        found.append(snapshot(optimizer))
+    assert_same_bits(*found)
+
+
+# Which goes first: in the order of the list, wherever memory is shared
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_a_gradient_inside_a_parameter_that_encloses_another() -> None:
+    buffer = torch.ones(100)
+    c, a, b = nn.Parameter(torch.zeros(10)), nn.Parameter(buffer[:]), nn.Parameter(buffer[10:20])
+    c.grad, a.grad, b.grad = buffer[50:60], torch.ones(100), torch.ones(10)
+    optimizer = dracopt_ext.SGD([c, a, b], lr=0.5)
+    optimizer.step()
+    assert optimizer.last_backend == TORCH
+    assert (c == -0.5).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+@pytest.mark.parametrize("first", ["the native one", "torch's"])
+def test_a_gradient_inside_a_parameter_that_torch_steps(first: str) -> None:
+    a, c = nn.Parameter(torch.ones(10)), nn.Parameter(torch.zeros(10))
+    c.grad, a.grad = a.data, torch.ones(10).to_sparse()
+    optimizer = dracopt_ext.SGD([c, a] if first == "the native one" else [a, c], lr=0.5)
+    optimizer.step()
+    assert (c == (-0.5 if first == "the native one" else -0.25)).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_the_search_is_repeated_when_parameters_change_places() -> None:
+    """After one in between has become torch's, the others are compared with what lay at their places before."""
+    params = [nn.Parameter(torch.zeros(8)) for _ in range(3)]
+    optimizer = dracopt_ext.SGD(params, lr=1.0)
+    p, q, r = params
+    grads = [torch.ones(8) for _ in params]
+    p.grad, q.grad, r.grad = grads
+    optimizer.step()
+    p.data = r.data
+    r.grad = None
+    optimizer.step()
+    p.grad, q.grad, r.grad = grads[0], torch.ones(8).to_sparse(), grads[2]
+    optimizer.step()
+    assert optimizer.last_backend == TORCH
 
 
 # The reference
@@ -220,7 +312,41 @@ def test_the_reference_serves_low_precision(case: Case) -> None:
 
 
 def test_the_reference_refuses_what_it_does_not_serve() -> None:
-    with pytest.raises(RuntimeError, match=r"takes dense tensors only, not a torch.sparse_coo gradient of .* \[3\]"):
+    with pytest.raises(RuntimeError, match=r"takes dense tensors only, not the torch.sparse_coo gradient of .* \[3\]"):
         stepped(dracopt_ext.SGD, [(random(3), torch.ones(3).to_sparse())], backend="reference")
-    with pytest.raises(RuntimeError, match="serves neither differentiable=True nor capturable=True"):
+    with pytest.raises(RuntimeError, match="serves neither differentiable nor capturable groups"):
         stepped(dracopt_ext.SGD, [(random(3), random(3))], differentiable=True, backend="reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_the_reference_changes_nothing_before_it_raises(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen by name, and by `state_dtype` where nothing is compiled."""
+    if backend is None:
+        monkeypatch.setattr("dracopt_ext.optim._base._C", None)
+    params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    optimizer = dracopt_ext.Adam(params, backend=backend, state_dtype=torch.float32)
+    for p in params:
+        p.grad = torch.ones(3, 4)
+    optimizer.step()
+    before = snapshot(optimizer)
+    group, state = optimizer.param_groups[0], optimizer.state[params[1]]
+    good = state["exp_avg"]
+    where = r"parameter 1 of group 0 \(shape \[3, 4\]\)"
+    wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        (lambda: group.update(lr=float("nan")), ValueError, r"param_groups\[0\]\['lr'\] is nan; it must be finite"),
+        (lambda: group.update(betas=(0.5, 1.0)), ValueError, r"\['betas'\] is 1.0; it must be at least 0"),
+        (lambda: group.update(amsgrad=True), KeyError, "the state of parameter 0 .* has no 'max_exp_avg_sq'"),
+        (lambda: state.update(exp_avg=torch.ones(4)), ValueError, rf"exp_avg of {where} has another shape, \[4\]"),
+        (lambda: setattr(params[1].grad, "data", torch.ones(4)), ValueError, f"the gradient of {where} has another sh"),
+    ]
+    for change, error, message in wrong:
+        change()
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        group.update(lr=1e-3, betas=(0.9, 0.999), amsgrad=False)
+        state["exp_avg"] = good
+        params[1].grad = torch.ones(3, 4)
+        after = snapshot(optimizer)
+        assert_same_bits(after, before)
+    optimizer.step()
+    assert optimizer.last_backend == REFERENCE

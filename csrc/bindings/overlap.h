@@ -16,13 +16,14 @@ class WrittenMemory {
 
   // Once sorted: appends the owners of ranges that overlap each other.
   void append_overlapping(std::vector<size_t>& owners) const;
-  // Once sorted: appends `reader` and the owner of written memory that overlaps what it reads, if there is any.
+  // Once sorted: appends `reader` and the owners of all written memory that overlaps what it reads.
   void append_overlapping(size_t reader, const void* data, int64_t bytes, std::vector<size_t>& owners) const;
 
  private:
   struct Range {
     uintptr_t begin, end;
     size_t owner;
+    uintptr_t reach;  // the furthest end of this range and those before it
   };
   std::vector<Range> ranges_;
 };

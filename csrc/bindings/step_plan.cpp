@@ -57,6 +57,14 @@ bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
+// Calls `body(address, bytes)` with the memory over which a tensor extends, if it can be told.
+template <typename Body>
+void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
+  if (!is_plain(tensor)) return;
+  const auto bytes = static_cast<int64_t>(tensor->itemsize());
+  body(readable_data(tensor, bytes), extent_of(tensor) * bytes);
+}
+
 }  // namespace
 
 StepPlan::StepPlan(const std::string& rule)
@@ -225,7 +233,7 @@ void StepPlan::locate(PyObject* state) {
 }
 
 // Why a tensor cannot be the gradient or a moment of a parameter, which is plain.
-DRACOPT_HD StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
+inline StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
   if (!is_plain(tensor)) {
     if (is_python_subclass(tensor)) return Fault::none;
     if (tensor->device() != param->device()) return Fault::device;
@@ -238,7 +246,7 @@ DRACOPT_HD StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, con
 }
 
 // The same of a scalar that the state carries.
-DRACOPT_HD StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor) {
+inline StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor) {
   if (!is_plain(tensor)) {
     if (is_python_subclass(tensor)) return Fault::none;
     if (!tensor->device().is_cpu()) return Fault::device;
@@ -249,6 +257,8 @@ DRACOPT_HD StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tens
 // Threads share this: most of a step's waiting is for the metadata of its tensors. The calling thread holds the GIL for
 // all of them, and none calls Python.
 void StepPlan::examine(const Indices& created) {
+  written_moved_ = grads_moved_ = !searched_;
+  searched_ = false;                                   // until this step's search is through
   inference_mode_ = c10::InferenceMode::is_enabled();  // of this thread; the others do not know it
   count_ = located_.size();
   if (examined_.size() < count_) {
@@ -271,10 +281,7 @@ void StepPlan::examine(const Indices& created) {
 
 void StepPlan::examine(const Located& located, Examined& examined, Segment& segment) const {
   const Group& group = *located.group;
-  const auto foreign = [&](const char* reason) {
-    examined.verdict = Verdict::foreign;
-    examined.reason = reason;
-  };
+  const auto foreign = [&](const char* reason) { examined.be_foreign(reason); };
   c10::TensorImpl* p = examined.streams[kParam] = located.param;
   c10::TensorImpl* g = examined.streams[kGrad] = located.grad;
   if (group.foreign != nullptr) return foreign(group.foreign);
@@ -291,29 +298,22 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
   if (p->is_inference() && !inference_mode_) return foreign("inference tensors");
   if (is_lazily_cloned(p)) return foreign("lazily cloned tensors");
 
-  examined.fault = fault_of(g, p);
-  if (examined.fault != Fault::none) {
-    examined.verdict = Verdict::wrong;
-    examined.culprit = kGradient;
-    return;
-  }
+  const Fault fault = fault_of(g, p);
+  if (fault != Fault::none) return examined.be_wrong(fault, kGradient);
   if (!is_plain(g)) return foreign(why_not_plain(g));
   examined.verdict = Verdict::ready;
   examined.written_moved = false;
-  if (examine_state(located, examined)) fill(group, examined, segment);
+  if (examine_state(located, examined)) make_segment(group, examined, segment);
 }
 
 // Returns false if the verdict is clear without a look at the streams' memory.
 bool StepPlan::examine_state(const Located& located, Examined& examined) const {
   const auto foreign = [&](const char* reason) {
-    examined.verdict = Verdict::foreign;
-    examined.reason = reason;
+    examined.be_foreign(reason);
     return false;
   };
   const auto wrong = [&](Fault fault, int culprit) {
-    examined.verdict = Verdict::wrong;
-    examined.fault = fault;
-    examined.culprit = culprit;
+    examined.be_wrong(fault, culprit);
     return false;
   };
   const int wanted = wanted_states(*located.group);
@@ -344,7 +344,8 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
       continue;
     }
     const Format& format = format_of(s);
-    if (!format.is_native || format.is_complex || format.bytes() < 4) return foreign("step counts of this dtype");
+    if (!format.is_native || format.is_complex || format.bytes() < 4)
+      return foreign("scalars of a state in this dtype");
     void* data = writable_data(s, format.bytes());
     examined.written_moved |= examined.carried_data[k] != data;
     examined.carriers[k] = s;
@@ -359,7 +360,7 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
 }
 
 // The work on tensors that are in order. Those of a state that is missing are left out.
-void StepPlan::fill(const Group& group, Examined& examined, Segment& segment) const {
+void StepPlan::make_segment(const Group& group, Examined& examined, Segment& segment) const {
   const c10::TensorImpl* p = examined.streams[kParam];
   const Format& format = format_of(p);
   const int64_t numel = p->numel() * format.reals();
@@ -437,8 +438,6 @@ void StepPlan::settle(const Indices& stepped) {
   missing_.clear();
   foreign_.clear();
   layouts_.clear();
-  written_moved_ = grads_moved_ = !searched_;
-  searched_ = false;  // until this step's search is through
   size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
     Examined& examined = examined_[i];
@@ -446,12 +445,12 @@ void StepPlan::settle(const Indices& stepped) {
     const Index index(located_[i].group->index, located_[i].index);
     if (std::binary_search(stepped.begin(), stepped.end(), index)) continue;
     if (examined.verdict == Verdict::ready || examined.verdict == Verdict::missing_state) {
-      written_moved_ |= examined.written_moved;
+      written_moved_ |= examined.written_moved || kept != i;  // what `keep` shifts was not compared with itself
       grads_moved_ |= examined.grad_moved;
       if (examined.strided) lay_out(examined, segments_[i]);
       keep(i, kept++);
     } else if (examined.verdict == Verdict::foreign) {
-      foreign_.push_back({index.first, index.second, examined.reason});
+      foreign_.push_back({index.first, index.second, examined.reason, located_[i].param, located_[i].grad});
     } else {
       refuse(examined);
     }
@@ -519,10 +518,11 @@ void StepPlan::refuse(const Examined& examined) const {
                         ". Delete this parameter's state to start it afresh");
 }
 
-// Element for element in parallel is wrong for tensors that share memory: torch is to take them one after the other.
+// Element for element in parallel is wrong for tensors that share memory: torch is to take them one after the other. So
+// it is, as torch goes first, for those that share memory with what torch steps anyway.
 void StepPlan::set_aside_overlapping() {
-  searched_ = true;
-  written_moved_ |= count_ != searched_count_;
+  searched_ = foreign_.empty();
+  written_moved_ |= count_ != searched_count_ || !searched_;
   searched_count_ = count_;
   if (!written_moved_ && !grads_moved_) return;
 
@@ -537,6 +537,7 @@ void StepPlan::set_aside_overlapping() {
         memory_.add(i, examined.carried_data[k], examined.carried[k].is_fp32 ? 4 : 8);
       }
     }
+    for (const Foreign& f : foreign_) with_memory_of(f.param, [&](auto... range) { memory_.add(count_, range...); });
     memory_.sort();
   }
   overlapping_.clear();
@@ -544,15 +545,18 @@ void StepPlan::set_aside_overlapping() {
   for (size_t i = 0; i < count_; ++i) {
     memory_.append_overlapping(i, segments_[i].streams[kGrad].data, examined_[i].bytes[kGrad], overlapping_);
   }
+  for (const Foreign& f : foreign_) {
+    with_memory_of(f.grad, [&](auto... range) { memory_.append_overlapping(count_, range..., overlapping_); });
+  }
   if (overlapping_.empty()) return;
 
-  std::vector<bool> aside(count_, false);
+  std::vector<bool> aside(count_ + 1, false);  // the last place stands for all that are foreign already
   for (size_t i : overlapping_) aside[i] = true;
   size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
     if (aside[i]) {
       const Located& located = located_[examined_[i].located];
-      foreign_.push_back({located.group->index, located.index, "tensors that share memory"});
+      foreign_.push_back({located.group->index, located.index, "tensors that share memory", nullptr, nullptr});
     } else {
       keep(i, kept++);
     }

@@ -63,22 +63,36 @@ class StepPlan {
   enum class Fault { none, no_tensor, device, shape, dtype, expanded };
   static constexpr int kGradient = -1;
 
-  // What a located parameter's tensors turned out to be.
+  // What a located parameter's tensors turned out to be. Addresses and extents outlive a step: the next one compares
+  // its own with those that it finds at the same place.
   struct Examined {
     Verdict verdict;
-    Fault fault;         // of what is wrong
-    int culprit;         // and where: in state_keys_, or kGradient
-    const char* reason;  // of a foreign one
+    // of what is wrong; in state_keys_, or kGradient; of what is partial, too
+    Fault fault;
+    int culprit;
+    const char* reason;  // of what is foreign
+    // of what is ready, or of what is missing its state, which has no states
     size_t located;
     Arithmetic arithmetic;
     bool strided, written_moved, grad_moved;
-    int stream_count;            // without the states that are missing
+    int stream_count;
     int64_t bytes[kMaxStreams];  // that a stream extends over
     c10::TensorImpl* streams[kMaxStreams];
+    // of what is ready
     c10::TensorImpl* carriers[kMaxCarried];  // the tensors of the carried scalars
     void* carried_data[kMaxCarried];
     Carried carried[kMaxCarried];  // before this step
     size_t prepared;
+
+    void be_foreign(const char* why) {
+      verdict = Verdict::foreign;
+      reason = why;
+    }
+    void be_wrong(Fault what, int where) {
+      verdict = Verdict::wrong;
+      fault = what;
+      culprit = where;
+    }
   };
 
   // What the rule made of a group's hyperparameters and of carried scalars, for all parameters that have the same.
@@ -90,6 +104,7 @@ class StepPlan {
   struct Foreign {
     int group, index;
     const char* reason;
+    const c10::TensorImpl *param, *grad;
   };
 
   void read_groups(PyObject* param_groups);
@@ -100,7 +115,7 @@ class StepPlan {
   bool examine_state(const Located& located, Examined& examined) const;
   static Fault fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param);
   static Fault fault_of_scalar(const c10::TensorImpl* tensor);
-  void fill(const Group& group, Examined& examined, Segment& segment) const;
+  void make_segment(const Group& group, Examined& examined, Segment& segment) const;
   void prepare(size_t begin, size_t end, const Indices& created);
   void settle(const Indices& stepped);
   void lay_out(const Examined& examined, Segment& segment);

@@ -118,16 +118,9 @@ inline const void* readable_data(const c10::TensorImpl* tensor, int64_t itemsize
 
 // The number at an address, widened.
 inline double number_at(const void* data, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::fp32:
-      return *static_cast<const float*>(data);
-    case Dtype::fp64:
-      return *static_cast<const double*>(data);
-    case Dtype::bf16:
-      return widen(*static_cast<const Bf16*>(data));
-    default:
-      return widen(*static_cast<const Fp16*>(data));
-  }
+  double number = 0;
+  as_stored(data, dtype, [&](const auto* stored) { number = widen(*stored); });
+  return number;
 }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }

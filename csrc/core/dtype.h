@@ -23,6 +23,11 @@ struct Fp16 {
   uint16_t bits;
 };
 
+// Two neighbours of a bf16 stream, the first in the lower half. At any address that one of them may have.
+struct __attribute__((packed, may_alias)) Bf16Pair {
+  uint32_t bits;
+};
+
 template <typename Stored>
 constexpr Dtype dtype_of = std::is_same_v<Stored, float>    ? Dtype::fp32
                            : std::is_same_v<Stored, double> ? Dtype::fp64
@@ -46,26 +51,73 @@ DRACOPT_HD float widen(Fp16 x) {
   return float_of((magnitude < smallest_normal ? subnormal : normal) | (x.bits & 0x8000u) << 16);
 }
 
+// The upper half is the number in bf16: to the nearest, ties to even.
+DRACOPT_HD uint32_t round_to_bf16(float x) {
+  const uint32_t bits = bits_of(x);
+  return x != x ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
+}
+
+DRACOPT_HD uint16_t round_to_fp16(float x) {
+  constexpr uint32_t rebias = (127 - 15) << 23, too_large = 0x47800000u, smallest_normal = 0x38800000u;
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
+  const uint32_t normal = (magnitude - rebias + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+  // One half has its last place where the smallest fp16 has it: the addition rounds.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = magnitude < smallest_normal ? subnormal : normal;
+  return static_cast<uint16_t>((x != x ? 0x7e00u : magnitude >= too_large ? 0x7c00u : finite) | sign);
+}
+
 // To the nearest, ties to even; 64-bit numbers take the way over float, as in torch.
 template <typename Stored, typename T>
 DRACOPT_HD Stored narrow(T x) {
   if constexpr (std::is_floating_point_v<Stored>) {
     return static_cast<Stored>(x);
+  } else if constexpr (std::is_same_v<Stored, Bf16>) {
+    return {static_cast<uint16_t>(round_to_bf16(static_cast<float>(x)) >> 16)};
   } else {
-    const float value = static_cast<float>(x);
-    const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
-    const bool is_nan = value != value;
-    if constexpr (std::is_same_v<Stored, Bf16>) {
-      const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-      return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
-    } else {
-      constexpr uint32_t rebias = (127 - 15) << 23, too_large = 0x47800000u, smallest_normal = 0x38800000u;
-      const uint32_t normal = (magnitude - rebias + 0xfffu + (magnitude >> 13 & 1)) >> 13;
-      // One half has its last place where the smallest fp16 has it: the addition rounds.
-      const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-      const uint32_t finite = magnitude < smallest_normal ? subnormal : normal;
-      return {static_cast<uint16_t>((is_nan ? 0x7e00u : magnitude >= too_large ? 0x7c00u : finite) | sign)};
-    }
+    return {round_to_fp16(static_cast<float>(x))};
+  }
+}
+
+// `To` as constant as `Void` is.
+template <typename Void, typename To>
+using LikeVoid = std::conditional_t<std::is_const_v<Void>, const To, To>;
+
+// Calls `body` with an address as a pointer to what is stored there.
+template <typename Void, typename Body>
+DRACOPT_HD void as_stored(Void* data, Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::fp32:
+      return body(static_cast<LikeVoid<Void, float>*>(data));
+    case Dtype::fp64:
+      return body(static_cast<LikeVoid<Void, double>*>(data));
+    case Dtype::bf16:
+      return body(static_cast<LikeVoid<Void, Bf16>*>(data));
+    case Dtype::fp16:
+      return body(static_cast<LikeVoid<Void, Fp16>*>(data));
+  }
+}
+
+// What the update loop reads and writes at once: one number, or a pair.
+template <typename Word>
+constexpr int kLanes = std::is_same_v<Word, Bf16Pair> ? 2 : 1;
+
+template <typename Word, typename T>
+DRACOPT_HD void unpack(Word word, T* to) {
+  if constexpr (kLanes<Word> == 2) {  // in half the operations of two numbers on their own
+    to[0] = float_of(word.bits << 16);
+    to[1] = float_of(word.bits & 0xffff0000u);
+  } else {
+    to[0] = widen(word);
+  }
+}
+
+template <typename Word, typename T>
+DRACOPT_HD Word pack(const T* from) {
+  if constexpr (kLanes<Word> == 2) {
+    return {round_to_bf16(from[0]) >> 16 | (round_to_bf16(from[1]) & 0xffff0000u)};
+  } else {
+    return narrow<Word>(from[0]);
   }
 }
 

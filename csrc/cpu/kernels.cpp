@@ -32,38 +32,58 @@ void prepare(Carried* carried, bool first, const double* hyperparameters, PowerM
 }
 
 // The one loop. The compiler vectorises it; the tail is the same code.
-template <typename Rule, typename T, int N, typename Stored>
-void apply(const Segment& segment, Stored* const* tiles, int64_t count) {
+template <typename Rule, typename T, int N, typename Word>
+void apply(const Segment& segment, Word* const* tiles, int64_t words) {
+  constexpr int lanes = kLanes<Word>;
   const auto scalars = *static_cast<const typename Rule::template Scalars<T>*>(segment.scalars);
   const T sign = segment.maximize ? T(-1) : T(1);
-  Stored* const param = tiles[kParam];
-  const Stored* const grad = tiles[kGrad];
-  Stored* const* const states = tiles + kFirstState;
+  Word* const param = tiles[kParam];
+  const Word* const grad = tiles[kGrad];
+  Word* const* const states = tiles + kFirstState;
   DRACOPT_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    T p = widen(param[i]), s[kMaxStates];
-    for (int k = 0; k < N; ++k) s[k] = widen(states[k][i]);
-    Rule::template update<T, N>(scalars, p, sign * widen(grad[i]), s);
-    for (int k = 0; k < N; ++k) states[k][i] = narrow<Stored>(s[k]);
-    param[i] = narrow<Stored>(p);
+  for (int64_t i = 0; i < words; ++i) {
+    T p[lanes], g[lanes], s[kMaxStates][lanes];
+    unpack(param[i], p);
+    unpack(grad[i], g);
+    for (int k = 0; k < N; ++k) unpack(states[k][i], s[k]);
+    for (int lane = 0; lane < lanes; ++lane) {
+      T of_lane[kMaxStates];
+      for (int k = 0; k < N; ++k) of_lane[k] = s[k][lane];
+      Rule::template update<T, N>(scalars, p[lane], sign * g[lane], of_lane);
+      for (int k = 0; k < N; ++k) s[k][lane] = of_lane[k];
+    }
+    for (int k = 0; k < N; ++k) states[k][i] = pack<Word>(s[k]);
+    param[i] = pack<Word>(p);
   }
+}
+
+// A tile of a segment whose streams are all bf16, worked on where it lies.
+template <typename Rule, int N>
+void apply_bf16(const Segment& segment, int64_t from, int64_t count) {
+  Bf16* tiles[kFirstState + N];
+  Bf16Pair* pairs[kFirstState + N];
+  for (int k = 0; k < kFirstState + N; ++k) {
+    tiles[k] = static_cast<Bf16*>(segment.streams[k].data) + from;
+    pairs[k] = reinterpret_cast<Bf16Pair*>(tiles[k]);
+    tiles[k] += count - count % 2;
+  }
+  apply<Rule, float, N>(segment, pairs, count / 2);
+  apply<Rule, float, N>(segment, tiles, count % 2);
 }
 
 // Updates a range a tile at a time.
 template <typename Rule, typename T, int N>
 void update(const Segment& segment, int64_t begin, int64_t end) {
   constexpr int streams = kFirstState + N;
-  [[maybe_unused]] const bool all_bf16 = sizeof(T) == 4 && all_dense(segment, streams, Dtype::bf16);
+  [[maybe_unused]] const bool all_bf16 = segment.grad_scale == 1 && all_dense(segment, streams, Dtype::bf16);
   alignas(64) T staged[streams][kTile<T>];
   T* tiles[streams];
   for (int64_t from = begin; from < end; from += kTile<T>) {
     const int64_t count = end - from < kTile<T> ? end - from : kTile<T>;
     for (int k = 0; k < streams; ++k) prefetch<T>(segment, k, from, end);
     if constexpr (sizeof(T) == 4) {
-      if (all_bf16) {  // what models are mostly trained in, and a third faster so
-        Bf16* stored[streams];
-        for (int k = 0; k < streams; ++k) stored[k] = static_cast<Bf16*>(segment.streams[k].data) + from;
-        apply<Rule, T, N>(segment, stored, count);
+      if (all_bf16) {  // what models are mostly trained in, and 1.7 times as fast so
+        apply_bf16<Rule, N>(segment, from, count);
         continue;
       }
     }

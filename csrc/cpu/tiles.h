@@ -21,26 +21,10 @@ void prefetch(const Segment& segment, int stream, int64_t from, int64_t end) {
   for (int64_t line = 0; line < kTile<T> * bytes; line += 64) __builtin_prefetch(tile + line);
 }
 
-// Can the update loop work on all streams where they lie, in this dtype?
 inline bool all_dense(const Segment& segment, int streams, Dtype dtype) {
-  bool all = segment.grad_scale == 1;
+  bool all = true;
   for (int k = 0; k < streams; ++k) all &= segment.streams[k].dense && segment.streams[k].dtype == dtype;
   return all;
-}
-
-// Calls `body` with the stream's address as a pointer to what is stored there.
-template <typename Body>
-DRACOPT_HD void as_stored(const Stream& stream, const Body& body) {
-  switch (stream.dtype) {
-    case Dtype::fp32:
-      return body(static_cast<float*>(stream.data));
-    case Dtype::fp64:
-      return body(static_cast<double*>(stream.data));
-    case Dtype::bf16:
-      return body(static_cast<Bf16*>(stream.data));
-    case Dtype::fp16:
-      return body(static_cast<Fp16*>(stream.data));
-  }
 }
 
 // Calls `body(offset, stride, n)` for runs of n elements that lie `stride` apart, which are together the `count`
@@ -93,7 +77,7 @@ void scatter(const T* from, int64_t count, Stored* to, int64_t stride) {
 template <typename T>
 void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
   const Stream& s = segment.streams[stream];
-  as_stored(s, [&](const auto* data) {
+  as_stored(static_cast<const void*>(s.data), s.dtype, [&](const auto* data) {
     if (s.dense) return gather(data + from, 1, count, staged);
     for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
       gather(data + offset, stride, n, staged);
@@ -115,7 +99,7 @@ DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t cou
 template <typename T>
 void store(const Segment& segment, int stream, int64_t from, int64_t count, const T* staged) {
   const Stream& s = segment.streams[stream];
-  as_stored(s, [&](auto* data) {
+  as_stored(s.data, s.dtype, [&](auto* data) {
     if (s.dense) return scatter(staged, count, data + from, 1);
     for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
       scatter(staged, n, data + offset, stride);

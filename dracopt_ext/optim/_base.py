@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -34,8 +35,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _rule: ClassVar[str]
     """Name of the update rule, in the compiled module and in :data:`dracopt_ext.reference.RULES`."""
-    _rule_keys: ClassVar[tuple[str, ...]]
-    """The hyperparameters of a parameter group that the rule takes."""
     _counts_steps: ClassVar[bool]
     """Whether a parameter's state counts its steps, and is zero before the first; else the first step fills it."""
     _sparse_error: ClassVar[str]
@@ -67,12 +66,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._others_ran = {}
         super().__init__(*args, **kwargs)
 
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        if self.state_dtype is None:
+            return
+        for index, p in enumerate(self.param_groups[-1]["params"]):
+            if p.is_complex():
+                parameter = self._describe(len(self.param_groups) - 1, index)
+                self.param_groups.pop()
+                raise ValueError(
+                    f"state_dtype={self.state_dtype} serves real parameters only, but {parameter} is {p.dtype}; give "
+                    "complex parameters an optimizer of their own"
+                )
+
     def _create_state(self, group: Group) -> None:
         """Create the state of ``group["params"]``, all of which have a gradient and none of which has a state."""
         self._init_group(group, [], [], [], [], [], [])  # type: ignore[attr-defined]
 
     def _lacks_state(self, p: Tensor, group: Group) -> bool:
-        return not self.state[p]
+        return not self.state.get(p)
 
     @property
     def last_backend(self) -> dict[str, frozenset[str]]:
@@ -111,8 +123,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _update_scaled(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """A step to which torch.amp.GradScaler has left the division by its scale and the check for overflow."""
-        if any(tensor is not None and tensor.device.type != "cpu" for tensor in (found_inf, grad_scale)):
-            self._step_by_torch(self._with_gradients())  # its fused kernels take both attributes, without waiting
+        groups = self._with_gradients() if self.backend is None and self.state_dtype is None else []
+        if groups and all(p.device.type != "cpu" for group in groups for p in group["params"]):
+            self._step_by_torch(groups)  # its fused kernels take both attributes, without waiting
         elif found_inf is None or not found_inf.item():
             self._update(1.0 if grad_scale is None else grad_scale.item())
 
@@ -145,8 +158,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"backend='native' does not serve {reason}: {self._describe(group_index, index)}. "
                     "Leave `backend` at None to let torch's implementation step such parameters"
                 )
-            other = "torch's own implementation" if self.state_dtype is None else "the reference implementation"
-            warn_once(f"{type(self).__name__} leaves {reason} to {other}, which is slower")
+            warn_once(
+                f"{type(self).__name__} leaves {reason} to torch's own implementation (or to the reference, where "
+                "dtypes mix), which is slower"
+            )
         stepped = [(group_index, index) for group_index, index, _ in foreign]
         created, others = self._select(missing), self._select(stepped)
         with self._restored_on_error(created + others):
@@ -158,27 +173,42 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _create_moments(self, group: Group) -> None:
         """Create the state of ``group["params"]`` in the dtype that was asked for."""
-        if self.state_dtype is None:
-            return self._create_state(group)
-        for p in group["params"]:
-            if p.is_complex():
-                raise ValueError(
-                    f"state_dtype={self.state_dtype} serves real parameters only, not one of dtype {p.dtype} and shape "
-                    f"{list(p.shape)}; give complex parameters an optimizer of their own"
-                )
-            self._create_state({**group, "params": [p]})
-            for name in reference.MOMENTS:
-                if name in self.state[p]:
-                    self.state[p][name] = self.state[p][name].to(self.state_dtype)
-        return None
+        # One by one, so that no more than one parameter's moments are there twice.
+        for params in [[p] for p in group["params"]] if self.state_dtype is not None else [group["params"]]:
+            self._create_state({**group, "params": params})
+            for p in params:
+                for name in reference.MOMENTS if self.state_dtype is not None else ():
+                    if name in self.state[p]:
+                        self.state[p][name] = self.state[p][name].to(self.state_dtype)
 
     def _update_by_torch(self, groups: list[Group], grad_scale: float) -> None:
         """Step these groups with torch's own implementation; or, where that cannot, with the reference."""
-        if self.state_dtype is not None:
-            return self._update_by_reference(groups, grad_scale)
-        groups = [self._for_torch(group) for group in groups]
-        with self._unscaled(groups, grad_scale):
-            self._step_by_torch(groups, grad_scale=None, found_inf=None)
+        by_torch: list[Group] = []
+        by_reference: list[Group] = []
+        for group in groups:
+            parts: tuple[list[Tensor], list[Tensor]] = [], []
+            for p in group["params"]:
+                mixes = not group["differentiable"] and self._mixes_dtypes(p, grad_scale)
+                parts[mixes or self.state_dtype is not None].append(p)
+            by_torch.append({**self._for_torch(group), "params": parts[0]})
+            by_reference.append({**group, "params": parts[1]})
+        by_torch, by_reference = ([g for g in part if g["params"]] for part in (by_torch, by_reference))
+        self._check_for_reference(by_reference)
+        with self._unscaled(by_torch, grad_scale):
+            self._step_by_torch(by_torch, grad_scale=None, found_inf=None)
+        self._step_by_reference(by_reference, grad_scale)
+
+    def _mixes_dtypes(self, p: Tensor, grad_scale: float) -> bool:
+        """Whether torch would refuse this parameter, or round what our kernels do not."""
+        grad = p.grad
+        if grad is None or grad.layout != torch.strided:
+            return False
+        moments = (value for name, value in self.state.get(p, {}).items() if name in reference.MOMENTS)
+        return (
+            grad.is_conj()
+            or (grad_scale != 1 and grad.dtype in (torch.bfloat16, torch.float16))
+            or any(tensor is not None and tensor.dtype != p.dtype for tensor in (grad, *moments))
+        )
 
     def _step_by_torch(self, groups: list[Group], **attributes: Any) -> None:
         if not groups:
@@ -213,8 +243,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         params = [p for group in groups for p in group["params"]]
         scaled = [p.grad for p in params]
-        if any(grad.dtype == torch.float16 for grad in scaled):
-            raise ValueError("Attempting to unscale FP16 gradients.")  # in fp16, where it would lose bits
         try:
             for p in params:
                 p.grad = p.grad / grad_scale
@@ -224,20 +252,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 p.grad = grad
 
     def _update_by_reference(self, groups: list[Group], grad_scale: float) -> None:
-        for group in groups:
-            if group["differentiable"] or group.get("capturable"):
-                raise RuntimeError(
-                    "the reference implementation serves neither differentiable=True nor capturable=True"
-                )
-            for p in group["params"]:
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"the reference implementation takes dense tensors only, not a {p.grad.layout} gradient of a "
-                        f"parameter of shape {list(p.shape)}"
-                    )
+        self._check_for_reference(groups)
+        self._step_by_reference(groups, grad_scale)
+
+    def _step_by_reference(self, groups: list[Group], grad_scale: float) -> None:
         with torch.no_grad(), self._restored_on_error(groups):
             for group in groups:
-                hyperparameters = {key: group[key] for key in self._rule_keys}
                 for p in group["params"]:
                     new = self._lacks_state(p, group)
                     if new:
@@ -247,12 +267,43 @@ class FusedOptimizer(torch.optim.Optimizer):
                         p,
                         p.grad,
                         self.state[p],
-                        hyperparameters,
+                        group,
                         maximize=group["maximize"],
                         grad_scale=grad_scale,
                         first=new and not self._counts_steps,
                     )
                     self._others_ran.setdefault(p.device.type, set()).add("reference")
+
+    def _check_for_reference(self, groups: list[Group]) -> None:
+        """Raise for what the compiled kernels would refuse, and for what the reference does not serve."""
+        for group in groups:
+            if group["differentiable"] or (group.get("capturable") and not group.get("fused")):
+                raise RuntimeError("the reference implementation serves neither differentiable nor capturable groups")
+            for key in reference.hyperparameters(self._rule):
+                rates = isinstance(group[key], (tuple, list))
+                for number in map(float, group[key] if rates else [group[key]]):
+                    if not math.isfinite(number) or (rates and not 0 <= number < 1):
+                        where = f"param_groups[{self._find(group['params'][0])[0]}][{key!r}]"
+                        must = "at least 0 and less than 1" if rates else "finite"
+                        raise ValueError(f"{where} is {number}; it must be {must}")
+            for p in group["params"]:
+                self._check_tensors_for_reference(p, group)
+
+    def _check_tensors_for_reference(self, p: Tensor, group: Group) -> None:
+        grad = p.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"the reference implementation takes dense tensors only, not the {grad.layout} gradient of "
+                f"{self._describe(*self._find(p))}"
+            )
+        state = {} if self._lacks_state(p, group) else self.state.get(p, {})
+        if state and group.get("amsgrad") and "max_exp_avg_sq" not in state:
+            raise KeyError(f"the state of {self._describe(*self._find(p))} has no 'max_exp_avg_sq'")
+        for name in ("the gradient", *reference.MOMENTS):
+            tensor = grad if name == "the gradient" else state.get(name)
+            if tensor is not None and tensor.shape != p.shape:
+                raise ValueError(f"{name} of {self._describe(*self._find(p))} has another shape, {list(tensor.shape)}")
 
     def _with_gradients(self) -> list[Group]:
         """The groups with only those parameters that have a gradient, without the groups that have none."""
@@ -286,6 +337,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self.state[p].update(entries)
             raise
 
+    def _find(self, p: Tensor) -> tuple[int, int]:
+        """The index of a parameter's group, and its own in it."""
+        places = ((g, i) for g, group in enumerate(self.param_groups) for i, q in enumerate(group["params"]) if q is p)
+        return next(places)
+
     def _describe(self, group_index: int, index: int) -> str:
         group = self.param_groups[group_index]
         name = f"{group['param_names'][index]!r}, " if group.get("param_names") else ""
@@ -306,10 +362,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load what :meth:`state_dict` returned, of this class or of torch's; differs from torch's in three points.
+        """Load what :meth:`state_dict` returned, of this class or of torch's. Differs from torch's in three points:
 
-        The moments take the dtype ``state_dtype``, if that was given, else as in torch the parameter's. NAdam's
-        ``mu_product`` keeps its own, where torch rounds it to the parameter's. No tensor is shared with ``state_dict``.
+        - The moments take the dtype ``state_dtype``, if that was given, else as in torch the parameter's.
+        - NAdam's ``mu_product`` is not rounded to the parameter's dtype.
+        - No tensor is shared with the dict.
         """
         saved: StateDict = {}
         handles = [
@@ -336,5 +393,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if name in reference.MOMENTS and self.state_dtype is not None:
                     dtype = self.state_dtype
                 elif name in reference.CARRIED and name != "step":
-                    dtype = value.dtype
-                self.state[p][name] = value.to(device=loaded.device, dtype=dtype, copy=True)
+                    dtype = value.dtype if value.dtype == torch.float64 else torch.float32
+                if loaded is value or loaded.dtype != dtype:
+                    self.state[p][name] = value.to(device=loaded.device, dtype=dtype, copy=True)

@@ -32,7 +32,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """
 
     _rule = "adam"
-    _rule_keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay")
     _counts_steps = True
     _sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
 

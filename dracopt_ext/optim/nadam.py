@@ -33,7 +33,6 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
     """
 
     _rule = "nadam"
-    _rule_keys = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay")
     _counts_steps = True
     _sparse_error = "NAdam does not support sparse gradients"
 

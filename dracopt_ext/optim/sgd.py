@@ -32,7 +32,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _rule = "sgd"
-    _rule_keys = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
     _counts_steps = False
     _sparse_error = "`_fused_sgd` does not support sparse gradients"
 
@@ -68,7 +67,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         )
 
     def _lacks_state(self, p: Tensor, group: Group) -> bool:
-        return bool(group["momentum"] != 0) and self.state[p].get("momentum_buffer") is None
+        return bool(group["momentum"] != 0) and self.state.get(p, {}).get("momentum_buffer") is None
 
     def _create_state(self, group: Group) -> None:
         # Filled by the first step, which writes the buffer without reading it.
