@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "the search trusts what lay at another place",
         PLAN,
-        "examined.written_moved || kept != i;",
-        "examined.written_moved;",
+        "searched_ = foreign_.empty();",
+        "searched_ = true;",
         "test_fallback::test_the_search_is_repeated_when_parameters_change_places",
     ),
     Mutant(
@@ -308,6 +308,20 @@ MUTANTS = [
         'return {**group, "fused": None}',
         "return group",
         "test_fallback::test_torchs_fused_kernels_are_never_used_on_the_cpu",
+    ),
+    Mutant(
+        "mixed dtypes left to torch",
+        BASE,
+        'mixes = not group["differentiable"] and',
+        "mixes = False and",
+        "test_fallback::test_mixed_dtypes_for_what_torch_steps",
+    ),
+    Mutant(
+        "the reference does not look first",
+        BASE,
+        "        self._check_for_reference(groups)\n",
+        "",
+        "test_fallback::test_the_reference_changes_nothing_before_it_raises",
     ),
     Mutant(
         "the reference's fma rounds twice", REFERENCE, "return torch.where(adjust,", "return torch.where(False,", BITS

@@ -445,7 +445,7 @@ void StepPlan::settle(const Indices& stepped) {
     const Index index(located_[i].group->index, located_[i].index);
     if (std::binary_search(stepped.begin(), stepped.end(), index)) continue;
     if (examined.verdict == Verdict::ready || examined.verdict == Verdict::missing_state) {
-      written_moved_ |= examined.written_moved || kept != i;  // what `keep` shifts was not compared with itself
+      written_moved_ |= examined.written_moved;
       grads_moved_ |= examined.grad_moved;
       if (examined.strided) lay_out(examined, segments_[i]);
       keep(i, kept++);
@@ -521,7 +521,7 @@ void StepPlan::refuse(const Examined& examined) const {
 // Element for element in parallel is wrong for tensors that share memory: torch is to take them one after the other. So
 // it is, as torch goes first, for those that share memory with what torch steps anyway.
 void StepPlan::set_aside_overlapping() {
-  searched_ = foreign_.empty();
+  searched_ = foreign_.empty();  // else `keep` has shifted entries, which were compared with those of other parameters
   written_moved_ |= count_ != searched_count_ || !searched_;
   searched_count_ = count_;
   if (!written_moved_ && !grads_moved_) return;
