@@ -71,27 +71,31 @@ void apply_bf16(const Segment& segment, int64_t from, int64_t count) {
   apply<Rule, float, N>(segment, tiles, count % 2);
 }
 
+// A tile of any other: load, apply, store.
+template <typename Rule, typename T, int N>
+void apply_staged(const Segment& segment, int64_t from, int64_t count) {
+  alignas(64) T staged[kFirstState + N][kTile<T>];
+  T* tiles[kFirstState + N];
+  for (int k = 0; k < kFirstState + N; ++k) tiles[k] = load(segment, k, from, count, staged[k]);
+  if (segment.grad_scale != 1) tiles[kGrad] = divided(tiles[kGrad], segment.grad_scale, count, staged[kGrad]);
+  apply<Rule, T, N>(segment, tiles, count);
+  for (int k = 0; k < kFirstState + N; ++k) {
+    if (k != kGrad && tiles[k] == staged[k]) store(segment, k, from, count, staged[k]);
+  }
+}
+
 // Updates a range a tile at a time.
 template <typename Rule, typename T, int N>
 void update(const Segment& segment, int64_t begin, int64_t end) {
-  constexpr int streams = kFirstState + N;
-  [[maybe_unused]] const bool all_bf16 = segment.grad_scale == 1 && all_dense(segment, streams, Dtype::bf16);
-  alignas(64) T staged[streams][kTile<T>];
-  T* tiles[streams];
+  // What models are mostly trained in is worth a path of its own: it is 1.7 times as fast as the other one.
+  const bool all_bf16 = segment.grad_scale == 1 && all_dense(segment, kFirstState + N, Dtype::bf16);
   for (int64_t from = begin; from < end; from += kTile<T>) {
     const int64_t count = end - from < kTile<T> ? end - from : kTile<T>;
-    for (int k = 0; k < streams; ++k) prefetch<T>(segment, k, from, end);
-    if constexpr (sizeof(T) == 4) {
-      if (all_bf16) {  // what models are mostly trained in, and 1.7 times as fast so
-        apply_bf16<Rule, N>(segment, from, count);
-        continue;
-      }
-    }
-    for (int k = 0; k < streams; ++k) tiles[k] = load(segment, k, from, count, staged[k]);
-    if (segment.grad_scale != 1) tiles[kGrad] = divided(tiles[kGrad], segment.grad_scale, count, staged[kGrad]);
-    apply<Rule, T, N>(segment, tiles, count);
-    for (int k = 0; k < streams; ++k) {
-      if (k != kGrad && tiles[k] == staged[k]) store(segment, k, from, count, staged[k]);
+    for (int k = 0; k < kFirstState + N; ++k) prefetch<T>(segment, k, from, end);
+    if (all_bf16) {
+      apply_bf16<Rule, N>(segment, from, count);
+    } else {
+      apply_staged<Rule, T, N>(segment, from, count);
     }
   }
 }

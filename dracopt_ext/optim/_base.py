@@ -173,13 +173,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _create_moments(self, group: Group) -> None:
         """Create the state of ``group["params"]`` in the dtype that was asked for."""
-        # One by one, so that no more than one parameter's moments are there twice.
-        for params in [[p] for p in group["params"]] if self.state_dtype is not None else [group["params"]]:
-            self._create_state({**group, "params": params})
-            for p in params:
-                for name in reference.MOMENTS if self.state_dtype is not None else ():
-                    if name in self.state[p]:
-                        self.state[p][name] = self.state[p][name].to(self.state_dtype)
+        if self.state_dtype is None:
+            self._create_state(group)
+            return
+        for p in group["params"]:  # one by one, so that no more than one parameter's moments are there twice
+            self._create_state({**group, "params": [p]})
+            state = self.state[p]
+            state.update({name: state[name].to(self.state_dtype) for name in reference.MOMENTS if name in state})
 
     def _update_by_torch(self, groups: list[Group], grad_scale: float) -> None:
         """Step these groups with torch's own implementation; or, where that cannot, with the reference."""
