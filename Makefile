@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp)
 
 .PHONY: train study test mutants sanitize lint format bench clean
 
@@ -36,13 +37,13 @@ sanitize: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks

@@ -1,5 +1,8 @@
 """Builds ``dracopt_ext._C``, or says why it could not and packages the Python part alone.
 
+The CUDA kernels become a part of it wherever there is nvcc: in ``CUDA_HOME`` if that is set, else on the path, else in
+/usr/local/cuda.
+
 ``DRACOPT_BUILD=force`` makes a failure an error, ``pure`` does not try, ``auto`` (the default) does what is possible;
 ``sanitize`` is ``force`` with the compiler's checks for wrong memory accesses and undefined behaviour.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 MODE = os.environ.get("DRACOPT_BUILD", "auto")
@@ -34,11 +39,52 @@ if MODE == "sanitize":
 COMMON_FLAGS = ["-std=c++20", *OPTIMIZED, "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 # Results must not depend on what the compiler contracts; the other two let the loops vectorise and change no result.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Machine code for these, and PTX of the last one for whatever comes after it.
+CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
 
 
 def compiler() -> str:
     return os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
+
+
+class Nvcc:
+    """CUDA's compiler, called as it is: torch's own way would insist on the version that torch was built with."""
+
+    def __init__(self) -> None:
+        home = os.environ.get("CUDA_HOME")
+        places = [Path(home) / "bin" / "nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+        self.path = next((str(place) for place in places if place is not None and Path(place).exists()), None)
+        self.libraries: list[str] = []
+        self.missing: str | None = None
+        if MODE == "sanitize":
+            self.missing = "DRACOPT_BUILD=sanitize"
+        elif self.path is None:
+            self.missing = "nvcc was not found"
+        else:
+            # It may be a script that stands far from its toolkit: it is asked where it looks for libraries.
+            dry = subprocess.run([self.path, "--dryrun", "-o", "x", "x.cu"], capture_output=True, text=True).stderr
+            self.libraries = re.findall(r'"-L([^"]+)"', dry)
+            if not any((Path(folder) / "libcudart_static.a").exists() for folder in self.libraries):
+                self.missing = f"{self.path} comes without libcudart_static.a"
+
+    def output(self, *arguments: str) -> str:
+        return subprocess.run([str(self.path), *arguments], capture_output=True, text=True).stdout
+
+    def version(self) -> str:
+        return "nvcc " + "".join(re.findall(r"release (\S+),", self.output("--version")))
+
+    def compile(self, source: Path, target: Path) -> None:
+        """Compile for every architecture that this nvcc knows."""
+        known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}\n" in self.output("--list-gpu-arch")]
+        codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in known]
+        codes.append(f"arch=compute_{known[-1]},code=compute_{known[-1]}")
+        flags = ["-std=c++20", "-O3", "--fmad=false", "-DDRACOPT_ISA=device", "-Icsrc", "-Xfatbin", "-compress-all"]
+        host = ["-ccbin", compiler(), "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-g0"]
+        generated = [part for code in codes for part in ("-gencode", code)]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [str(self.path), *flags, *host, *generated, "--threads", "0", "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
 
 
 def find_torch() -> Any:
@@ -67,6 +113,7 @@ def why_not() -> str | None:
     return None
 
 
+NVCC = Nvcc()
 TORCH = find_torch() if MODE != "pure" else None
 REASON = why_not()
 if REASON is None:
@@ -77,6 +124,9 @@ else:
 
 class BuildNative(BuildExtension):
     """Compiles the kernels, then the binding; leaves behind what came of it."""
+
+    cuda: str | None = None
+    """Why the CUDA kernels are no part of it."""
 
     def run(self) -> None:
         self.remove_stale()
@@ -104,7 +154,29 @@ class BuildNative(BuildExtension):
                 extra_postargs=[*KERNEL_FLAGS, *flags],
             )
             self.extensions[0].extra_objects += objects
+        self.add_cuda(self.extensions[0])
         super().build_extensions()
+
+    def add_cuda(self, extension: Extension) -> None:
+        """The CUDA kernels and their runtime; or, without nvcc, what says that they are missing."""
+        self.cuda = NVCC.missing
+        if self.cuda is None:
+            target = Path(self.build_temp) / "cuda" / "kernels.o"
+            sources = [str(path) for folder in ("core", "rules", "cuda") for path in Path("csrc", folder).iterdir()]
+            try:
+                if newer_group([*sources, "setup.py"], str(target)):
+                    NVCC.compile(Path("csrc/cuda/kernels.cu"), target)
+            except subprocess.CalledProcessError as error:
+                if MODE == "force":
+                    raise
+                self.cuda = f"{error.cmd[0]} failed, see its output in the build's"
+        if self.cuda is None:
+            extension.extra_objects.append(str(target))
+            extension.library_dirs += NVCC.libraries
+            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        else:
+            extension.sources.append("csrc/cuda/absent.cpp")
+            print(f"dracopt_ext: building without CUDA kernels: {self.cuda}", file=sys.stderr)
 
     def package_dir(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib)) / "dracopt_ext"
@@ -119,6 +191,8 @@ class BuildNative(BuildExtension):
             "reason": reason,
             "torch": TORCH.__version__ if TORCH is not None else None,
             "compiler": self.compiler_version() if reason is None else None,
+            "nvcc": NVCC.version() if reason is None and self.cuda is None else None,
+            "no_cuda": self.cuda,
         }
         self.package_dir().mkdir(parents=True, exist_ok=True)
         (self.package_dir() / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nINFO = {info!r}\n')
@@ -144,6 +218,7 @@ setup(
             "dracopt_ext._C",
             ["csrc/cpu/dispatch.cpp", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/bindings/*.cpp")))],
             include_dirs=[str(ROOT / "csrc")],
+            define_macros=[("DRACOPT_X86_64", "1")] if "avx2" in ISA_FLAGS else [],
             extra_compile_args=BINDING_FLAGS,
             extra_link_args=LINKED,
         )

@@ -47,7 +47,9 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 BUILD_INFO = _build_info()
 _C, NATIVE_REASON = _load_native()
 
-_CUDA_REASON = "this version has no CUDA kernels; GPU tensors go through torch.optim"
+GPU = "cuda"
+"""The type of the devices that the CUDA kernels serve."""
+
 _TRITON_REASON = "this version has no Triton kernels"
 
 
@@ -56,7 +58,18 @@ def backends() -> dict[str, str | None]:
 
     The keys are ``native:cpu``, ``native:cuda``, ``triton`` and ``reference``.
     """
-    return {"native:cpu": NATIVE_REASON, "native:cuda": _CUDA_REASON, "triton": _TRITON_REASON, "reference": None}
+    return {"native:cpu": NATIVE_REASON, "native:cuda": _why_no_cuda(), "triton": _TRITON_REASON, "reference": None}
+
+
+def _why_no_cuda() -> str | None:
+    if _C is None:
+        return NATIVE_REASON
+    if BUILD_INFO.get("no_cuda"):
+        return f"compiled without CUDA kernels: {BUILD_INFO['no_cuda']}"
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) was built without CUDA"
+    reason: str | None = _C.cuda_unavailable()
+    return reason
 
 
 def resolve(backend: str | None) -> str | None:

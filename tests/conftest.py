@@ -16,6 +16,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(f"the tests are about the compiled kernels, which are not there: {reason}", returncode=1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are left out, unless they are what was asked for."""
+    if config.option.markexpr or dracopt_ext.backends()["native:cuda"] is None:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 @pytest.fixture(autouse=True)
 def _unchanged_threads() -> Iterator[None]:
     threads = torch.get_num_threads()

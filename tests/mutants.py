@@ -39,9 +39,11 @@ ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moment
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
 PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "tensor_facts.h", "overlap.cpp"))
+LAUNCH, GPU_TILE, LAUNCHES = "csrc/cuda/launch.h", "csrc/cuda/tile.h", "csrc/bindings/launches.cpp"
 BASE, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/reference.py"
 
 BITS = "test_bits::test_reference_in_fp32"
+COMPILE_FOR_THEMSELVES = ("test_core::", "test_gpu::")
 
 MUTANTS = [
     # The rules
@@ -252,12 +254,139 @@ MUTANTS = [
         "",
         "test_refusals::test_groups_edited_to_nonsense",
     ),
+    # The GPU
+    Mutant(
+        "a row too early",
+        GPU_TILE,
+        "[middle] <= block",
+        "[middle] < block",
+        "test_core::test_launches_hold_every_tile_once",
+    ),
+    Mutant(
+        "tiles not shifted with the first vector",
+        GPU_TILE,
+        "if (number > 0) begin += head;",
+        "",
+        "test_core::test_launches_hold_every_tile_once",
+    ),
+    Mutant(
+        "slots beyond the arguments' end",
+        LAUNCH,
+        "tensors + 1 + slot_words + slot > kArgumentWords",
+        "tensors + 1 + slot_words > kArgumentWords",
+        "test_core::test_launches_hold_every_tile_once",
+    ),
+    Mutant(
+        "no block for an empty tensor",
+        LAUNCH,
+        "numel <= kTile ? 1 :",
+        "numel == 0 ? 0 :",
+        "test_gpu::test_empty_tensors_at_every_position",
+    ),
+    Mutant(
+        "last elements lost on the GPU",
+        GPU_TILE,
+        "loose = before + (range.end - range.last)",
+        "loose = before",
+        "test_gpu::test_bits_of_the_cpu",
+    ),
+    Mutant(
+        "16-bit numbers as whole vectors in fp64",
+        GPU_TILE,
+        "return kLanes * itemsize(dtypes[k]) >= kVectorBytes;",
+        "return true;",
+        "test_gpu::test_mixed_dtypes",
+    ),
+    Mutant(
+        "misaligned stream taken for aligned",
+        GPU_TILE,
+        "return address % kVectorBytes == 0 && ",
+        "return ",
+        "test_gpu::test_misaligned",
+    ),
+    Mutant(
+        "grad_scale not read by the kernel",
+        GPU_TILE,
+        "if (arguments.grad_scale != nullptr)",
+        "if (false)",
+        "test_gpu::test_grad_scale_is_read_by_the_kernel",
+    ),
+    Mutant(
+        "lr on the GPU taken for its address",
+        GPU_TILE,
+        "recipe.fp32_address >> k & 1 ",
+        "false ",
+        "test_gpu::test_tensor_lr_on_the_gpu",
+    ),
+    Mutant(
+        "step count on the GPU not moved on",
+        GPU_TILE,
+        "*static_cast<float*>(row.carried[k]) = ",
+        "",
+        "test_gpu::test_bits_of_the_cpu",
+    ),
+    Mutant(
+        "table of an earlier step",
+        LAUNCHES,
+        "image_ != written_ || ",
+        "",
+        "test_gpu::test_what_a_user_changes_between_steps",
+    ),
+    Mutant(
+        "first group's scalars for all on the GPU",
+        LAUNCHES,
+        "std::memcmp(arguments.words + slots_[i].at, words, count * 8) != 0",
+        "false",
+        "test_gpu::test_steps_of_different_tensors",
+    ),
+    Mutant(
+        "captured table given back",
+        LAUNCHES,
+        "captured_.push_back(table_);",
+        "captured_.clear();",
+        "test_gpu::test_captured_tables_outlive_the_capture",
+    ),
+    Mutant(
+        "another device's hyperparameters",
+        PLAN,
+        "p->device() != *group.gpu",
+        "false",
+        "test_gpu::test_tensor_lr_on_another_device",
+    ),
+    Mutant(
+        "host does not notice an overflow that it must",
+        PLAN,
+        "if (!foreign_.empty() || missing_is_hosts_) return true;",
+        "",
+        "test_gpu::test_overflow_with_counts_on_the_host",
+    ),
+    Mutant(
+        "host counts for the GPU",
+        PLAN,
+        "if (examined.carried_on_gpu[k]) continue;  // the kernel does it",
+        "",
+        "test_gpu::test_bits_of_the_cpu",
+    ),
+    Mutant(
+        "first step captured",
+        PLAN,
+        'if (examined.verdict == Verdict::missing_state) refuse("has',
+        'if (false) refuse("has',
+        "test_gpu::test_capture_is_refused_where_it_would_be_wrong",
+    ),
+    Mutant(
+        "GPU's parameters stepped on the CPU, too",
+        PLAN,
+        "if (examined_[i].on_gpu) {\n      record(examined_[i]);",
+        "if (false) {\n      record(examined_[i]);",
+        "test_gpu::test_bits_of_the_cpu",
+    ),
     # The Python part
     Mutant(
         "overflow not noticed",
         BASE,
-        "elif found_inf is None or not found_inf.item():",
-        "else:",
+        "if found_inf is None or not found_inf.item():",
+        "if True:",
         "test_dtypes::test_grad_scaler_in_low_precision",
     ),
     Mutant(
@@ -343,7 +472,11 @@ def prepare() -> None:
 def build() -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     run = subprocess.run(
-        command, cwd=COPY, env={**os.environ, "DRACOPT_BUILD": "force"}, capture_output=True, text=True
+        command,
+        cwd=COPY,
+        env={**os.environ, "DRACOPT_BUILD": "force", "CUDA_HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
     )
     if run.returncode != 0:
         sys.exit(f"the copy does not compile:\n{run.stdout}{run.stderr}")
@@ -366,7 +499,7 @@ def found(mutant: Mutant) -> bool:
         sys.exit(f"'{mutant.name}': {mutant.old!r} stands {source.count(mutant.old)} times in {mutant.file}, not once")
     path.write_text(source.replace(mutant.old, mutant.new))
     try:
-        if mutant.compiled and not mutant.found_by.startswith("test_core::"):  # that one compiles for itself
+        if mutant.compiled and not mutant.found_by.startswith(COMPILE_FOR_THEMSELVES):
             build()
         return fails(mutant.found_by)
     finally:

@@ -201,3 +201,110 @@ int main() {
 def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     big = 2**32
     assert output_of(EXTREMES, tmp_path).split() == [f"{2 + (big - 2) * 5}+5x2", "3+5x2"]
+
+
+# How tensors are shared out to launches and their tiles to blocks. Nothing is allocated: the largest has 2^43 elements.
+LAUNCHES = """
+#include <cstdio>
+#include <initializer_list>
+#include <memory>
+#include <vector>
+#include "cuda/tile.h"
+using namespace dracopt;
+using namespace dracopt::cuda;
+static long faults = 0;
+
+static void check_ranges(int64_t numel) {
+  for (int lanes : {0, 4, 8}) {
+    for (int head = 0; head < (lanes == 0 ? 1 : lanes); ++head) {
+      const int64_t tiles = tiles_of(numel);
+      for (int64_t t : {int64_t(0), int64_t(1), tiles / 2, tiles - 2, tiles - 1}) {
+        if (t < 0 || t >= tiles) continue;
+        const Range r = range_of(t, numel, head, lanes);
+        faults += !(r.begin <= r.first && r.first <= r.last && r.last <= r.end && r.end <= numel);
+        faults += t == 0 ? r.begin != 0 : r.begin != range_of(t - 1, numel, head, lanes).end;
+        faults += t == tiles - 1 ? r.end != numel : r.end - r.begin < kTile && r.end != numel;
+        faults += r.end - r.begin > kTile + 8;
+        if (lanes == 0) {
+          faults += r.first != r.last;
+        } else {
+          faults += (r.last - r.first) % lanes != 0 || (r.first < r.last && (r.first - head) % lanes != 0);
+          faults += t > 0 && r.first != r.begin;            // only a tensor's first elements
+          faults += r.last != r.end && r.end != numel;        // and its last ones
+          faults += r.end - r.last >= lanes || (r.first - r.begin > head);
+        }
+      }
+    }
+  }
+}
+
+// Returns the number of launches.
+static size_t fill(const std::vector<int64_t>& sizes, size_t slot, size_t tensors_in_a_group) {
+  struct Launch { Filled filled; std::vector<uint32_t> first_tiles; std::vector<int64_t> sizes; };
+  std::vector<Launch> launches(1);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    for (;;) {
+      Launch& launch = launches.back();
+      const int64_t first = launch.filled.tiles;
+      const bool has_slot = !launch.sizes.empty() && i % tensors_in_a_group != 0;
+      if (launch.filled.add(sizes[i], has_slot ? 0 : slot)) {
+        launch.first_tiles.push_back(uint32_t(first));
+        launch.sizes.push_back(sizes[i]);
+        break;
+      }
+      faults += launch.sizes.empty();
+      launches.emplace_back();
+    }
+  }
+  auto arguments = std::make_unique<Arguments>();
+  for (const Launch& launch : launches) {
+    faults += launch.filled.tensors + launch.filled.slot_words > kArgumentWords;
+    faults += launch.filled.tensors != launch.sizes.size() || launch.filled.tiles >= int64_t(1) << 31;
+    arguments->first_tiles = launch.first_tiles.data();
+    arguments->count = uint32_t(launch.sizes.size());
+    for (size_t row = 0; row < launch.sizes.size(); ++row) {
+      const int64_t tiles = tiles_of(launch.sizes[row]);
+      for (int64_t t : {int64_t(0), int64_t(1), tiles / 2, tiles - 1}) {
+        if (t >= tiles) continue;
+        const Tile tile = tile_of(*arguments, uint32_t(launch.first_tiles[row] + t));
+        faults += tile.row != row || tile.number != t;
+      }
+      const int64_t next = row + 1 < launch.sizes.size() ? launch.first_tiles[row + 1] : launch.filled.tiles;
+      faults += next != launch.first_tiles[row] + tiles;
+    }
+  }
+  return launches.size();
+}
+
+int main() {
+  const int64_t large = int64_t(1) << 31;
+  for (int64_t numel : {int64_t(0), int64_t(1), int64_t(3), int64_t(7), int64_t(8), int64_t(9), kTile - 1, kTile,
+                        kTile + 1, kTile + 7, 2 * kTile, 3 * kTile + 5, large - 1, large, large + 77, large << 12}) {
+    check_ranges(numel);
+  }
+  for (size_t count : {1, 2, 3, 30, 465, 3900, 4000, 10000}) {
+    for (size_t empty = 0; empty < (count < 40 ? count : 1); ++empty) {
+      std::vector<int64_t> sizes(count, kTile + 1);
+      sizes[empty] = 0;
+      fill(sizes, 5, 1 + count / 3);
+      std::vector<int64_t> mostly_empty(count, 0);
+      mostly_empty[empty] = 3 * kTile;
+      fill(mostly_empty, 5, count);
+    }
+  }
+  fill({large + 3, 0, large << 10, 5, large << 12, large << 12, 0}, 5, 7);
+  std::printf("%ld", faults);
+  std::printf(" %zu", fill(std::vector<int64_t>(465, 3), 5, 1));           // a group each
+  std::printf(" %zu", fill(std::vector<int64_t>(3900, 3), 5, 130));        // 30 groups
+  std::printf(" %zu", fill(std::vector<int64_t>(4087 - 5, 3), 5, 10000));  // just fits
+  std::printf(" %zu", fill(std::vector<int64_t>(4087 - 4, 3), 5, 10000));  // just does not
+  std::printf(" %zu", fill(std::vector<int64_t>(10000, 3), 5, 100));
+  std::printf(" %zu", fill({large << 12, large << 12, 1}, 5, 10));         // more blocks than a launch can have
+}
+"""
+
+
+def test_launches_hold_every_tile_once(tmp_path: Path) -> None:
+    faults, *launches = output_of(LAUNCHES, tmp_path).split()
+    assert faults == "0"
+    assert launches == ["1", "1", "1", "2", "3", "2"]

@@ -41,8 +41,11 @@ class Buffers:
         self.view = view
         self.placed: list[tuple[Tensor, Tensor]] = []
 
+    def buffer(self, tensor: Tensor) -> Tensor:
+        return torch.full((8 * tensor.numel() + 1024,), GUARD, dtype=tensor.dtype)
+
     def __call__(self, tensor: Tensor) -> Tensor:
-        buffer = torch.full((8 * tensor.numel() + 1024,), GUARD, dtype=tensor.dtype)
+        buffer = self.buffer(tensor)
         view = self.view(buffer, tensor.shape).copy_(tensor)
         self.placed.append((buffer, view))
         return view

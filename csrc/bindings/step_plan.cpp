@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "bindings/describe.h"
+#include "bindings/gpu.h"
 #include "bindings/state_walk.h"
 #include "bindings/tensor_facts.h"
 #include "cpu/kernels.h"
@@ -67,26 +70,29 @@ void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
 
 }  // namespace
 
-StepPlan::StepPlan(const std::string& rule)
+StepPlan::StepPlan(const std::string& rule, std::string optimizer)
     : rule_([&]() -> const RuleEntry& {
         const RuleEntry* found = cpu::find_rule(rule.c_str());
         if (found == nullptr) throw py::value_error("no compiled rule is named '" + rule + "'");
         return *found;
-      }()) {
+      }()),
+      optimizer_(std::move(optimizer)) {
   group_keys_.append(kDriverKeyNames);
   group_keys_.append(rule_.group_keys);
   state_keys_.append(rule_.carried_keys);
   state_keys_.append(rule_.state_keys);
 }
 
-py::object StepPlan::step(py::handle param_groups, py::handle state, double grad_scale, std::optional<Indices> created,
-                          Indices stepped) {
+py::object StepPlan::step(py::handle param_groups, py::handle state, double grad_scale, Scaler scaler,
+                          std::optional<Indices> created, Indices stepped) {
   if (running_) {
     throw std::runtime_error(
         "step() of this optimizer is already running in another thread; give each thread an optimizer of its own");
   }
-  updated_ = 0;
+  updated_.clear();
+  for (Launches& launches : launches_) launches.clear();
   grad_scale_ = grad_scale;
+  scaler_ = std::move(scaler);
   read_groups(param_groups.ptr());
   locate(state.ptr());
   const bool again = created.has_value();
@@ -96,13 +102,14 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
   examine(*created);
   settle(stepped);
   set_aside_overlapping();
+  check_capture();
   set_aside_missing();
-  if (!again && (!missing_.empty() || !foreign_.empty())) return todo();
-  if (!missing_.empty() || !foreign_.empty()) {
+  const bool waits = host_decides();
+  if (!again && (waits || !missing_.empty() || !foreign_.empty())) return todo(waits);
+  if (waits || !missing_.empty() || !foreign_.empty()) {
     throw std::runtime_error("parameters or states have changed while step() was creating states");
   }
   run();
-  updated_ = count_;
   return py::none();
 }
 
@@ -133,8 +140,9 @@ void StepPlan::read_group(PyObject* dict, Group& group) {
   group.fused = is_true(values[2]);
   group.foreign = nullptr;
   if (is_true(values[3])) group.foreign = "differentiable=True";
-  // torch takes it on CPU only together with fused, where it means nothing.
-  if (is_true(values[4]) && !group.fused) group.foreign = "capturable=True";
+  group.capturable = is_true(values[4]);
+  group.gpu.reset();
+  group.fp32_address = group.fp64_address = 0;
 
   int count = 0;
   const auto append = [&](PyObject* key, PyObject* number, bool is_decay_rate) {
@@ -150,8 +158,16 @@ void StepPlan::read_group(PyObject* dict, Group& group) {
         throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
                               shape_of(tensor));
       }
-      if (is_plain(tensor) && format.is_native && !format.is_complex) {
+      const bool is_real = format.is_native && !format.is_complex;
+      if (is_on_cpu(tensor) && is_real) {
         value = number_at(readable_data(tensor, format.bytes()), format.dtype);
+      } else if (is_on_gpu(tensor) && is_real && format.bytes() >= 4 && count < kMaxHyperparameters &&
+                 group.gpu.value_or(tensor->device()) == tensor->device()) {
+        group.gpu = tensor->device();
+        (format.dtype == Dtype::fp32 ? group.fp32_address : group.fp64_address) |= static_cast<uint16_t>(1 << count);
+        group.addresses[count] = readable_data(tensor, format.bytes());
+        group.hyperparameters[count++] = std::numeric_limits<double>::quiet_NaN();  // only the kernel sees it
+        return;
       } else {
         group.foreign = "hyperparameters that are tensors on another device or of another dtype";
       }
@@ -234,10 +250,8 @@ void StepPlan::locate(PyObject* state) {
 
 // Why a tensor cannot be the gradient or a moment of a parameter, which is plain.
 inline StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
-  if (!is_plain(tensor)) {
-    if (is_python_subclass(tensor)) return Fault::none;
-    if (tensor->device() != param->device()) return Fault::device;
-  }
+  if (is_python_subclass(tensor)) return Fault::none;
+  if (tensor->device() != param->device()) return Fault::device;
   if (!same_shape(tensor, param)) return Fault::shape;
   if (tensor->dtype() == param->dtype()) return Fault::none;
   const Format& format = format_of(tensor);
@@ -246,11 +260,10 @@ inline StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c
 }
 
 // The same of a scalar that the state carries.
-inline StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor) {
-  if (!is_plain(tensor)) {
-    if (is_python_subclass(tensor)) return Fault::none;
-    if (!tensor->device().is_cpu()) return Fault::device;
-  }
+inline StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
+  if (is_python_subclass(tensor)) return Fault::none;
+  // The kernels of the CPU look for it there; those of a GPU take it from either.
+  if (!is_on_cpu(tensor) && tensor->device() != param->device()) return Fault::device;
   return tensor->numel() == 1 ? Fault::none : Fault::shape;
 }
 
@@ -287,6 +300,10 @@ void StepPlan::examine(const Located& located, Examined& examined, Segment& segm
   if (group.foreign != nullptr) return foreign(group.foreign);
   if (!THPVariable_CheckExact(located.parameter)) return foreign("tensor subclasses");
   if (!is_plain(p)) return foreign(why_not_plain(p));
+  examined.on_gpu = is_on_gpu(p);
+  // torch takes it on CPU only together with fused, where it means nothing.
+  if (!examined.on_gpu && group.capturable && !group.fused) return foreign("capturable=True");
+  if (group.gpu.has_value() && p->device() != *group.gpu) return foreign("hyperparameters on another device");
   if (is_expanded(p)) {
     examined.verdict = Verdict::expanded;
     return;
@@ -317,6 +334,7 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
     return false;
   };
   const int wanted = wanted_states(*located.group);
+  examined.has_recipe = located.group->gpu.has_value();
   for (int k = 0; k < wanted; ++k) {
     if (located.values[k] != nullptr && located.values[k] != Py_None) continue;
     // As in torch, a rule that carries scalars creates its state as a whole, so that a part of it is a mistake.
@@ -333,7 +351,7 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
     }
     c10::TensorImpl* s = THPVariable_Unpack(located.values[k]).unsafeGetTensorImpl();
     const bool is_carried = k < rule_.carried;
-    const Fault fault = is_carried ? fault_of_scalar(s) : fault_of(s, located.param);
+    const Fault fault = is_carried ? fault_of_scalar(s, located.param) : fault_of(s, located.param);
     if (fault != Fault::none) return wrong(fault, k);
     if (!is_plain(s)) return foreign(why_not_plain(s));
     if (is_lazily_cloned(s)) return foreign("lazily cloned tensors");
@@ -350,8 +368,14 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
     examined.written_moved |= examined.carried_data[k] != data;
     examined.carriers[k] = s;
     examined.carried_data[k] = data;
-    examined.carried[k] = {number_at(examined.carried_data[k], format.dtype), format.dtype == Dtype::fp32};
-    const double value = examined.carried[k].value;
+    examined.carried_on_gpu[k] = !is_on_cpu(s);
+    examined.carried[k] = {0, format.dtype == Dtype::fp32};
+    if (examined.carried_on_gpu[k]) {
+      examined.has_recipe = true;
+      continue;
+    }
+    if (k > 0 && located.group->gpu.has_value()) return foreign("a state on the CPU with hyperparameters on the GPU");
+    const double value = examined.carried[k].value = number_at(data, format.dtype);
     if (k == 0 && !(value >= 0 && value < kMaxStep && std::floor(value) == value)) {
       return foreign("step counts that are not natural numbers");
     }
@@ -409,8 +433,9 @@ void StepPlan::prepare(size_t begin, size_t end, const Indices& created) {
     Examined& examined = examined_[i];
     if (examined.verdict != Verdict::ready) continue;
     const Group* group = located_[i].group;
-    const bool first = rule_.carried == 0 && !created.empty() &&
-                       std::binary_search(created.begin(), created.end(), Index(group->index, located_[i].index));
+    const bool first = examined.first =
+        rule_.carried == 0 && !created.empty() &&
+        std::binary_search(created.begin(), created.end(), Index(group->index, located_[i].index));
     bool same =
         last != nullptr && last_group == group && last_first == first && last->arithmetic == examined.arithmetic;
     for (int k = 0; same && k < rule_.carried; ++k) {
@@ -567,6 +592,7 @@ void StepPlan::set_aside_overlapping() {
 
 // Only now, so that torch gets those of them that share memory, and creates their states itself.
 void StepPlan::set_aside_missing() {
+  missing_is_hosts_ = false;
   size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
     if (examined_[i].verdict == Verdict::ready) {
@@ -574,14 +600,137 @@ void StepPlan::set_aside_missing() {
     } else {
       const Located& located = located_[examined_[i].located];
       missing_.emplace_back(located.group->index, located.index);
+      // Where torch creates a count of steps on the GPU.
+      const bool counts_on_gpu = rule_.carried > 0 && (located.group->fused || located.group->capturable);
+      missing_is_hosts_ |= !(examined_[i].on_gpu && counts_on_gpu);
     }
   }
   searched_ = searched_ && kept == count_;
   count_ = kept;
 }
 
-// Nothing can fail from here on.
+// A graph does again in every replay what the device did, but not what the host did.
+void StepPlan::check_capture() const {
+  std::optional<c10::Device> device;
+  bool capturing = false;
+  for (size_t i = 0; i < count_ && !capturing; ++i) {
+    if (!examined_[i].on_gpu || device == examined_[i].streams[kParam]->device()) continue;
+    device = examined_[i].streams[kParam]->device();
+    capturing = is_capturing(*device);
+  }
+  if (!capturing) return;
+  for (size_t i = 0; i < count_; ++i) {
+    const Examined& examined = examined_[i];
+    const Group& group = *located_[examined.located].group;
+    if (rule_.carried > 0 && !group.capturable) {  // in torch's words
+      throw std::runtime_error("Attempting CUDA graph capture of step() for an instance of " + optimizer_ +
+                               " but param_groups' capturable is False.");
+    }
+    const auto refuse = [&](const char* why) {
+      throw std::runtime_error("step() cannot be captured in a CUDA graph: " +
+                               describe_parameter(group.dict, group.index, located_[examined.located].index) + " " +
+                               why);
+    };
+    if (!examined.on_gpu) refuse("is not on the GPU");
+    if (examined.verdict == Verdict::missing_state) refuse("has no state yet. Take a step before the capture");
+    for (int k = 0; k < rule_.carried; ++k) {
+      if (!examined.carried_on_gpu[k]) refuse("has its step count on the CPU. Move its state['step'] to the GPU");
+    }
+  }
+}
+
+// After an overflow nothing of a step may be done. A kernel sees to that, but cannot for what the host does: count
+// steps, create a state that its first step fills, or update what is not on a GPU.
+bool StepPlan::host_decides() const {
+  if (!scaler_.found_inf.defined() && !scaler_.grad_scale.defined()) return false;
+  if (!foreign_.empty() || missing_is_hosts_) return true;
+  for (size_t i = 0; i < count_; ++i) {
+    if (!examined_[i].on_gpu) return true;
+    for (int k = 0; k < rule_.carried; ++k) {
+      if (!examined_[i].carried_on_gpu[k]) return true;
+    }
+  }
+  return false;
+}
+
+// Nothing can fail from here on, but for CUDA.
 void StepPlan::run() {
+  run_on_gpus();
+  run_on_cpu();
+}
+
+Launches& StepPlan::launches_for(const Examined& examined) {
+  const c10::Device device = examined.streams[kParam]->device();
+  for (Launches& launches : launches_) {
+    if (launches.device() == device && launches.arithmetic() == examined.arithmetic) return launches;
+  }
+  return launches_.emplace_back(device, examined.arithmetic);
+}
+
+// What the kernel is to know of a tensor's scalars. Returns the number of words.
+size_t StepPlan::fill_slot(const Examined& examined, uint64_t* words) const {
+  if (!examined.has_recipe) {
+    const size_t bytes = rule_.scalar_bytes[static_cast<int>(examined.arithmetic)];
+    const size_t count = (bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t);
+    words[count - 1] = 0;
+    std::memcpy(words, prepared_[examined.prepared].scalars.bytes, bytes);
+    return count;
+  }
+  const Group& group = *located_[examined.located].group;
+  cuda::Recipe recipe{};
+  recipe.fp32_address = group.fp32_address;
+  recipe.fp64_address = group.fp64_address;
+  recipe.first = examined.first;
+  for (int k = 0; k < rule_.hyperparameters; ++k) {
+    const bool is_address = (group.fp32_address | group.fp64_address) >> k & 1;
+    recipe.words[k] = is_address ? reinterpret_cast<uint64_t>(group.addresses[k])
+                                 : __builtin_bit_cast(uint64_t, group.hyperparameters[k]);
+  }
+  for (int k = 0; k < rule_.carried; ++k) {
+    recipe.words[rule_.hyperparameters + k] = __builtin_bit_cast(uint64_t, examined.carried[k].value);
+  }
+  const size_t count = cuda::Recipe::header_words + static_cast<size_t>(rule_.hyperparameters + rule_.carried);
+  std::memcpy(words, &recipe, count * sizeof(uint64_t));
+  return count;
+}
+
+void StepPlan::run_on_gpus() {
+  for (size_t i = 0; i < count_; ++i) {
+    const Examined& examined = examined_[i];
+    if (!examined.on_gpu) continue;
+    const Group& group = *located_[examined.located].group;
+    void* carried[kMaxCarried] = {};
+    uint8_t carried_fp32 = 0;
+    for (int k = 0; k < rule_.carried; ++k) {
+      if (examined.carried_on_gpu[k]) carried[k] = examined.carried_data[k];
+      carried_fp32 |= static_cast<uint8_t>(examined.carried[k].is_fp32 << k);
+    }
+    uint64_t slot[std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
+    const size_t words = fill_slot(examined, slot);
+    launches_for(examined).add(segments_[i], group.states, carried, carried_fp32, examined.has_recipe, &group, slot,
+                               words);
+  }
+  for (Launches& launches : launches_) launches.run(rule_.name, scaler_);
+
+  // What is left is the CPU's; mostly it is nothing, or all.
+  size_t kept = 0;
+  for (size_t i = 0; i < count_; ++i) {
+    if (examined_[i].on_gpu) {
+      record(examined_[i]);
+    } else {
+      keep(i, kept++);
+    }
+  }
+  if (kept < count_) {
+    updated_[c10::DeviceTypeName(kGpu, true)] = count_ - kept;
+    searched_ = searched_ && kept == 0;
+    count_ = kept;
+  }
+}
+
+void StepPlan::run_on_cpu() {
+  if (count_ == 0) return;
+  updated_["cpu"] = count_;
   struct Step {
     cpu::Work work;
     const StepPlan* plan;
@@ -631,20 +780,27 @@ void StepPlan::record(const Examined& examined) const {
     if (k != kGrad) bump(examined.streams[k]);
   }
   for (int k = 0; k < rule_.carried; ++k) {
+    bump(examined.carriers[k]);
+    if (examined.carried_on_gpu[k]) continue;  // the kernel does it
     const Carried& carried = prepared_[examined.prepared].carried[k];
     if (carried.is_fp32) {
       *static_cast<float*>(examined.carried_data[k]) = static_cast<float>(carried.value);
     } else {
       *static_cast<double*>(examined.carried_data[k]) = carried.value;
     }
-    bump(examined.carriers[k]);
   }
 }
 
-py::object StepPlan::todo() const {
+size_t StepPlan::launches() const {
+  size_t count = 0;
+  for (const Launches& launches : launches_) count += launches.count();
+  return count;
+}
+
+py::object StepPlan::todo(bool host_decides) const {
   py::list foreign;
   for (const Foreign& f : foreign_) foreign.append(py::make_tuple(f.group, f.index, f.reason));
-  return py::make_tuple(missing_, foreign);
+  return py::make_tuple(missing_, foreign, host_decides);
 }
 
 }  // namespace dracopt

@@ -4,12 +4,14 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <deque>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/key_reader.h"
+#include "bindings/launches.h"
 #include "bindings/overlap.h"
 #include "core/rule_entry.h"
 
@@ -17,23 +19,28 @@ namespace dracopt {
 
 // Belongs to one optimizer. It keeps no tensor and trusts nothing from the step before: every step reads the parameter
 // groups, gradients and states anew, so whatever a user did to them in between holds. Only the result of the search for
-// shared memory is kept, for as long as the addresses are the same.
+// shared memory is kept, for as long as the addresses are the same, and what lies on a GPU already.
 class StepPlan {
  public:
-  explicit StepPlan(const std::string& rule);
+  // `optimizer` is the name of the class, for errors.
+  StepPlan(const std::string& rule, std::string optimizer);
 
   using Index = std::pair<int, int>;  // of a group, and of a parameter in it
   using Indices = std::vector<Index>;
 
   // Steps every parameter that has a gradient and returns None. If there is something for Python to do first, changes
-  // nothing and returns (missing, foreign): the indices of parameters whose state is yet to be created, and those that
-  // the native kernels do not serve, with the reason. Python does it and calls again: the parameters in `created` then
-  // take their first step, and those in `stepped` are passed over. Gradients are divided by `grad_scale` where they are
-  // read. Bad input raises, and nothing has changed.
-  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, double grad_scale,
+  // nothing and returns (missing, foreign, host_decides): the indices of parameters whose state is yet to be created;
+  // those that the native kernels do not serve, with the reason; and whether `scaler` must be read by the host after
+  // all, for which there is then a `grad_scale`, or no step. Python does it and calls again: the parameters in
+  // `created` then take their first step, and those in `stepped` are passed over. Gradients are divided by `grad_scale`
+  // where they are read. Bad input raises, and nothing has changed.
+  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, double grad_scale, Scaler scaler,
                         std::optional<Indices> created, Indices stepped);
 
-  size_t updated() const { return updated_; }  // parameters, by the last call
+  // How many parameters the last call updated, by type of device.
+  const std::map<std::string, size_t>& updated() const { return updated_; }
+  // The launches of the last call.
+  size_t launches() const;
 
  private:
   struct Group {
@@ -41,9 +48,13 @@ class StepPlan {
     PyObject* params;
     int index;
     int states;
-    bool maximize, fused;
+    bool maximize, fused, capturable;
     const char* foreign;  // why torch is to step the whole group; null if it is not
     double hyperparameters[kMaxHyperparameters];
+    // Those that are tensors on a GPU: bit k of a mask says that the k-th is one of that dtype, at an address.
+    std::optional<c10::Device> gpu;
+    uint16_t fp32_address, fp64_address;
+    const void* addresses[kMaxHyperparameters];
   };
 
   // A parameter that has a gradient, and what was found of its state; all borrowed, null where absent.
@@ -75,13 +86,16 @@ class StepPlan {
     size_t located;
     Arithmetic arithmetic;
     bool strided, written_moved, grad_moved;
+    bool on_gpu, has_recipe;  // with a recipe the kernel prepares the scalars
+    bool first;               // the streams of the state hold nothing yet, and nothing carried tells
     int stream_count;
     int64_t bytes[kMaxStreams];  // that a stream extends over
     c10::TensorImpl* streams[kMaxStreams];
     // of what is ready
     c10::TensorImpl* carriers[kMaxCarried];  // the tensors of the carried scalars
     void* carried_data[kMaxCarried];
-    Carried carried[kMaxCarried];  // before this step
+    bool carried_on_gpu[kMaxCarried];
+    Carried carried[kMaxCarried];  // before this step; on a GPU, without the value
     size_t prepared;
 
     void be_foreign(const char* why) {
@@ -114,7 +128,7 @@ class StepPlan {
   void examine(const Located& located, Examined& examined, Segment& segment) const;
   bool examine_state(const Located& located, Examined& examined) const;
   static Fault fault_of(const c10::TensorImpl* tensor, const c10::TensorImpl* param);
-  static Fault fault_of_scalar(const c10::TensorImpl* tensor);
+  static Fault fault_of_scalar(const c10::TensorImpl* tensor, const c10::TensorImpl* param);
   void make_segment(const Group& group, Examined& examined, Segment& segment) const;
   void prepare(size_t begin, size_t end, const Indices& created);
   void settle(const Indices& stepped);
@@ -123,13 +137,20 @@ class StepPlan {
   void set_aside_overlapping();
   void set_aside_missing();
   void keep(size_t from, size_t to);  // among the examined and their segments
+  void check_capture() const;
+  bool host_decides() const;
   void run();
+  void run_on_gpus();
+  void run_on_cpu();
+  Launches& launches_for(const Examined& examined);
+  size_t fill_slot(const Examined& examined, uint64_t* words) const;
   void record(const Examined& examined) const;
-  pybind11::object todo() const;
+  pybind11::object todo(bool host_decides) const;
 
   int wanted_states(const Group& group) const { return rule_.carried + group.states; }
 
   const RuleEntry& rule_;
+  const std::string optimizer_;
   KeyReader group_keys_, state_keys_;
 
   std::vector<Group> groups_;
@@ -142,6 +163,7 @@ class StepPlan {
   double grad_scale_ = 1;
   bool inference_mode_ = false;
   Indices missing_;
+  bool missing_is_hosts_ = false;  // some of these will not be stepped by kernels on a GPU alone
   std::vector<Foreign> foreign_;
 
   WrittenMemory memory_;
@@ -150,7 +172,10 @@ class StepPlan {
   size_t searched_count_ = 0;
   bool written_moved_ = true, grads_moved_ = true;  // since that search
 
-  size_t updated_ = 0;
+  std::deque<Launches> launches_;
+  Scaler scaler_;
+
+  std::map<std::string, size_t> updated_;
   bool running_ = false;
 };
 

@@ -5,21 +5,36 @@
 #include <c10/core/impl/COW.h>
 
 #include <array>
+#include <string>
 
+#include "bindings/gpu.h"
 #include "core/dtype.h"
+#include "cuda/kernels.h"
 
 namespace dracopt {
 
-// An ordinary dense CPU tensor: none of the dispatch keys by which torch marks subclasses, lazy or wrapped tensors.
-inline bool is_plain(const c10::TensorImpl* tensor) {
-  static constexpr c10::DispatchKeySet dense_cpu(c10::DispatchKey::CPU);
-  static constexpr c10::DispatchKeySet allowed = dense_cpu | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) |
-                                                 c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |
-                                                 c10::DispatchKeySet(c10::DispatchKey::AutocastCPU);
+// Has a tensor the key of a backend, and otherwise only those that it allows? So it is none that torch marks by a key:
+// a subclass, a lazy or a wrapped tensor.
+inline bool is_dense(const c10::TensorImpl* tensor, c10::DispatchKeySet key, c10::DispatchKeySet allowed) {
   const uint64_t keys = tensor->key_set().raw_repr();
-  return (keys & ~allowed.raw_repr()) == 0 && (keys & dense_cpu.raw_repr()) == dense_cpu.raw_repr() &&
-         tensor->unsafe_storage();
+  const uint64_t any = allowed.raw_repr() | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
+  return (keys & ~any) == 0 && (keys & key.raw_repr()) == key.raw_repr() && tensor->unsafe_storage();
 }
+
+// An ordinary dense tensor in the host's memory.
+inline bool is_on_cpu(const c10::TensorImpl* tensor) {
+  static constexpr c10::DispatchKeySet key(c10::DispatchKey::CPU);
+  static constexpr c10::DispatchKeySet allowed =
+      key | c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) | c10::DispatchKeySet(c10::DispatchKey::AutocastCPU);
+  return is_dense(tensor, key, allowed);
+}
+
+// An ordinary dense tensor on a GPU that the kernels can run on.
+inline bool is_on_gpu(const c10::TensorImpl* tensor) {
+  return is_dense(tensor, kGpuKey, kGpuKeys) && cuda::unavailable() == nullptr;
+}
+
+inline bool is_plain(const c10::TensorImpl* tensor) { return is_on_cpu(tensor) || is_on_gpu(tensor); }
 
 // A tensor whose shape, device or layout Python may decide, which no parallel region can ask.
 inline bool is_python_subclass(const c10::TensorImpl* tensor) {
@@ -29,6 +44,11 @@ inline bool is_python_subclass(const c10::TensorImpl* tensor) {
 inline const char* why_not_plain(const c10::TensorImpl* tensor) {
   if (is_python_subclass(tensor)) return "tensor subclasses";
   if (tensor->layout() != c10::kStrided) return "sparse tensors";
+  if (tensor->device().type() == kGpu && cuda::unavailable() != nullptr) {
+    static const std::string why =
+        std::string("tensors on GPUs, as there is no native:cuda backend (") + cuda::unavailable() + ")";
+    return why.c_str();
+  }
   if (!tensor->device().is_cpu()) return "tensors on a device without native kernels";
   return "lazily transformed tensors";
 }

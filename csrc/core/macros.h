@@ -13,6 +13,18 @@
 #define DRACOPT_ISA host
 #endif
 
+// The next loop is short, and what it indexes must not be indexed at run time: registers cannot be.
+#if defined(__CUDACC__)
+#define DRACOPT_UNROLL _Pragma("unroll")
+#define DRACOPT_NEVER_UNROLL _Pragma("unroll 1")
+#elif defined(__GNUC__)
+#define DRACOPT_UNROLL _Pragma("GCC unroll 16")
+#define DRACOPT_NEVER_UNROLL _Pragma("GCC unroll 1")
+#else
+#define DRACOPT_UNROLL
+#define DRACOPT_NEVER_UNROLL
+#endif
+
 // The next loop's iterations are independent: no stream overlaps another except element for element.
 #if defined(__clang__)
 #define DRACOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")

@@ -37,6 +37,7 @@ struct RuleEntry {
   // Advances what the state carries to this step and computes the step's scalars. `first` says that the streams of the
   // state hold nothing yet, where the rule carries nothing that would tell.
   void (*prepare[2])(Carried* carried, bool first, const double* hyperparameters, PowerMemo& powers, Scalars* out);
+  size_t scalar_bytes[2];              // of what it computes, by arithmetic
   UpdateFn update[2][kMaxStates + 1];  // by arithmetic and number of states; null where the rule has no such form
 };
 

@@ -8,11 +8,11 @@
 
 namespace dracopt {
 
-// One object file each; see ISA_FLAGS in setup.py.
+// One object file each; see ISA_FLAGS in setup.py, which also says whether there are those of x86-64.
 namespace baseline {
 extern const cpu::Kernels isa_kernels;
 }
-#if defined(__x86_64__)
+#if defined(DRACOPT_X86_64)
 namespace avx2 {
 extern const cpu::Kernels isa_kernels;
 }
@@ -30,7 +30,7 @@ struct Candidate {
 };
 
 const Kernels& choose() {
-#if defined(__x86_64__)
+#if defined(DRACOPT_X86_64)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");

@@ -121,6 +121,8 @@ constexpr RuleEntry entry() {
   e.states = [](const double* h) { return Rule::states(*reinterpret_cast<const Hyperparameters*>(h)); };
   e.prepare[static_cast<int>(Arithmetic::fp32)] = prepare<Rule, float>;
   e.prepare[static_cast<int>(Arithmetic::fp64)] = prepare<Rule, double>;
+  e.scalar_bytes[static_cast<int>(Arithmetic::fp32)] = sizeof(typename Rule::template Scalars<float>);
+  e.scalar_bytes[static_cast<int>(Arithmetic::fp64)] = sizeof(typename Rule::template Scalars<double>);
   fill<Rule, float>(e.update[static_cast<int>(Arithmetic::fp32)]);
   fill<Rule, double>(e.update[static_cast<int>(Arithmetic::fp64)]);
   return e;

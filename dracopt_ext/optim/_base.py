@@ -16,14 +16,20 @@ from torch.optim.optimizer import StateDict, _device_dtype_check_for_fused
 
 from .. import backend as backend_module
 from .. import reference
-from ..backend import _C, warn_once
+from ..backend import _C, GPU, warn_once
 
 if TYPE_CHECKING:
     from .._C import StepPlan
 
 Group = dict[str, Any]
+Scaler = tuple[Tensor | None, Tensor | None]
 
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _all_on_gpu(*numbers: Tensor | None) -> bool:
+    """Whether these are fp32 scalars that a kernel can read, as far as they are there."""
+    return all(x is None or (x.device.type == GPU and x.dtype == torch.float32 and x.numel() == 1) for x in numbers)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -94,8 +100,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Empty before the first step and after one that updated nothing.
         """
         ran = {device: set(names) for device, names in self._others_ran.items()}
-        if self._plan_ran and self._plan is not None and self._plan.updated > 0:
-            ran.setdefault("cpu", set()).add("native")
+        if self._plan_ran and self._plan is not None:
+            for device in self._plan.updated:
+                ran.setdefault(device, set()).add("native")
         return {device: frozenset(names) for device, names in ran.items()}
 
     @_disable_dynamo
@@ -123,14 +130,24 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _update_scaled(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """A step to which torch.amp.GradScaler has left the division by its scale and the check for overflow."""
-        groups = self._with_gradients() if self.backend is None and self.state_dtype is None else []
-        if groups and all(p.device.type != "cpu" for group in groups for p in group["params"]):
-            self._step_by_torch(groups)  # its fused kernels take both attributes, without waiting
-        elif found_inf is None or not found_inf.item():
+        if _C is not None and self.backend != "reference" and _all_on_gpu(found_inf, grad_scale):
+            # The kernels read both: nobody waits.
+            if self._update(scaler=(found_inf, grad_scale)):
+                return
+        elif self.backend is None and self.state_dtype is None:
+            groups = self._with_gradients()
+            if groups and all(p.device.type != "cpu" for group in groups for p in group["params"]):
+                self._step_by_torch(groups)  # so do its fused kernels
+                return
+        if found_inf is None or not found_inf.item():
             self._update(1.0 if grad_scale is None else grad_scale.item())
 
-    def _update(self, grad_scale: float = 1.0) -> None:
-        """Update every parameter that has a gradient, which is divided by ``grad_scale``."""
+    def _update(self, grad_scale: float = 1.0, scaler: Scaler = (None, None)) -> bool:
+        """Update every parameter that has a gradient, which is divided by ``grad_scale``.
+
+        ``scaler`` holds GradScaler's tensors (found_inf, grad_scale) for the kernels to read. Returns False, and has
+        done nothing, if the host must read them after all.
+        """
         if self.backend == "reference":
             self._update_by_reference(self._with_gradients(), grad_scale)
         elif _C is None:
@@ -138,16 +155,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         else:
             plan = self._plan
             if plan is None:
-                plan = self._plan = _C.StepPlan(self._rule)
-            todo = plan.step(self.param_groups, self.state, grad_scale)
+                plan = self._plan = _C.StepPlan(self._rule, type(self).__name__)
+            todo = plan.step(self.param_groups, self.state, grad_scale, scaler)
             if todo is not None:
-                self._update_in_parts(plan, grad_scale, *todo)
+                *parts, host_decides = todo
+                if host_decides:
+                    return False
+                self._update_in_parts(plan, grad_scale, scaler, *parts)
             self._plan_ran = True
+        return True
 
     def _update_in_parts(
         self,
         plan: StepPlan,
         grad_scale: float,
+        scaler: Scaler,
         missing: list[tuple[int, int]],
         foreign: list[tuple[int, int, str]],
     ) -> None:
@@ -169,7 +191,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for group in created:
                     self._create_moments(group)
             self._update_by_torch(others, grad_scale)
-            plan.step(self.param_groups, self.state, grad_scale, missing, stepped)
+            plan.step(self.param_groups, self.state, grad_scale, scaler, missing, stepped)
 
     def _create_moments(self, group: Group) -> None:
         """Create the state of ``group["params"]`` in the dtype that was asked for."""

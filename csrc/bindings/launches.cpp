@@ -1,0 +1,164 @@
+#include "bindings/launches.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "bindings/gpu.h"
+#include "cuda/kernels.h"
+
+namespace dracopt {
+namespace {
+
+c10::Stream current_stream(c10::Device device) { return c10::impl::VirtualGuardImpl(kGpu).getStream(device); }
+
+template <typename T>
+size_t append(std::vector<char>& image, const std::vector<T>& items) {
+  const size_t at = (image.size() + cuda::kVectorBytes - 1) / cuda::kVectorBytes * cuda::kVectorBytes;
+  image.resize(at + items.size() * sizeof(T));
+  if (!items.empty()) std::memcpy(image.data() + at, items.data(), items.size() * sizeof(T));
+  return at;
+}
+
+}  // namespace
+
+bool is_capturing(c10::Device device) {
+  const c10::DeviceGuard guard(device);
+  bool answer = false;
+  const char* const error = cuda::is_capturing(current_stream(device).native_handle(), answer);
+  if (error != nullptr)
+    throw std::runtime_error(std::string("cannot tell whether a graph is being captured: ") + error);
+  return answer;
+}
+
+void Launches::clear() {
+  rows_.clear();
+  first_tiles_.clear();
+  layouts_.clear();
+  launches_ = 0;
+  counts_steps_ = false;
+}
+
+void Launches::begin_launch() {
+  if (launches_ == arguments_.size()) {
+    arguments_.emplace_back();
+    filled_.emplace_back();
+  }
+  filled_[launches_] = {};
+  arguments_[launches_].count = 0;
+  slots_.clear();
+  ++launches_;
+}
+
+// The place of these words in the last launch's arguments. Slots grow downwards from their end.
+uint32_t Launches::slot_for(const void* group, const uint64_t* words, size_t count, bool& is_new) {
+  const cuda::Arguments& arguments = arguments_[launches_ - 1];
+  for (size_t i = slots_.size(); i-- > 0 && slots_[i].group == group;) {
+    is_new = slots_[i].words != count || std::memcmp(arguments.words + slots_[i].at, words, count * 8) != 0;
+    if (!is_new) return static_cast<uint32_t>(slots_[i].at);
+  }
+  is_new = true;
+  return static_cast<uint32_t>(cuda::kArgumentWords - filled_[launches_ - 1].slot_words - count);
+}
+
+void Launches::add(const Segment& segment, int states, void* const* carried, uint8_t carried_fp32, bool has_recipe,
+                   const void* group, const uint64_t* slot, size_t slot_words) {
+  if (launches_ == 0) begin_launch();
+  bool is_new;
+  uint32_t at = slot_for(group, slot, slot_words, is_new);
+  const int64_t first_tile = filled_[launches_ - 1].tiles;
+  if (!filled_[launches_ - 1].add(segment.numel, is_new ? slot_words : 0)) {
+    begin_launch();
+    return add(segment, states, carried, carried_fp32, has_recipe, group, slot, slot_words);
+  }
+  cuda::Arguments& arguments = arguments_[launches_ - 1];
+  if (is_new) {
+    std::memcpy(arguments.words + at, slot, slot_words * sizeof(uint64_t));
+    slots_.push_back({group, at, slot_words});
+  }
+  arguments.words[arguments.count++] = reinterpret_cast<uint64_t>(segment.streams[kGrad].data);
+  arguments.divisor = segment.grad_scale;
+
+  rows_.emplace_back();
+  cuda::Row& row = rows_.back();
+  std::memset(static_cast<void*>(&row), 0, sizeof(row));
+  for (int k = 0; k < kFirstState + states; ++k) {
+    if (k != kGrad) row.streams[k] = segment.streams[k].data;
+    row.dtypes[k] = segment.streams[k].dtype;
+    row.dense |= static_cast<uint8_t>(segment.streams[k].dense << k);
+  }
+  for (int k = 0; k < kMaxCarried; ++k) {
+    row.carried[k] = carried[k];
+    counts_steps_ |= carried[k] != nullptr;
+  }
+  row.numel = segment.numel;
+  row.slot = at;
+  row.layout = cuda::kDense;
+  if (segment.layout != nullptr) {
+    row.layout = static_cast<int32_t>(layouts_.size());
+    layouts_.push_back(*segment.layout);
+  }
+  row.carried_fp32 = carried_fp32;
+  row.states = static_cast<uint8_t>(states);
+  row.maximize = segment.maximize;
+  row.has_recipe = has_recipe;
+  first_tiles_.push_back(static_cast<uint32_t>(first_tile));
+}
+
+void Launches::run(const char* rule, const Scaler& scaler) {
+  if (launches_ == 0) return;
+  const c10::DeviceGuard guard(device_);
+  const c10::Stream stream = current_stream(device_);
+  image_.clear();
+  append(image_, rows_);
+  const size_t layouts = append(image_, layouts_), first_tiles = append(image_, first_tiles_);
+  const size_t finished = append(image_, std::vector<uint32_t>(launches_));
+  image_.resize((image_.size() + cuda::kVectorBytes - 1) / cuda::kVectorBytes * cuda::kVectorBytes);
+  bool capturing = false;
+  const char* error = cuda::is_capturing(stream.native_handle(), capturing);
+  if (error == nullptr && (image_ != written_ || !table_.defined())) {
+    written_.clear();
+    table_ = at::empty({static_cast<int64_t>(image_.size())}, at::TensorOptions(device_).dtype(at::kByte));
+    table_stream_ = stream;
+    error = cuda::write_table(table_.mutable_data_ptr(), image_.data(), image_.size(), stream.native_handle());
+    if (error == nullptr) written_ = image_;
+  }
+  if (error != nullptr) fail("write the table of tensors", error);
+  if (stream != table_stream_) {
+    c10::impl::VirtualGuardImpl(kGpu).recordDataPtrOnStream(table_.storage().data_ptr(), stream);
+  }
+  if (capturing && (captured_.empty() || !captured_.back().is_same(table_))) captured_.push_back(table_);
+
+  const auto on_device = [&](const at::Tensor& number) -> const float* {
+    return number.defined() ? static_cast<const float*>(number.const_data_ptr()) : nullptr;
+  };
+  const auto here = [&](const at::Tensor& number) { return number.defined() ? number.to(device_, true) : number; };
+  const at::Tensor found_inf = here(scaler.found_inf), grad_scale = here(scaler.grad_scale);
+  char* const table = static_cast<char*>(table_.mutable_data_ptr());
+  size_t first_row = 0;
+  for (size_t i = 0; i < launches_; ++i) {
+    cuda::Arguments& arguments = arguments_[i];
+    arguments.rows = reinterpret_cast<const cuda::Row*>(table) + first_row;
+    arguments.layouts = reinterpret_cast<const Layout*>(table + layouts);
+    arguments.first_tiles = reinterpret_cast<const uint32_t*>(table + first_tiles) + first_row;
+    arguments.finished = counts_steps_ ? reinterpret_cast<uint32_t*>(table + finished) + i : nullptr;
+    arguments.found_inf = on_device(found_inf);
+    arguments.grad_scale = on_device(grad_scale);
+    arguments.blocks = static_cast<uint32_t>(filled_[i].tiles);
+    first_row += arguments.count;
+    error = cuda::launch(rule, arithmetic_, arguments, stream.native_handle());
+    if (error != nullptr) fail("launch the update kernel", error);
+  }
+}
+
+void Launches::fail(const char* what, const char* error) const {
+  throw std::runtime_error("CUDA could not " + std::string(what) + " on " + device_.str() + ": " + error + " (" +
+                           std::to_string(rows_.size()) + " tensors in " + std::to_string(launches_) + " launches, a " +
+                           "table of " + std::to_string(image_.size()) + " bytes)");
+}
+
+}  // namespace dracopt

@@ -1,0 +1,14 @@
+// In the place of kernels.cu where there is no nvcc.
+#include "cuda/kernels.h"
+
+namespace dracopt {
+namespace cuda {
+
+const char* unavailable() { return "compiled without the CUDA kernels"; }
+const char* architectures() { return ""; }
+const char* launch(const char*, Arithmetic, const Arguments&, void*) { return unavailable(); }
+const char* write_table(void*, const void*, size_t, void*) { return unavailable(); }
+const char* is_capturing(void*, bool& answer) { return answer = false, nullptr; }
+
+}  // namespace cuda
+}  // namespace dracopt

@@ -1,0 +1,125 @@
+// The update kernel, for every rule and both arithmetics, and its launcher.
+#include "cuda/kernels.h"
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <vector>
+
+#include "cuda/tile.h"
+#include "rules/all.h"
+
+namespace dracopt {
+namespace cuda {
+namespace {
+
+template <typename Rule, typename T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) step(const __grid_constant__ Arguments arguments) {
+  using RuleScalars = typename Rule::template Scalars<T>;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
+
+  const Tile tile = tile_of(arguments, blockIdx.x);
+  const Row& row = arguments.rows[tile.row];
+  __shared__ uint64_t shared[sizeof(RuleScalars) / sizeof(uint64_t) + 1];
+  const uint64_t* scalars = arguments.words + row.slot;
+  if (row.has_recipe) {
+    if (thread == 0) *reinterpret_cast<RuleScalars*>(shared) = prepare<Rule, T>(arguments, row);
+    __syncthreads();
+    scalars = shared;
+  }
+  update<Rule, T>(arguments, tile, row, *reinterpret_cast<const RuleScalars*>(scalars), thread);
+
+  if (arguments.finished == nullptr) return;
+  // The last block to come here moves the step counts on: all others have read them.
+  __shared__ bool last;
+  __syncthreads();
+  if (thread == 0) {
+    __threadfence();
+    last = atomicInc(arguments.finished, arguments.blocks - 1) == arguments.blocks - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  for (uint32_t i = threadIdx.x; i < arguments.count; i += kThreads) advance<Rule>(arguments, arguments.rows[i]);
+}
+
+struct Entry {
+  const char* rule;
+  void (*kernels[2])(Arguments);  // by arithmetic
+};
+#define DRACOPT_ENTRY(Rule) {Rule::name, {step<Rule, float>, step<Rule, double>}},
+const Entry kEntries[] = {DRACOPT_FOR_EACH_RULE(DRACOPT_ENTRY)};
+
+// A piece of a table, by value.
+struct Piece {
+  static constexpr size_t kBytes = kArgumentBytes / sizeof(Vector) * sizeof(Vector) - sizeof(Vector);
+  Vector vectors[kBytes / sizeof(Vector)];
+  Vector* to;
+  uint32_t count;
+};
+static_assert(sizeof(Piece) <= kArgumentBytes);
+
+__global__ void write_piece(const __grid_constant__ Piece piece) {
+  for (uint32_t i = threadIdx.x; i < piece.count; i += blockDim.x) piece.to[i] = piece.vectors[i];
+}
+
+const char* name_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorName(error); }
+
+template <typename Argument>
+const char* launch_kernel(void (*kernel)(Argument), uint32_t blocks, const Argument& argument, void* stream) {
+  void* pointer = const_cast<Argument*>(&argument);
+  return name_of(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kThreads), &pointer, 0,
+                                  static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace
+
+const char* unavailable() {
+  static const char* const reason = [] {
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // it is no error of anyone's later call
+      return cudaGetErrorString(error);
+    }
+    return devices > 0 ? nullptr : "no CUDA-capable device is detected";
+  }();
+  return reason;
+}
+
+const std::vector<int>& architectures() {
+  static const std::vector<int> list = {__CUDA_ARCH_LIST__};
+  return list;
+}
+
+const char* launch(const char* rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
+  for (const Entry& entry : kEntries) {
+    if (std::strcmp(entry.rule, rule) == 0) {
+      return launch_kernel(entry.kernels[static_cast<int>(arithmetic)], arguments.blocks, arguments, stream);
+    }
+  }
+  return "no kernel of this rule";
+}
+
+const char* write_table(void* to, const void* from, size_t bytes, void* stream) {
+  Piece piece;
+  for (size_t done = 0; done < bytes; done += Piece::kBytes) {
+    const size_t size = bytes - done < Piece::kBytes ? bytes - done : Piece::kBytes;
+    std::memcpy(piece.vectors, static_cast<const char*>(from) + done, size);
+    piece.to = reinterpret_cast<Vector*>(static_cast<char*>(to) + done);
+    piece.count = static_cast<uint32_t>(size / sizeof(Vector));
+    const char* const error = launch_kernel(write_piece, 1, piece, stream);
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+
+const char* is_capturing(void* stream, bool& answer) {
+  cudaStreamCaptureStatus status;
+  const char* const error = name_of(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  answer = error == nullptr && status != cudaStreamCaptureStatusNone;
+  return error;
+}
+
+}  // namespace cuda
+}  // namespace dracopt

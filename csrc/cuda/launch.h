@@ -1,0 +1,90 @@
+// What a launch of the update kernel is given, as plain data: a table, which stays on the device from step to step, and
+// arguments by value, which are new in every step. So no copy to the device precedes a launch, and a graph can capture
+// it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/carried.h"
+#include "core/dtype.h"
+#include "core/layout.h"
+#include "core/rule_entry.h"
+
+namespace dracopt {
+namespace cuda {
+
+constexpr int kThreads = 256;     // of a block
+constexpr int64_t kTile = 8192;   // elements that a block updates
+constexpr int kVectorBytes = 16;  // the widest access there is
+
+// One tensor, as far as it stays the same from step to step. Zeroed before it is filled, so that equal rows are equal
+// byte for byte.
+struct alignas(16) Row {
+  void* streams[kMaxStreams];  // but for the gradient, which is among the arguments
+  void* carried[kMaxCarried];  // scalars of the state that lie on the device; null for those on the host
+  int64_t numel;
+  uint32_t slot;   // where in Arguments::words its scalars begin, or the recipe for them
+  int32_t layout;  // in the table; kDense if every stream is dense
+  Dtype dtypes[kMaxStreams];
+  uint8_t dense;         // bit k: stream k is
+  uint8_t carried_fp32;  // bit k: carried scalar k is in fp32, else in fp64
+  uint8_t states;
+  bool maximize;
+  bool has_recipe;
+};
+constexpr int32_t kDense = -1;
+
+// What scalars are prepared from, where some of it lies on the device: the hyperparameters, then the carried scalars.
+struct Recipe {
+  static constexpr int kMaxWords = kMaxHyperparameters + kMaxCarried;
+
+  uint16_t fp32_address, fp64_address;  // bit k: word k is the address of such a number, else the number itself
+  bool first;
+  uint64_t words[kMaxWords];  // the bits of a double or an address; no more than the rule has
+
+  static constexpr size_t header_words = 1;
+};
+static_assert(offsetof(Recipe, words) == Recipe::header_words * sizeof(uint64_t));
+static_assert(Recipe::kMaxWords <= 16);
+
+constexpr size_t kArgumentBytes = 32764;  // that CUDA passes by value
+constexpr size_t kHeaderBytes = 64;
+constexpr size_t kArgumentWords = (kArgumentBytes - kHeaderBytes) / sizeof(uint64_t);
+
+struct Arguments {
+  const Row* rows;
+  const Layout* layouts;
+  const uint32_t* first_tiles;  // of each row; ascending
+  uint32_t* finished;           // counts the blocks if some of the carried scalars lie on the device; else null
+  const float* found_inf;       // nothing happens unless the number there is zero; may be null
+  const float* grad_scale;      // what gradients are divided by, besides `divisor`; may be null
+  double divisor;
+  uint32_t count;  // of the rows
+  uint32_t blocks;
+  uint64_t words[kArgumentWords];  // the gradients' addresses, then the slots
+};
+static_assert(offsetof(Arguments, words) == kHeaderBytes && sizeof(Arguments) <= kArgumentBytes);
+
+// An empty tensor has one, too: a launch must have a block to count its step.
+inline int64_t tiles_of(int64_t numel) { return numel <= kTile ? 1 : numel / kTile + (numel % kTile != 0); }
+
+// Of a launch that is being filled.
+struct Filled {
+  size_t tensors = 0, slot_words = 0;
+  int64_t tiles = 0;
+
+  // Takes in a tensor if there is room for its gradient's address, a slot of so many words (0 if it has one in this
+  // launch already) and its tiles.
+  bool add(int64_t numel, size_t slot) {
+    constexpr int64_t max_blocks = (int64_t(1) << 31) - 1;
+    if (tensors + 1 + slot_words + slot > kArgumentWords || tiles_of(numel) > max_blocks - tiles) return false;
+    ++tensors;
+    slot_words += slot;
+    tiles += tiles_of(numel);
+    return true;
+  }
+};
+
+}  // namespace cuda
+}  // namespace dracopt

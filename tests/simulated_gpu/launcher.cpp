@@ -1,0 +1,77 @@
+// The functions of cuda/kernels.h on the host: what kernels.cu lets blocks and threads do, loops do here.
+#include "cuda/kernels.h"
+
+#include <cstring>
+#include <vector>
+
+#include "cuda/tile.h"
+#include "device.h"
+#include "rules/all.h"
+
+int simulated_capturing = 0, simulated_launches = 0, simulated_tables = 0, simulated_last_stream = 0;
+char simulated_failure[64] = "";
+const void* simulated_table = nullptr;
+
+namespace dracopt {
+namespace cuda {
+namespace {
+
+const char* fails(const char* function) {
+  return std::strcmp(simulated_failure, function) == 0 ? "cudaErrorLaunchFailure" : nullptr;
+}
+
+template <typename Rule, typename T>
+void step(const Arguments& arguments) {
+  using RuleScalars = typename Rule::template Scalars<T>;
+  if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
+  for (uint32_t block = 0; block < arguments.blocks; ++block) {
+    const Tile tile = tile_of(arguments, block);
+    const Row& row = arguments.rows[tile.row];
+    const RuleScalars scalars = row.has_recipe ? prepare<Rule, T>(arguments, row)
+                                               : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
+    for (int thread = 0; thread < kThreads; ++thread) update<Rule, T>(arguments, tile, row, scalars, thread);
+  }
+  if (arguments.finished == nullptr) return;
+  for (uint32_t i = 0; i < arguments.count; ++i) advance<Rule>(arguments, arguments.rows[i]);
+}
+
+template <typename Rule>
+bool step_if(const char* rule, Arithmetic arithmetic, const Arguments& arguments) {
+  if (std::strcmp(rule, Rule::name) != 0) return false;
+  arithmetic == Arithmetic::fp32 ? step<Rule, float>(arguments) : step<Rule, double>(arguments);
+  return true;
+}
+
+}  // namespace
+
+const char* unavailable() { return nullptr; }
+
+const std::vector<int>& architectures() {
+  static const std::vector<int> none;
+  return none;
+}
+
+const char* launch(const char* rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
+  if (const char* error = fails("launch")) return error;
+  ++simulated_launches;
+  simulated_table = arguments.rows;
+  simulated_last_stream = static_cast<int>(reinterpret_cast<intptr_t>(stream));
+#define DRACOPT_STEP(Rule) || step_if<Rule>(rule, arithmetic, arguments)
+  const bool done = false DRACOPT_FOR_EACH_RULE(DRACOPT_STEP);
+  return done ? nullptr : "no kernel of this rule";
+}
+
+const char* write_table(void* to, const void* from, size_t bytes, void*) {
+  if (const char* error = fails("write_table")) return error;
+  ++simulated_tables;
+  std::memcpy(to, from, bytes);
+  return nullptr;
+}
+
+const char* is_capturing(void*, bool& answer) {
+  answer = simulated_capturing != 0;
+  return fails("is_capturing");
+}
+
+}  // namespace cuda
+}  // namespace dracopt

@@ -1,0 +1,838 @@
+"""The CUDA backend: the bits of the CPU, in one launch. Every test runs on a simulated GPU (see ``simulated_gpu``), and
+with ``pytest -m gpu`` on a real one."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dracopt_ext
+from dracopt_ext.optim import _base
+from dracopt_ext.reference import MOMENTS
+
+from . import simulated_gpu
+from .cases import CASES, DTYPES, FAULTS, RULES, SIZES, Case, NoOp, Snapshot, assert_same_bits, inputs, snapshot, train
+from .test_dtypes import FORMS, Form, name_of, stored
+from .test_layouts import LAYOUTS, Buffers, given
+
+TILE = 8192
+ARGUMENT_WORDS = (32764 - 64) // 8
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+class Gpu:
+    """A GPU to test on."""
+
+    simulation: simulated_gpu.SimulatedGpu | None = None
+    type = "cuda"
+
+    @property
+    def devices(self) -> int:
+        return torch.cuda.device_count()
+
+    def __call__(self, tensor: Tensor, index: int = 0) -> Tensor:
+        return tensor.to(torch.device(self.type, index), copy=True)
+
+    def train(self, make: Any, options: dict[str, Any], *given: Any, **more: Any) -> Snapshot:
+        found = train(make, options, *given, **{"place": self, **more})
+        return {name: value.cpu() for name, value in found.items()}
+
+    def only_here(self, optimizer: Any) -> bool:
+        """Was this GPU the only one to work in the last step?"""
+        return bool(optimizer.last_backend == {self.type: frozenset({"native"})})
+
+
+class Simulated(Gpu):
+    type = simulated_gpu.DEVICE
+    devices = 2
+
+    def __init__(self, simulation: simulated_gpu.SimulatedGpu) -> None:
+        self.simulation = simulation
+
+
+load_simulation = functools.cache(simulated_gpu.load)
+
+
+@pytest.fixture(params=["simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    if request.param == "cuda":
+        reason = dracopt_ext.backends()["native:cuda"]
+        if reason is not None:
+            pytest.skip(reason)
+        yield Gpu()
+        return
+    if torch.version.cuda is not None:
+        pytest.skip("torch takes one accelerator only, and this one has CUDA")
+    simulation = load_simulation()
+    monkeypatch.setattr(_base, "_C", simulation.module)
+    monkeypatch.setattr(_base, "GPU", simulated_gpu.DEVICE)
+    yield Simulated(simulation)
+    simulation.set("stream", 0)
+    simulation.set("capturing", 0)
+    simulation.fail_in("")
+
+
+@pytest.fixture
+def simulated(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
+    """For what only a simulation can be made to do."""
+    if gpu.simulation is None:
+        pytest.skip("of the simulation")
+    return gpu.simulation
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+every_fault = pytest.mark.parametrize("fault", FAULTS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+counting = pytest.mark.parametrize("counts_on", ["host", "gpu"])
+
+
+def with_count(case: Case, counts_on: str) -> dict[str, Any]:
+    """The case's options, and where its steps are to be counted."""
+    if counts_on == "host":
+        return case.options
+    if case.algorithm == "SGD":
+        return {**case.options, "fused": True}
+    return {**case.options, "capturable": True}
+
+
+@every_case
+@counting
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_the_cpu(gpu: Gpu, case: Case, counts_on: str, dtype: torch.dtype) -> None:
+    given = inputs([*SIZES, TILE, 3 * TILE + 5], dtype, 5)
+    ours = gpu.train(case.ours, {**with_count(case, counts_on), "backend": "native"}, *given)
+    assert_same_bits(ours, train(case.ours, {**case.options, "backend": "native"}, *given))
+
+
+@every_rule
+@counting
+@every_fault
+def test_bits_of_the_cpu_bites(gpu: Gpu, case: Case, counts_on: str, fault: type[NoOp]) -> None:
+    given = inputs(SIZES, FP32, 3)
+    wrong = gpu.train(fault(case.ours), with_count(case, counts_on), *given)
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same_bits(wrong, train(case.ours, case.options, *given))
+
+
+@every_rule
+@pytest.mark.parametrize("form", FORMS, ids=name_of)
+def test_mixed_dtypes(gpu: Gpu, case: Case, form: Form) -> None:
+    options = {**case.options, "state_dtype": form[2], "backend": "native"}
+    given = stored(form, [*SIZES, 2 * TILE + 3], 3)
+    assert_same_bits(gpu.train(case.ours, options, *given), train(case.ours, options, *given))
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    given = inputs([1, 5, 1000, TILE], dtype, 3)
+    options = {**case.options, "backend": "native"}
+    assert_same_bits(gpu.train(case.ours, options, *given), train(case.ours, options, *given))
+
+
+@every_rule
+def test_special_numbers(gpu: Gpu, case: Case) -> None:
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, -1e-42, 3e38, 1e-30, 65504.0, 65520.0])
+    for dtype in (FP32, BF16, FP16, FP64):
+        values = [special.to(dtype)], [[special.flip(0).to(dtype)], [special.roll(3).to(dtype)]]
+        assert_same_bits(gpu.train(case.ours, case.options, *values), train(case.ours, case.options, *values))
+
+
+# ---- where the elements lie
+
+
+class OnGpu(Buffers):
+    """Places copies of tensors in larger buffers on a GPU."""
+
+    def __init__(self, gpu: Gpu, view: Callable[[Tensor, torch.Size], Tensor]) -> None:
+        super().__init__(view)
+        self.gpu = gpu
+
+    def buffer(self, tensor: Tensor) -> Tensor:
+        return self.gpu(super().buffer(tensor))
+
+
+@every_rule
+@every_layout
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
+@pytest.mark.parametrize("where", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)], ids=str)
+def test_layouts(gpu: Gpu, case: Case, layout: str, dtype: torch.dtype, where: tuple[int, int, int]) -> None:
+    """Of the parameter, the gradient and the states."""
+    places = [OnGpu(gpu, LAYOUTS[layout if chosen else "contiguous"]) for chosen in where]
+    names = ("place", "place_grad", "place_state")
+    ours = gpu.train(case.ours, case.options, *given(dtype), **dict(zip(names, places, strict=True)))
+    for place in places:
+        place.assert_nothing_else_was_written()
+    assert_same_bits(ours, train(case.ours, case.options, *given(dtype)))
+
+
+@every_rule
+@pytest.mark.parametrize(
+    "form", [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16), (FP64, FP64, FP64)], ids=name_of
+)
+@pytest.mark.parametrize(
+    "offsets", [(1, 1, 1), (3, 3, 3), (0, 1, 0), (1, 0, 0), (1, 2, 3), (4, 4, 0), (7, 7, 7)], ids=str
+)
+def test_misaligned(gpu: Gpu, case: Case, form: Form, offsets: tuple[int, int, int]) -> None:
+    def shifted(offset: int) -> OnGpu:
+        return OnGpu(gpu, lambda buffer, shape: buffer[offset : offset + shape.numel()].view(shape))
+
+    places = [shifted(offset) for offset in offsets]
+    options = {**case.options, "state_dtype": form[2]}
+    values = stored(form, [1, 2, 5, 8, 9, 17, TILE - 1, TILE, TILE + 1, TILE + 7, 2 * TILE + 9], 2)
+    names = ("place", "place_grad", "place_state")
+    ours = gpu.train(case.ours, options, *values, **dict(zip(names, places, strict=True)))
+    for place in places:
+        place.assert_nothing_else_was_written()
+    assert_same_bits(ours, train(case.ours, options, *values))
+
+
+def test_expanded_gradient(gpu: Gpu) -> None:
+    p, q = (nn.Parameter(torch.ones(6, 7)) for _ in range(2))
+    row = torch.randn(7)
+    q.grad = row.expand(6, 7)
+    dracopt_ext.AdamW([q]).step()
+    p = nn.Parameter(gpu(torch.ones(6, 7)))
+    p.grad = gpu(row).expand(6, 7)
+    optimizer = dracopt_ext.AdamW([p])
+    optimizer.step()
+    assert gpu.only_here(optimizer)
+    assert torch.equal(p.cpu(), q)
+
+
+def test_more_elements_than_two_to_the_31(gpu: Gpu) -> None:
+    """Their first, last and middle ones: each as in a tensor of its own."""
+    if gpu.simulation is not None:
+        pytest.skip("takes too long without a GPU")
+    places = (0, 2**30, 2**31 - 1, 2**31, 2**31 + 123)
+    p = nn.Parameter(torch.zeros(2**31 + 124, dtype=BF16, device="cuda"))
+    p.grad = torch.zeros_like(p)
+    small = nn.Parameter(torch.zeros(len(places), dtype=BF16))
+    small.grad = torch.arange(1.0, 1 + len(places)).bfloat16()
+    for place, value in zip(places, small.grad, strict=True):
+        p.grad[place] = value
+    for parameter in (p, small):
+        dracopt_ext.SGD([parameter], lr=0.1, momentum=0.9).step()
+    assert torch.equal(p[list(places)].cpu(), small)
+    assert int(p.count_nonzero()) == len(places)
+
+
+# ---- launches and the table
+
+
+def parameters(gpu: Gpu, sizes: list[int], dtype: torch.dtype = FP32) -> list[nn.Parameter]:
+    params = [nn.Parameter(gpu(torch.ones(size, dtype=dtype))) for size in sizes]
+    give_gradients(gpu, params)
+    return params
+
+
+def give_gradients(gpu: Gpu, params: list[nn.Parameter]) -> None:
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+
+
+def launches(optimizer: Any) -> int:
+    return int(optimizer._plan.launches)
+
+
+def launches_for(tensors: int, pairs: int, slot_words: int) -> int:
+    return math.ceil((tensors + pairs * slot_words) / ARGUMENT_WORDS)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "groups", "expected"),
+    [(1, 1, 1), (465, 465, 1), (3900, 30, 1), (4000, 1, 1), (4100, 1, 2), (10_000, 10, launches_for(10_000, 10, 5))],
+)
+def test_one_launch(gpu: Gpu, tensors: int, groups: int, expected: int) -> None:
+    params = parameters(gpu, [3] * tensors)
+    chunk = math.ceil(tensors / groups)
+    optimizer = dracopt_ext.AdamW(
+        [{"params": params[i : i + chunk], "lr": 1e-3 * (1 + i)} for i in range(0, tensors, chunk)]
+    )
+    for _ in range(2):
+        optimizer.step()
+        assert launches(optimizer) == expected
+        assert gpu.only_here(optimizer)
+    for g, group in enumerate(optimizer.param_groups):
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.full((3,), 0.5)
+        alone = dracopt_ext.AdamW([p], lr=group["lr"])
+        alone.step()
+        alone.step()
+        if g in (0, 1, groups // 2, groups - 1):
+            assert all(torch.equal(q.cpu(), p) for q in group["params"])
+
+
+def test_one_launch_for_each_arithmetic(gpu: Gpu) -> None:
+    params = [p for dtype in (FP32, BF16, FP16) for p in parameters(gpu, [3, 5], dtype)]
+    optimizer = dracopt_ext.AdamW(params)
+    optimizer.step()
+    assert launches(optimizer) == 1
+    optimizer.add_param_group({"params": parameters(gpu, [3, 5], FP64)})
+    optimizer.step()
+    assert launches(optimizer) == 2
+
+
+def test_one_launch_for_different_numbers_of_states(gpu: Gpu) -> None:
+    a, b = parameters(gpu, [10_000, 20_000])
+    optimizer = dracopt_ext.Adam([{"params": [a], "amsgrad": True}, {"params": [b]}])
+    optimizer.step()
+    assert launches(optimizer) == 1
+    assert torch.equal(a[:100], b[:100])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_empty_tensors_at_every_position(gpu: Gpu, count: int) -> None:
+    for place in range(count):
+        sizes = [TILE + 3] * count
+        sizes[place] = 0
+        given = inputs(sizes, FP32, 2)
+        for options in ({}, {"capturable": True}):
+            ours = gpu.train(dracopt_ext.AdamW, options, *given)
+            assert_same_bits(ours, train(dracopt_ext.AdamW, {}, *given))
+
+
+def test_table_is_written_once(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+    params = parameters(gpu, [3, 5000, 20_000])
+    optimizer = dracopt_ext.AdamW(params, lr=0.1)
+    before = simulated.read("tables")
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.param_groups[0]["weight_decay"] += 0.01 * step
+        optimizer.zero_grad()
+        give_gradients(gpu, params)  # at other addresses
+        optimizer.step()
+    assert simulated.read("tables") == before + 1
+    params[1].grad = None
+    optimizer.step()
+    assert simulated.read("tables") == before + 2
+
+
+def test_what_a_user_changes_between_steps(gpu: Gpu) -> None:
+    def run(place: Callable[[Tensor], Tensor]) -> Snapshot:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return place(torch.randn(*shape, generator=generator))
+
+        params = [nn.Parameter(random(100)) for _ in range(4)]
+        optimizer = dracopt_ext.AdamW(params[:3], lr=0.1)
+
+        def step(without: int | None = None) -> None:
+            for i, p in enumerate(params):
+                p.grad = None if i == without else random(100)
+            optimizer.step()
+
+        step()
+        step(without=1)
+        step()
+        params[0].data = random(100)
+        step()
+        optimizer.state[params[1]]["exp_avg"] = random(100)
+        optimizer.param_groups[0]["betas"] = (0.8, 0.9)
+        step()
+        optimizer.add_param_group({"params": [params[3]], "lr": 0.2, "amsgrad": True})
+        step()
+        optimizer.state[params[2]]["exp_avg_sq"] = place(torch.zeros(100, 2))[:, 0]
+        optimizer.param_groups[0]["maximize"] = True
+        step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        step()
+        return {name: value.cpu() for name, value in snapshot(optimizer).items()}
+
+    assert_same_bits(run(gpu), run(Tensor.clone))
+
+
+def test_versions_are_counted(gpu: Gpu) -> None:
+    (p,) = parameters(gpu, [4])
+    optimizer = dracopt_ext.AdamW([p], fused=True)
+    optimizer.step()
+    tensors = [p, *optimizer.state[p].values()]
+    before = [t._version for t in tensors]
+    optimizer.step()
+    assert [t._version for t in tensors] == [version + 1 for version in before]
+
+
+@every_rule
+def test_parameters_on_gpu_and_cpu(gpu: Gpu, case: Case) -> None:
+    initial, steps = inputs([100, 200, 300, 400], FP32, 3)
+    turn = iter(range(1000))
+
+    def alternate(tensor: Tensor) -> Tensor:
+        return gpu(tensor) if next(turn) % 2 else tensor.clone()
+
+    ours = gpu.train(case.ours, case.options, initial, steps, place=alternate)
+    assert_same_bits(ours, train(case.ours, case.options, initial, steps))
+
+
+def test_several_devices(gpu: Gpu) -> None:
+    if gpu.devices < 2:
+        pytest.skip("there is one GPU")
+    initial, steps = inputs([100, 9000, 300, 400], FP32, 3)
+    for options in ({}, {"capturable": True}):
+        turn = iter(range(1000))
+        ours = gpu.train(dracopt_ext.AdamW, options, initial, steps, place=lambda t: gpu(t, next(turn) % 2))  # noqa: B023
+        assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
+
+
+# ---- numbers that lie on the GPU
+
+
+def test_tensor_lr_on_the_gpu(gpu: Gpu) -> None:
+    def run(place: Callable[[Tensor], Tensor], **options: Any) -> Snapshot:
+        lr = place(torch.tensor(0.1))
+        params = [nn.Parameter(place(torch.linspace(-1, 1, 100))) for _ in range(2)]
+        optimizer = dracopt_ext.AdamW(params, lr=lr, **options)
+        for step in range(3):
+            for p in params:
+                p.grad = place(torch.full((100,), 1.0 + step))
+            optimizer.step()
+            lr.mul_(0.5)
+        return {name: value.cpu() for name, value in snapshot(optimizer).items()}
+
+    expected = run(Tensor.clone)
+    for options in ({}, {"fused": True}, {"capturable": True}):
+        assert_same_bits(run(gpu, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize("algorithm", ["SGD", "AdamW", "NAdam"])
+def test_tensor_hyperparameters(gpu: Gpu, algorithm: str, dtype: torch.dtype) -> None:
+    values = {"lr": 0.05} if algorithm != "AdamW" else {"lr": 0.05, "betas": (0.8, 0.95)}
+    if algorithm == "SGD":
+        values["momentum"] = 0.9
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(numbers, value))
+        return gpu(torch.tensor(value, dtype=dtype))
+
+    given = inputs([7, TILE + 1], FP32, 3)
+    options = {key: numbers(value) if key != "momentum" else value for key, value in values.items()}
+    more = {} if algorithm == "SGD" else {"capturable": True}
+    make = getattr(dracopt_ext, algorithm)
+    exact = {key: value if dtype == FP64 else _rounded(value) for key, value in values.items()}
+    assert_same_bits(gpu.train(make, {**options, **more}, *given), train(make, exact, *given))
+
+
+def test_tensor_lr_on_another_device(gpu: Gpu) -> None:
+    """torch takes the parameter over, and the lr to where it is."""
+    if gpu.devices < 2:
+        pytest.skip("there is one GPU")
+    lr = gpu(torch.tensor(0.25), 1)
+    params = parameters(gpu, [10, 20])
+    optimizer = dracopt_ext.SGD(params, lr=lr)
+    with pytest.warns(RuntimeWarning, match="leaves hyperparameters on another device to torch's"):
+        optimizer.step()
+    assert optimizer.last_backend == {gpu.type: frozenset({"torch"})}
+    assert torch.equal(params[0].detach().cpu(), torch.full((10,), 1 - 0.25 * 0.5))
+
+
+def _rounded(value: Any) -> Any:
+    return tuple(map(_rounded, value)) if isinstance(value, tuple) else torch.tensor(value).item()
+
+
+def test_steps_of_different_tensors(gpu: Gpu) -> None:
+    """Each counts its own, where one has been without gradient; on the host and on the GPU."""
+    for options in ({}, {"capturable": True}, {"fused": True}):
+        results = []
+        for place in (gpu, Tensor.clone):
+            params = [nn.Parameter(place(torch.ones(50))) for _ in range(5)]
+            optimizer = dracopt_ext.AdamW(params, lr=0.1, **(options if place is gpu else {}))
+            for step in range(6):
+                for i, p in enumerate(params):
+                    p.grad = place(torch.full((50,), 1.0 + i)) if step % (i + 1) == 0 else None
+                optimizer.step()
+            results.append({name: value.cpu() for name, value in snapshot(optimizer).items()})
+        assert_same_bits(*results)
+
+
+# ---- GradScaler
+
+
+def scaled(optimizer: Any, gpu: Gpu, found: float, scale: float) -> None:
+    optimizer.found_inf = gpu(torch.tensor(found))
+    optimizer.grad_scale = gpu(torch.tensor(scale))
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale
+
+
+@pytest.fixture
+def reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tensors that the host reads, which it has to wait for."""
+    found: list[Tensor] = []
+    item = Tensor.item
+    monkeypatch.setattr(Tensor, "item", lambda tensor: found.append(tensor) or item(tensor))
+    return found
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
+def test_grad_scale_is_read_by_the_kernel(gpu: Gpu, case: Case, dtype: torch.dtype, reads: list[Tensor]) -> None:
+    initial, steps = inputs([5, 3 * TILE], dtype, 3)
+    results = []
+    for place in (gpu, Tensor.clone):
+        params = [nn.Parameter(place(value)) for value in initial]
+        fused = {} if case.algorithm == "NAdam" else {"fused": True}
+        if place is gpu and case.algorithm == "NAdam":
+            fused = {"capturable": True}
+        optimizer = case.ours(params, **{**case.options, **fused})
+        for number, step in enumerate(steps):
+            for p, grad in zip(params, step, strict=True):
+                p.grad = place(grad * 1024)
+            reads.clear()
+            if place is gpu:
+                scaled(optimizer, gpu, 0.0, 1024.0)
+                assert gpu.only_here(optimizer)
+                # A momentum buffer is created in the first step, which none after an overflow would be.
+                assert not reads or (number == 0 and case.algorithm == "SGD")
+            else:
+                optimizer.grad_scale = torch.tensor(1024.0)
+                optimizer.found_inf = torch.tensor(0.0)
+                optimizer.step()
+        results.append({name: value.cpu() for name, value in snapshot(optimizer).items()})
+    assert_same_bits(*results)
+
+
+@every_rule
+@pytest.mark.parametrize("first", [True, False])
+def test_overflow_changes_nothing(gpu: Gpu, case: Case, first: bool) -> None:
+    initial, steps = inputs([5, 3 * TILE], FP32, 3)
+    options = {**case.options, "capturable": True} if case.algorithm == "NAdam" else {**case.options, "fused": True}
+    results = []
+    for overflows in (True, False):
+        params = [nn.Parameter(gpu(value)) for value in initial]
+        optimizer = case.ours(params, **options)
+        for number, step in enumerate(steps):
+            if overflows and number == (0 if first else 1):
+                for p, grad in zip(params, step, strict=True):
+                    p.grad = gpu(grad) * math.inf
+                before = snapshot(optimizer)
+                scaled(optimizer, gpu, 1.0, 2.0)
+                after = snapshot(optimizer)
+                assert_same_bits({name: after[name] for name in before}, before)
+            for p, grad in zip(params, step, strict=True):
+                p.grad = gpu(grad)
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    assert_same_bits(*results)
+
+
+def test_overflow_with_counts_on_the_host(gpu: Gpu) -> None:
+    params = parameters(gpu, [10])
+    optimizer = dracopt_ext.AdamW(params)
+    scaled(optimizer, gpu, 1.0, 2.0)
+    assert not optimizer.state
+    scaled(optimizer, gpu, 0.0, 2.0)
+    before = snapshot(optimizer)
+    scaled(optimizer, gpu, 1.0, 2.0)
+    assert_same_bits(snapshot(optimizer), before)
+    assert optimizer.state[params[0]]["step"].item() == 1
+
+
+@pytest.mark.gpu
+def test_grad_scaler_end_to_end() -> None:
+    """A real GradScaler, against unscaled training that leaves out the steps that overflow."""
+    if dracopt_ext.backends()["native:cuda"] is not None:
+        pytest.skip("needs a GPU")
+    for make in (dracopt_ext.AdamW, dracopt_ext.SGD):
+        torch.manual_seed(0)
+        p, q = (nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda")) for _ in range(2))
+        ours, plain = make([p], lr=0.1, fused=True), make([q], lr=0.1)
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
+        for step in range(8):
+            gradient = torch.randn(1000, device="cuda")
+            overflows = step in (0, 3)
+            p.grad = gradient * scaler.get_scale() if scaler._scale is not None else gradient * 2.0**10
+            scaler.scale(torch.ones((), device="cuda"))  # initialises it
+            if overflows:
+                p.grad[7] = math.inf
+            scaler.step(ours)
+            scaler.update()
+            if not overflows:
+                q.grad = gradient
+                plain.step()
+        assert torch.equal(p, q)
+
+
+# ---- graphs and streams
+
+
+def test_capture_is_refused_where_it_would_be_wrong(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+    p, q = parameters(gpu, [10, 20])
+    plain, fused = dracopt_ext.AdamW([p]), dracopt_ext.NAdam([p])
+    for optimizer in (plain, fused):
+        optimizer.step()
+        before = snapshot(optimizer)
+        simulated.set("capturing", 1)
+        with pytest.raises(RuntimeError, match=f"instance of {type(optimizer).__name__} but .*capturable is False"):
+            optimizer.step()
+        simulated.set("capturing", 0)
+        assert_same_bits(snapshot(optimizer), before)
+
+    for optimizer in (dracopt_ext.AdamW([q], capturable=True), dracopt_ext.SGD([q], momentum=0.9)):
+        simulated.set("capturing", 1)
+        with pytest.raises(
+            RuntimeError, match=r"parameter 0 of group 0 \(shape \[20\]\) has no state yet. Take a step"
+        ):
+            optimizer.step()
+        assert not optimizer.state
+        simulated.set("capturing", 0)
+        optimizer.step()
+        simulated.set("capturing", 1)
+        optimizer.step()
+        simulated.set("capturing", 0)
+
+    counted = dracopt_ext.AdamW([q], capturable=True)
+    counted.step()
+    counted.state[q]["step"] = counted.state[q]["step"].cpu()
+    simulated.set("capturing", 1)
+    with pytest.raises(RuntimeError, match=r"has its step count on the CPU"):
+        counted.step()
+    simulated.set("capturing", 0)
+    mixed = dracopt_ext.SGD([q, nn.Parameter(torch.ones(3))])
+    mixed.param_groups[0]["params"][1].grad = torch.ones(3)
+    simulated.set("capturing", 1)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 \(shape \[3\]\) is not on the GPU"):
+        mixed.step()
+
+
+def test_captured_tables_outlive_the_capture(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+    """What a graph refers to must stay as it was, whatever the optimizer does later."""
+    params = parameters(gpu, [10, 20])
+    optimizer = dracopt_ext.AdamW(params, capturable=True)
+    optimizer.step()
+    tables = simulated.read("tables")
+    simulated.set("capturing", 1)
+    optimizer.step()
+    simulated.set("capturing", 0)
+    assert simulated.read("tables") == tables  # captured without a copy
+    captured = simulated.table()
+    contents = ctypes.string_at(captured, 256)
+    for _ in range(4):
+        params[0].data = params[0].data.clone()
+        optimizer.step()
+        assert simulated.table() != captured
+    assert ctypes.string_at(captured, 256) == contents
+
+
+def test_current_stream(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+    params = parameters(gpu, [10])
+    optimizer = dracopt_ext.AdamW(params)
+    for stream in (0, 3, 3, 5):
+        simulated.set("stream", stream)
+        optimizer.step()
+        assert simulated.read("last_stream") == stream
+
+
+@pytest.mark.gpu
+@every_rule
+def test_graph_replays(case: Case) -> None:
+    """A captured step, replayed while gradients and a Tensor lr change, is what eager steps are."""
+    if dracopt_ext.backends()["native:cuda"] is not None:
+        pytest.skip("needs a GPU")
+    is_sgd = case.algorithm == "SGD"
+    options = {**case.options, **({} if is_sgd else {"capturable": True})}
+    initial, steps = inputs([5, 3 * TILE], FP32, 6)
+    lr = torch.tensor(0.1, device="cuda")
+    params = [nn.Parameter(value.cuda()) for value in initial]
+    gradients = [torch.zeros_like(p) for p in params]
+    optimizer = case.ours(params, **{**options, "lr": lr})
+
+    def load(step: int) -> None:
+        for p, gradient, value in zip(params, gradients, steps[step], strict=True):
+            gradient.copy_(value)
+            p.grad = gradient
+        lr.fill_(0.1 / (step + 1))
+
+    load(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(1, len(steps)):
+        load(step)
+        graph.replay()
+    torch.cuda.synchronize()
+
+    eager = [nn.Parameter(value.clone()) for value in initial]
+    rate = torch.tensor(0.1)
+    reference = case.ours(eager, **{**case.options, "lr": rate})
+    for step, values in enumerate(steps):
+        for p, value in zip(eager, values, strict=True):
+            p.grad = value
+        rate.fill_(0.1 / (step + 1))
+        reference.step()
+    ours = {name: value.cpu() for name, value in snapshot(optimizer).items()}
+    assert_same_bits(ours, snapshot(reference))
+
+
+@pytest.mark.gpu
+def test_steps_on_several_streams() -> None:
+    if dracopt_ext.backends()["native:cuda"] is not None:
+        pytest.skip("needs a GPU")
+    initial, steps = inputs([5, 300 * TILE], FP32, 12)
+    params = [nn.Parameter(value.cuda()) for value in initial]
+    optimizer = dracopt_ext.AdamW(params)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    last = torch.cuda.current_stream()
+    for number, step in enumerate(steps):
+        stream = streams[number % 3]
+        stream.wait_stream(last)
+        with torch.cuda.stream(stream):
+            for p, value in zip(params, step, strict=True):
+                p.grad = value.cuda()
+            if number % 4 == 3:
+                params[0].data = params[0].data.clone()  # another table
+            optimizer.step()
+            torch.empty(10_000_000, device="cuda").fill_(7.0)
+        last = stream
+    torch.cuda.synchronize()
+    ours = {name: value.cpu() for name, value in snapshot(optimizer).items()}
+    assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
+
+
+@pytest.mark.gpu
+def test_host_never_waits() -> None:
+    """With the GPU busy, step() returns before it is done; torch's own check finds no synchronisation."""
+    if dracopt_ext.backends()["native:cuda"] is not None:
+        pytest.skip("needs a GPU")
+    params = [nn.Parameter(torch.ones(1000, device="cuda")) for _ in range(50)]
+    optimizer = dracopt_ext.AdamW(params, fused=True)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD, dracopt_ext.NAdam])
+def test_model_is_trained_alike(make: Any) -> None:
+    """On the GPU; and on the CPU by the gradients of the GPU."""
+    if dracopt_ext.backends()["native:cuda"] is not None:
+        pytest.skip("needs a GPU")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 10))
+    twin = copy.deepcopy(model)
+    model.cuda()
+    ours, theirs = make(model.parameters(), lr=1e-2), make(twin.parameters(), lr=1e-2)
+    x, y = torch.randn(256, 64, device="cuda"), torch.randint(10, (256,), device="cuda")
+    losses = []
+    for _ in range(50):
+        ours.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.cpu()
+        ours.step()
+        theirs.step()
+    assert losses[-1] < 0.8 * losses[0]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.cpu(), q)
+
+
+# ---- failures and bad input
+
+
+@pytest.mark.parametrize("function", ["launch", "write_table", "is_capturing"])
+def test_failure_is_reported_and_changes_nothing(
+    gpu: Gpu, simulated: simulated_gpu.SimulatedGpu, function: str
+) -> None:
+    params = parameters(gpu, [10, 20])
+    optimizer = dracopt_ext.AdamW(params)
+    optimizer.step()
+    before = snapshot(optimizer)
+    params[0].data = params[0].data.clone()  # so that the table must be written
+    simulated.fail_in(function)
+    with pytest.raises(RuntimeError, match="cudaErrorLaunchFailure") as caught:
+        optimizer.step()
+    if function != "is_capturing":
+        assert "2 tensors in 1 launches" in str(caught.value)
+    assert_same_bits(snapshot(optimizer), before)
+    simulated.fail_in("")
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"].item() == 2
+
+
+def test_states_on_another_device(gpu: Gpu) -> None:
+    (p,) = parameters(gpu, [10])
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer = dracopt_ext.AdamW([p])
+        optimizer.step()
+        optimizer.state[p][name] = torch.zeros(10)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=f"state '{name}' of parameter 0 .* is on another device, cpu"):
+            optimizer.step()
+        assert_same_bits(snapshot(optimizer), before)
+    q = nn.Parameter(torch.ones(10))
+    q.grad = torch.ones(10)
+    optimizer = dracopt_ext.AdamW([q])
+    optimizer.step()
+    optimizer.state[q]["step"] = gpu(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=f"state 'step' of parameter 0 .* is on another device, {gpu.type}"):
+        optimizer.step()
+
+
+def test_steps_that_cannot_be(gpu: Gpu) -> None:
+    (p,) = parameters(gpu, [10])
+    p.grad = None
+    optimizer = dracopt_ext.AdamW([p])
+    p.grad = gpu(torch.ones(10))
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = math.nan
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] is nan; it must be finite"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
+
+
+@every_rule
+def test_checkpoints_cross_devices(gpu: Gpu, case: Case) -> None:
+    initial, steps = inputs([9, TILE + 9], FP32, 4)
+    expected = train(case.ours, case.options, initial, steps)
+    params = [nn.Parameter(value.clone()) for value in initial]
+    optimizer = case.ours(params, **case.options)
+    for number, step in enumerate(steps):
+        place = gpu if number % 2 else Tensor.clone
+        saved = pickle.loads(pickle.dumps(optimizer.state_dict())) if number < 2 else optimizer.state_dict()
+        params = [nn.Parameter(place(p.detach().cpu())) for p in params]
+        optimizer = case.ours(params, **case.options)
+        if number:
+            optimizer.load_state_dict(saved)
+        for p, grad in zip(params, step, strict=True):
+            p.grad = place(grad)
+        optimizer.step()
+    assert_same_bits({name: value.cpu() for name, value in snapshot(optimizer).items()}, expected)
+
+
+def test_moments_are_created_on_the_gpu(gpu: Gpu) -> None:
+    (p,) = parameters(gpu, [4])
+    optimizer = dracopt_ext.AdamW([p], state_dtype=BF16)
+    optimizer.step()
+    state = optimizer.state[p]
+    assert {state[name].device.type for name in MOMENTS if name in state} == {gpu.type}
+    assert state["step"].device.type == "cpu"
+    optimizer = dracopt_ext.AdamW([p], fused=True)
+    optimizer.step()
+    assert optimizer.state[p]["step"].device.type == gpu.type
