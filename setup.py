@@ -39,7 +39,7 @@ if MODE == "sanitize":
 COMMON_FLAGS = ["-std=c++20", *OPTIMIZED, "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 # Results must not depend on what the compiler contracts; the other two let the loops vectorise and change no result.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# Machine code for these, and PTX of the last one for whatever comes after it.
+# Machine code for these, and PTX of the first one for all that they leave out and whatever comes after them.
 CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
 
@@ -78,7 +78,7 @@ class Nvcc:
         """Compile for every architecture that this nvcc knows."""
         known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}\n" in self.output("--list-gpu-arch")]
         codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in known]
-        codes.append(f"arch=compute_{known[-1]},code=compute_{known[-1]}")
+        codes.append(f"arch=compute_{known[0]},code=compute_{known[0]}")
         flags = ["-std=c++20", "-O3", "--fmad=false", "-DDRACOPT_ISA=device", "-Icsrc", "-Xfatbin", "-compress-all"]
         host = ["-ccbin", compiler(), "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-g0"]
         generated = [part for code in codes for part in ("-gencode", code)]
@@ -169,7 +169,7 @@ class BuildNative(BuildExtension):
             except subprocess.CalledProcessError as error:
                 if MODE == "force":
                     raise
-                self.cuda = f"{error.cmd[0]} failed, see its output in the build's"
+                self.cuda = f"{error.cmd[0]} failed; its output is among the build's"
         if self.cuda is None:
             extension.extra_objects.append(str(target))
             extension.library_dirs += NVCC.libraries

@@ -14,12 +14,15 @@ import dracopt_ext
 from . import report
 from .cases import SUITES
 from .measure import Result, measure
-from .peers import OURS, PEERS, deepspeed_missing
+from .peers import BANDWIDTHS, OURS, PEERS, deepspeed_missing
+
+NAMES = {"cpu": "cpu", "cuda": "gpu"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="default: all")
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="default: all that this machine can run")
+    parser.add_argument("--case", default="", help="only cases that have this in their names")
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, help="besides dracopt and each case's baseline; default: all"
     )
@@ -44,24 +47,27 @@ def say(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    reason = dracopt_ext.backends()["native:cpu"]
-    if reason is not None:
-        sys.exit(f"nothing to measure: {reason}")
-    report.check_csv(args.out / "cpu.csv")
+    reasons = {device: dracopt_ext.backends()[f"native:{device}"] for device in ("cpu", "cuda")}
+    suites = args.suite or [name for name, suite in SUITES.items() if reasons[suite.device] is None]
+    for device in {SUITES[name].device for name in suites}:
+        if reasons[device] is not None:
+            sys.exit(f"nothing to measure: {reasons[device]}")
+        report.check_csv(args.out / f"{NAMES[device]}.csv")
     torch.set_num_threads(args.threads)
 
-    left_out = set() if args.peers is None else set(PEERS) - {*OURS, *args.peers}
-    missing = None if "DeepSpeed CPUAdam" in left_out else deepspeed_missing()
-    if missing is not None:
-        left_out.add("DeepSpeed CPUAdam")
-        say(f"DeepSpeed CPUAdam is left out: {missing}")
+    left_out = set() if args.peers is None else set(PEERS) - {*OURS, *BANDWIDTHS, *args.peers}
+    if any(SUITES[name].device == "cpu" for name in suites) and "DeepSpeed CPUAdam" not in left_out:
+        missing = deepspeed_missing()
+        if missing is not None:
+            left_out.add("DeepSpeed CPUAdam")
+            say(f"DeepSpeed CPUAdam is left out: {missing}")
     results: list[Result] = []
-    for name in args.suite:
-        for case in SUITES[name].cases:
+    for name in suites:
+        for case in (case for case in SUITES[name].cases if args.case in case.name):
             say(f"{name}: {case.name}")
             measured = measure(name, SUITES[name], case.shrunk() if args.quick else case, args.rounds, left_out)
             for result in measured:
-                say(f"  {result.peer:18} {result.median:10.4f} ms")
+                say(f"  {result.peer:18} {result.median:10.4f} ms {result.clock}")
             others = measured[0].others
             if others is not None and others > 0.05:
                 say(f"  WARNING: other processes took {others:.0%} of the processors: do not trust these numbers")
@@ -69,16 +75,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = report.compare(results)
     print(report.markdown(rows))
-    report.append_csv(args.out / "cpu.csv", rows)
-    say(f"appended {len(rows)} rows to {args.out / 'cpu.csv'}")
-    in_plot = [row for row in rows if row.result.suite == "cpu"]
-    if in_plot:
-        try:
-            report.plot(args.out / "cpu.png", in_plot)
-        except ImportError as error:
-            say(f"no plot: {error}")
-        else:
-            say(f"drew {args.out / 'cpu.png'}")
+    for device, plotted in (("cpu", "cpu"), ("cuda", "gpu")):
+        of_device = [row for row in rows if SUITES[row.result.suite].device == device]
+        if of_device:
+            path = args.out / f"{NAMES[device]}.csv"
+            report.append_csv(path, of_device, device)
+            say(f"appended {len(of_device)} rows to {path}")
+        in_plot = [row for row in rows if row.result.suite == plotted]
+        if in_plot:
+            draw(args.out / f"{NAMES[device]}.png", in_plot, device)
+
+
+def draw(path: Path, rows: list[report.Row], device: str) -> None:
+    try:
+        report.plot(path, rows, device)
+    except ImportError as error:
+        say(f"no plot: {error}")
+    else:
+        say(f"drew {path}")
 
 
 if __name__ == "__main__":

@@ -36,17 +36,13 @@ class Case:
     bytes_per_parameter: int
     """Read the parameter, its gradient and states once; write the parameter and states once."""
     shapes: Sequence[Shape]
-    group_each: bool = False
-    """One parameter group for each tensor, with a learning rate of its own."""
+    groups: int = 1
+    """Parameter groups of as many tensors each, with learning rates of their own."""
     storage: Storage = PLAIN
     baseline: str | None = "torch fused"
     """The peer that the others are compared with; None if no other does this work."""
     peers: Sequence[str] | None = None
     """Who takes part; None if all of the suite do."""
-
-    @property
-    def groups(self) -> int:
-        return len(self.shapes) if self.group_each else 1
 
     @property
     def parameters(self) -> int:
@@ -68,7 +64,8 @@ class Case:
 
     def shrunk(self) -> Case:
         """The same case in a size that only shows that it runs."""
-        return replace(self, shapes=[tuple(min(size, 32) for size in shape) for shape in self.shapes[:4]])
+        shapes = [tuple(min(size, 32) for size in shape) for shape in self.shapes[:4]]
+        return replace(self, shapes=shapes, groups=min(self.groups, len(shapes)))
 
 
 @dataclass(frozen=True)
@@ -79,14 +76,16 @@ class Suite:
     peers: Sequence[str]
     interleaved: bool
     """Step the peers in turn, so that each finds the caches filled by the others. Else each is measured on its own."""
+    device: str = "cpu"
+    """The type of the device that the tensors are on; its results have a CSV file and a plot of their own."""
 
 
 FP32_BYTES = {"AdamW": 28, "NAdam": 28, "SGD": 20}  # the latter with momentum
 
 
-def adamw(name: str, shapes: Sequence[Shape], group_each: bool = False, **more: Any) -> Case:
+def adamw(name: str, shapes: Sequence[Shape], **more: Any) -> Case:
     bytes_per_parameter = more.pop("bytes_per_parameter", FP32_BYTES["AdamW"])
-    return Case(name, "AdamW", {"lr": 1e-3, "weight_decay": 1e-2}, bytes_per_parameter, shapes, group_each, **more)
+    return Case(name, "AdamW", {"lr": 1e-3, "weight_decay": 1e-2}, bytes_per_parameter, shapes, **more)
 
 
 def sgd(name: str, shapes: Sequence[Shape], nesterov: bool = True, **more: Any) -> Case:
@@ -127,11 +126,20 @@ SQUARE: list[Shape] = [(8192, 8192)]
 ONE_LARGE = adamw("AdamW, 1 tensor of 64M", [(64 * 2**20,)])
 """As close to the memory's speed as a step gets: what the other cases' bandwidth is compared with."""
 
+# The shapes of a detector: many small tensors, some large, in groups by the depth of the layer.
+DETECTOR: list[Shape] = [
+    *[(256, 256, 3, 3), (256,), (256,)] * 30,
+    *[(384, 384), (384,), (384,), (1536, 384), (1536,)] * 12,
+    *[(256, 256), (256,)] * 60,
+    *[(256,)] * 195,
+]
+BILLION: list[Shape] = [(4096, 813)] * 300
+
 SUITES = {
     "cpu": Suite(
         cases=[
             adamw("AdamW, 1000 tensors of 256", [(256,)] * 1000),
-            adamw("AdamW, 1000 of 256, a group each", [(256,)] * 1000, group_each=True),
+            adamw("AdamW, 1000 of 256, a group each", [(256,)] * 1000, groups=1000),
             adamw("AdamW, 256 LoRA matrices", [(8, 1024), (1024, 8)] * 128),
             adamw("AdamW, GPT-2 small", GPT2_SMALL),
             ONE_LARGE,
@@ -184,9 +192,47 @@ SUITES = {
     "host": Suite(
         cases=[
             adamw("AdamW, 1000 tensors of 1", [(1,)] * 1000),
-            adamw("AdamW, 1000 of 1, a group each", [(1,)] * 1000, group_each=True),
+            adamw("AdamW, 1000 of 1, a group each", [(1,)] * 1000, groups=1000),
         ],
         peers=["dracopt", "torch fused"],
         interleaved=False,
+    ),
+    "gpu": Suite(
+        cases=[
+            adamw("AdamW, 1B in 300 tensors", BILLION, peers=["dracopt", "torch fused", "stream", "copy"]),
+            adamw(
+                "AdamW, 1B in bf16 with fp32 states",
+                BILLION,
+                storage=replace(BF16, state="float32"),
+                bytes_per_parameter=22,
+                baseline=None,  # torch's kernels refuse it
+                peers=["dracopt", "stream", "copy"],
+            ),
+            adamw(
+                "AdamW, 1B in bf16",
+                BILLION,
+                storage=BF16,
+                bytes_per_parameter=14,
+                peers=["dracopt", "torch fused", "stream"],
+            ),
+            adamw("AdamW, 1000 tensors of 1024", [(1024,)] * 1000),
+            adamw("AdamW, detector, a group for each of 465", DETECTOR, groups=len(DETECTOR)),
+            adamw("AdamW, ResNet-50", RESNET50),
+            adamw("AdamW, 3900 tensors in 30 groups", [(1024,)] * 3900, groups=30),
+            adamw("AdamW, 1000 tensors of 1", [(1,)] * 1000),
+            sgd("SGD Nesterov, ResNet-50", RESNET50),
+            Case(
+                "NAdam, ResNet-50",
+                "NAdam",
+                {"lr": 1e-3},
+                FP32_BYTES["NAdam"],
+                RESNET50,
+                baseline="torch foreach",  # there is no fused one
+                peers=["dracopt", "torch foreach"],
+            ),
+        ],
+        peers=["dracopt", "torch fused", "torch foreach"],
+        interleaved=True,
+        device="cuda",
     ),
 }

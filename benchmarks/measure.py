@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,15 @@ from pathlib import Path
 import torch
 
 from .cases import Case, Suite
-from .peers import PEERS, SLOW, make_groups, require_equal_work, require_native, runs
+from .peers import PEERS, SLOW, make_events, make_groups, require_equal_work, require_native, runs
 
 WARM_UP = 5
+CYCLES_PER_SECOND = 2e9
+"""At most, of a GPU."""
+
+HOST, DEVICE, END_TO_END = "host", "device", "end to end"
+"""Until step() returns; between two events on the GPU's stream; until the GPU has done its work."""
+Times = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,9 @@ class Result:
     suite: str
     case: Case
     peer: str
+    clock: str
+    launches: int | None
+    """Kernels on a GPU in one step, as its profiler counts them."""
     rounds: int
     median: float
     p10: float
@@ -33,10 +42,19 @@ class Result:
     """The share of the processors that other processes took meanwhile; None where the system does not tell."""
 
     @classmethod
-    def of(cls, suite: str, case: Case, peer: str, seconds: list[float], others: float | None) -> Result:
+    def of(
+        cls,
+        suite: str,
+        case: Case,
+        peer: str,
+        clock: str,
+        launches: int | None,
+        seconds: list[float],
+        others: float | None,
+    ) -> Result:
         milliseconds = torch.tensor(seconds, dtype=torch.float64) * 1e3
         p10, median, p90 = milliseconds.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-        return cls(suite, case, peer, len(seconds), median, p10, p90, others)
+        return cls(suite, case, peer, clock, launches, len(seconds), median, p10, p90, others)
 
     @property
     def floor_bytes(self) -> int:
@@ -52,13 +70,14 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
     """Time all peers of a suite in one case."""
     peers = suite.peers if case.peers is None else case.peers
     names = [name for name in peers if (name not in left_out or name == case.baseline) and runs(name, case)]
-    stepped = {name: Stepped(name, case) for name in names}
+    stepped = {name: Stepped(name, case, suite.device) for name in names}
     optimizers = {name: stepped[name].optimizer for name in names}
     for _ in range(WARM_UP):
         for name in names:
             stepped[name].step()
-    require_native(optimizers["dracopt"])
+    require_native(optimizers["dracopt"], suite.device)
     require_equal_work(optimizers, case)
+    launches = {name: stepped[name].count_launches() for name in names}
     if case.large:
         rounds = max(rounds // 5, 2)
     begin, used_by_others = time.perf_counter(), _used_by_others()
@@ -70,37 +89,79 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
     if used_by_others is not None:
         others = (_used_by_others() or 0.0) - used_by_others
         others = max(others, 0.0) / (time.perf_counter() - begin) / (os.cpu_count() or 1)
-    require_native(optimizers["dracopt"])
-    return [Result.of(suite_name, case, name, times[name], others) for name in names]
+    require_native(optimizers["dracopt"], suite.device)
+    return [
+        Result.of(suite_name, case, name, clock, launches[name], [t[clock] for t in times[name]], others)
+        for name in names
+        for clock in times[name][0]
+    ]
 
 
 class Stepped:
     """One optimizer, whose gradients are the same in each step."""
 
-    def __init__(self, peer: str, case: Case) -> None:
+    def __init__(self, peer: str, case: Case, device: str) -> None:
         if peer == "dracopt plain":
             case = case.plain
-        groups = make_groups(case)
+        groups = make_groups(case, device)
         self.optimizer = PEERS[peer](case, groups)
+        self.on_gpu = device != "cpu"
         self._gradients: list[torch.Tensor] = []
         if peer == "torch foreach" and case.options.get("nesterov"):
             # That one adds the momentum to the gradients themselves.
             self._gradients = [p.grad for group in groups for p in group["params"]]
         self._originals = [gradient.clone() for gradient in self._gradients]
 
-    def step(self) -> float:
-        """The seconds that it took."""
-        begin = time.perf_counter()
-        self.optimizer.step()
-        seconds = time.perf_counter() - begin
+    def step(self) -> Times:
+        """The seconds that it took, by clock."""
+        times = self._step_on_gpu() if self.on_gpu else self._step_on_cpu()
+        self._restore()
+        return times
+
+    def _restore(self) -> None:
         for gradient, original in zip(self._gradients, self._originals, strict=True):
             gradient.copy_(original)
-        return seconds
+
+    def _step_on_cpu(self) -> Times:
+        begin = time.perf_counter()
+        self.optimizer.step()
+        return {END_TO_END: time.perf_counter() - begin}
+
+    def _step_on_gpu(self) -> Times:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        self.optimizer.step()
+        returned = time.perf_counter()
+        torch.cuda.synchronize()
+        end = time.perf_counter()
+        # Once more, for the GPU's own time: it sleeps until the step is launched, so that it never waits for the host.
+        self._restore()
+        first, last = make_events()
+        sleep: Callable[[int], None] = torch.cuda._sleep
+        sleep(int(2 * (returned - begin) * CYCLES_PER_SECOND))
+        first.record()
+        self.optimizer.step()
+        last.record()
+        torch.cuda.synchronize()
+        return {HOST: returned - begin, DEVICE: first.elapsed_time(last) / 1e3, END_TO_END: end - begin}
+
+    def count_launches(self) -> int | None:
+        if not self.on_gpu:
+            return None
+        steps = 3  # at the edges of its window the profiler may lose events
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(steps):
+                self.optimizer.step()
+                torch.cuda.synchronize()
+        self._restore()
+        kernels = [event.name for event in profile.events() or [] if event.device_type.name == "CUDA"]
+        return round(sum(not name.startswith(("Memcpy", "Memset")) for name in kernels) / steps)
 
 
-def _in_turn(stepped: Mapping[str, Stepped], rounds: int, every: Mapping[str, int]) -> dict[str, list[float]]:
+def _in_turn(stepped: Mapping[str, Stepped], rounds: int, every: Mapping[str, int]) -> dict[str, list[Times]]:
     """Step all in each round, each round beginning with another; one whose ``every`` is 4 takes each fourth round."""
-    times: dict[str, list[float]] = {name: [] for name in stepped}
+    times: dict[str, list[Times]] = {name: [] for name in stepped}
     with _no_collection():
         for index in range(rounds):
             taking_part = [name for name in stepped if index % every[name] == 0]
@@ -110,7 +171,7 @@ def _in_turn(stepped: Mapping[str, Stepped], rounds: int, every: Mapping[str, in
     return times
 
 
-def _alone(stepped: Stepped, rounds: int) -> list[float]:
+def _alone(stepped: Stepped, rounds: int) -> list[Times]:
     with _no_collection():
         for _ in range(WARM_UP):
             stepped.step()

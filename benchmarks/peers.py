@@ -21,13 +21,13 @@ SLOW = {"torch foreach", "torch for-loop"}
 """Those that take every fourth round only where a case is large."""
 
 
-def make_groups(case: Case) -> Groups:
+def make_groups(case: Case, device: str) -> Groups:
     """New parameters with gradients, with the same values in each call."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     storage = case.storage
 
     def tensor(shape: Shape, dtype: str, transposed: bool = False) -> torch.Tensor:
-        found = torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+        found = torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype))
         if storage.layout == "channels_last" and len(shape) == 4:
             return found.to(memory_format=torch.channels_last)
         return found.mT.contiguous().mT if transposed else found
@@ -35,10 +35,8 @@ def make_groups(case: Case) -> Groups:
     params = [torch.nn.Parameter(tensor(shape, storage.param)) for shape in case.shapes]
     for p in params:
         p.grad = tensor(tuple(p.shape), storage.grad, storage.layout == "transposed gradient")
-    if not case.group_each:
-        return [{"params": params}]
-    lr = case.options["lr"]
-    return [{"params": [p], "lr": lr * (1 + i / len(params))} for i, p in enumerate(params)]
+    lr, size = case.options["lr"], len(params) // case.groups
+    return [{"params": params[i : i + size], "lr": lr * (1 + i / len(params))} for i in range(0, len(params), size)]
 
 
 def _dracopt(case: Case, groups: Groups) -> torch.optim.Optimizer:
@@ -66,6 +64,18 @@ def _deepspeed(case: Case, groups: Groups) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _stream(case: Case, groups: Groups) -> torch.optim.Optimizer:
+    from .stream import Stream
+
+    return Stream(case, groups)
+
+
+def _copy(case: Case, groups: Groups) -> torch.optim.Optimizer:
+    from .stream import Copy
+
+    return Copy(case, groups)
+
+
 PEERS: dict[str, Make] = {
     "dracopt": _dracopt,
     "dracopt plain": _dracopt,  # on contiguous fp32 tensors; see measure.Stepped
@@ -73,7 +83,18 @@ PEERS: dict[str, Make] = {
     "torch foreach": _torch(foreach=True),
     "torch for-loop": _torch(foreach=False, fused=False),
     "DeepSpeed CPUAdam": _deepspeed,
+    "stream": _stream,
+    "copy": _copy,
 }
+
+BANDWIDTHS = {"stream", "copy"}
+"""Those that only move bytes: as many as the optimizer has to."""
+
+
+def make_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """For the time between two points of the current stream."""
+    make: Callable[..., torch.cuda.Event] = torch.cuda.Event
+    return make(enable_timing=True), make(enable_timing=True)
 
 
 def runs(peer: str, case: Case) -> bool:
@@ -95,10 +116,10 @@ def deepspeed_missing() -> str | None:
     return None
 
 
-def require_native(optimizer: torch.optim.Optimizer) -> None:
+def require_native(optimizer: torch.optim.Optimizer, device: str) -> None:
     """Raise unless the last step of this optimizer of ours ran in the native kernels and nowhere else."""
     ran = getattr(optimizer, "last_backend", None)
-    if ran != {"cpu": frozenset({"native"})}:
+    if ran != {device: frozenset({"native"})}:
         raise RuntimeError(f"dracopt was to be measured with its native kernels, but {ran} ran")
 
 
@@ -110,7 +131,7 @@ def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case)
     # In bf16 torch's foreach rounds after each operation, ours once.
     exact = case.storage.param == "float32"
     for name, optimizer in optimizers.items():
-        if name == "dracopt plain":
+        if name == "dracopt plain" or name in BANDWIDTHS:
             continue
         for ours, theirs in zip(_params(optimizer), expected, strict=True):
             if not torch.allclose(ours, theirs, rtol=1e-5 if exact else 0.03, atol=1e-6 if exact else 0.01):

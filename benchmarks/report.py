@@ -18,9 +18,9 @@ import torch
 import dracopt_ext
 from dracopt_ext.backend import _C
 
-from .cases import ONE_LARGE
-from .measure import Result
-from .peers import OURS
+from .cases import ONE_LARGE, SUITES
+from .measure import DEVICE, END_TO_END, Result
+from .peers import BANDWIDTHS, OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,8 @@ COLUMNS = (
         "gb_per_s",
         "bandwidth_share",
         "others_cpu_share",
+        "clock",
+        "launches",
     ),
 )
 
@@ -61,19 +63,24 @@ class Row:
     ratio: float | None
     """How many times faster than the case's baseline; None if there is none."""
     share: float | None
-    """Of the bandwidth that ours reaches in the same case on contiguous fp32 tensors, else on one large tensor; None if
-    neither was measured."""
+    """Of the bandwidth that a stream with the same reads and writes reaches on the GPU; on the CPU, that ours reaches
+    in the same case on contiguous fp32 tensors, else on one large tensor. None if neither was measured."""
 
 
 def compare(results: Sequence[Result]) -> list[Row]:
-    medians = {(r.suite, r.case.name, r.peer): r.median for r in results}
-    plain = {(r.suite, r.case.name): r.gb_per_s for r in results if r.peer == "dracopt plain"}
+    medians = {(r.suite, r.case.name, r.clock, r.peer): r.median for r in results}
+    measured = {(r.suite, r.case.name, r.clock, r.peer): r.gb_per_s for r in results}
     peak = next((r.gb_per_s for r in results if r.peer == "dracopt" and r.case.name == ONE_LARGE.name), None)
     rows = []
     for r in results:
-        baseline = medians.get((r.suite, r.case.name, r.case.baseline or ""))
-        bandwidth = plain.get((r.suite, r.case.name), peak)
-        rows.append(Row(r, baseline and baseline / r.median, bandwidth and r.gb_per_s / bandwidth))
+        this = (r.suite, r.case.name, r.clock)
+        baseline = medians.get((*this, r.case.baseline or ""))
+        if SUITES[r.suite].device == "cpu":
+            bandwidth = measured.get((*this, "dracopt plain"), peak)
+        else:
+            bandwidth = measured.get((*this, "stream")) if r.clock == DEVICE else None
+        ratio = None if r.peer in BANDWIDTHS else baseline and baseline / r.median
+        rows.append(Row(r, ratio, bandwidth and r.gb_per_s / bandwidth))
     return rows
 
 
@@ -87,10 +94,10 @@ def check_csv(path: Path) -> None:
         raise ValueError(f"{path} has other columns than this version writes; move it away or choose another --out")
 
 
-def append_csv(path: Path, rows: Iterable[Row]) -> None:
+def append_csv(path: Path, rows: Iterable[Row], device_type: str) -> None:
     check_csv(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    run = _environment()
+    run = _environment(device_type)
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -118,29 +125,35 @@ def _cells(row: Row) -> dict[str, object]:
         "gb_per_s": f"{result.gb_per_s:.4g}",
         "bandwidth_share": "" if row.share is None else f"{row.share:.4g}",
         "others_cpu_share": "" if result.others is None else f"{result.others:.2f}",
+        "clock": result.clock,
+        "launches": "" if result.launches is None else result.launches,
     }
 
 
 def _backend(peer: str) -> str:
     if peer in OURS:
         return "native"
+    if peer in BANDWIDTHS:
+        return ""
     return "torch" if peer.startswith("torch") else f"deepspeed {metadata.version('deepspeed')}"
 
 
-def _environment() -> dict[str, object]:
+def _environment(device_type: str) -> dict[str, object]:
     return {
         "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "dracopt": dracopt_ext.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": device(),
+        "device": device(device_type),
         "threads": torch.get_num_threads(),
     }
 
 
-def device() -> str:
-    """The processor and the instruction set that our kernels use on it."""
+def device(device_type: str) -> str:
+    """The GPU; or the processor, and the instruction set that our kernels use on it."""
+    if device_type != "cpu":
+        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -176,22 +189,25 @@ def _suites(rows: Sequence[Row]) -> list[str]:
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| case | optimizer | median ms | p10 to p90 | faster than | GB/s | share of bandwidth |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| case | optimizer | time | launches | median ms | p10 to p90 | faster than | GB/s | share of bandwidth |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    case = ""
+    case = peer = ""
     for row in rows:
         result = row.result
+        first = (result.case.name, result.peer) != (case, peer)
         cells = [
             result.case.name if result.case.name != case else "",
-            f"**{result.peer}**" if result.peer == "dracopt" else result.peer,
+            "" if not first else f"**{result.peer}**" if result.peer == "dracopt" else result.peer,
+            result.clock,
+            str(result.launches) if first and result.launches is not None else "",
             _short(result.median),
             f"{_short(result.p10)} to {_short(result.p90)}",
             "" if row.ratio is None else f"{result.case.baseline}: {_short(row.ratio)}x",
             _short(result.gb_per_s),
             "" if row.share is None else f"{row.share:.1%}",
         ]
-        case = result.case.name
+        case, peer = result.case.name, result.peer
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -201,21 +217,23 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """The speed-up over torch's fused implementation and, where known, the share of bandwidth. Of the suite ``cpu``."""
+def plot(path: Path, rows: Sequence[Row], device_type: str) -> None:
+    """The speed-up over torch's fused implementation and, where known, the share of bandwidth. Of one suite."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     cases = list(dict.fromkeys(row.result.case.name for row in rows))
+    rows = [row for row in rows if row.result.peer not in BANDWIDTHS]
     shares = [(row, 100 * row.share) for row in rows if row.share is not None]
+    speed_ups = [row for row in rows if row.ratio is not None and row.result.clock == END_TO_END]
     figure, axes = plt.subplots(
         1, 2 if shares else 1, sharey=True, squeeze=False, figsize=(10, 1.6 + 0.65 * len(cases)), layout="constrained"
     )
     left = axes[0, 0]
     left.set_xscale("log")
-    _panel(left, cases, [(row, row.ratio) for row in rows if row.ratio is not None], 1, "x")
+    _panel(left, cases, [(row, row.ratio or 1) for row in speed_ups], 1, "x")
     left.axvline(1, color=COLORS[FUSED], linewidth=1)
     left.set_title("times as fast as torch fused")
     left.set_yticks(range(len(cases)), cases)
@@ -227,11 +245,13 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         _panel(right, cases, shares, 0, " %")
         right.set_xlim(0, right.get_xlim()[1] * 1.08)
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        right.set_title("bandwidth, in % of ours on 64M")
+        of = "ours on 64M" if device_type == "cpu" else "a stream that reads and writes as much"
+        right.set_title(f"bandwidth, in % of {of}")
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     peers = [peer for peer in COLORS if peer in handles]
     figure.legend([handles[peer] for peer in peers], peers, loc="outside lower center", ncols=len(peers), frameon=False)
-    title = f"{device()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = f", {torch.get_num_threads()} threads" if device_type == "cpu" else ""
+    title = f"{device(device_type)}{threads}, torch {torch.__version__}"
     figure.suptitle(title, fontsize=9, color=COLORS[FUSED])
     figure.savefig(path, dpi=180)
     plt.close(figure)

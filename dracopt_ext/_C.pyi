@@ -25,8 +25,8 @@ class StepPlan:
 def isa() -> str:
     """The instruction set of the CPU kernels: "avx512", "avx2" or "baseline"."""
 
-def cuda_unavailable() -> str | None:
-    """Why the CUDA kernels cannot run here; None if they can. Looks for GPUs."""
+def cuda_unavailable(device: int) -> str | None:
+    """Why the CUDA kernels cannot run on this GPU; None if they can. Looks for GPUs."""
 
 def cuda_architectures() -> list[int]:
-    """What the CUDA kernels were compiled for: 900 is sm_90. Empty if they were not."""
+    """What the CUDA kernels were compiled for, in ascending order: 900 is sm_90. Empty if they were not."""

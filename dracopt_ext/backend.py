@@ -68,8 +68,8 @@ def _why_no_cuda() -> str | None:
         return f"compiled without CUDA kernels: {BUILD_INFO['no_cuda']}"
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) was built without CUDA"
-    reason: str | None = _C.cuda_unavailable()
-    return reason
+    reasons: list[str | None] = [_C.cuda_unavailable(device) for device in range(max(torch.cuda.device_count(), 1))]
+    return None if None in reasons else reasons[0]
 
 
 def resolve(backend: str | None) -> str | None:

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import report
 from benchmarks.cases import SUITES
+from benchmarks.measure import DEVICE, END_TO_END, HOST, Result
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,14 +31,14 @@ def test_benchmarks_append_to_the_csv_and_draw(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = []
     for _ in range(2):
-        table = run("", tmp_path, "--peers")
+        table = run("", tmp_path, "--peers", "--suite", *(name for name in SUITES if name != "gpu"))
         assert "| **dracopt** |" in table
         with (tmp_path / "cpu.csv").open(newline="") as file:
             rows.append(list(csv.DictReader(file)))
     assert rows[1][: len(rows[0])] == rows[0]
     assert len(rows[1]) == 2 * len(rows[0])
     measured = {(row["case"], row["peer"]) for row in rows[0]}
-    for case in (case for suite in SUITES.values() for case in suite.cases):
+    for case in (case for suite in SUITES.values() if suite.device == "cpu" for case in suite.cases):
         assert {(case.name, "dracopt"), (case.name, case.baseline or "dracopt")} <= measured
     assert {row["backend"] for row in rows[0] if row["peer"] == "dracopt"} == {"native"}
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
@@ -43,6 +46,47 @@ def test_benchmarks_append_to_the_csv_and_draw(tmp_path: Path) -> None:
     (tmp_path / "cpu.csv").write_text("other,columns\n")
     with pytest.raises(AssertionError, match="has other columns than this version writes"):
         run("", tmp_path, "--peers")
+
+
+@pytest.mark.gpu
+def test_gpu_suite(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    table = run("", tmp_path, "--suite", "gpu")
+    assert "| **dracopt** |" in table
+    with (tmp_path / "gpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours = [row for row in rows if row["peer"] == "dracopt"]
+    assert {row["launches"] for row in ours} == {"1"}
+    assert {row["clock"] for row in ours} == {"host", "device", "end to end"}
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What becomes of figures that only a GPU could have given."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    suite = SUITES["gpu"]
+    milliseconds = {"dracopt": 2.0, "torch fused": 4.0, "torch foreach": 8.0, "stream": 1.5, "copy": 1.0}
+    results = [
+        Result.of("gpu", case, peer, clock, 1, [milliseconds[peer] / 1e3] * 3, None)
+        for case in suite.cases
+        for peer in case.peers or suite.peers
+        for clock in (HOST, DEVICE, END_TO_END)
+    ]
+    rows = report.compare(results)
+    for row in rows:
+        large = row.result.peer == "dracopt" and row.result.case.name.startswith("AdamW, 1B")
+        if row.result.peer == "dracopt" and row.result.case.baseline is not None:
+            assert row.ratio == (4 if row.result.case.optimizer == "NAdam" else 2)
+        assert row.share is None or row.result.clock == DEVICE
+        if large and row.result.clock == DEVICE:
+            assert row.share == 0.75
+    report.append_csv(tmp_path / "gpu.csv", rows, "cuda")
+    report.plot(tmp_path / "gpu.png", rows, "cuda")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    table = report.markdown(rows)
+    assert table.count("| **dracopt** |") == len(suite.cases)
+    assert "| AdamW, 1B in 300 tensors | **dracopt** | host | 1 | 2.00 |" in table
 
 
 def test_training_on_digits(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ class Gpu:
         return bool(optimizer.last_backend == {self.type: frozenset({"native"})})
 
 
+def needs_a_gpu() -> None:
+    reason = dracopt_ext.backends()["native:cuda"]
+    if reason is not None:
+        pytest.skip(reason)
+
+
 class Simulated(Gpu):
     type = simulated_gpu.DEVICE
     devices = 2
@@ -65,9 +71,7 @@ load_simulation = functools.cache(simulated_gpu.load)
 @pytest.fixture(params=["simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     if request.param == "cuda":
-        reason = dracopt_ext.backends()["native:cuda"]
-        if reason is not None:
-            pytest.skip(reason)
+        needs_a_gpu()
         yield Gpu()
         return
     if torch.version.cuda is not None:
@@ -283,6 +287,29 @@ def test_one_launch_for_each_arithmetic(gpu: Gpu) -> None:
     assert launches(optimizer) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("work", ["465 groups", "30 groups", "mixed dtypes"])
+def test_launches_that_the_profiler_counts(work: str) -> None:
+    needs_a_gpu()
+    gpu = Gpu()
+    if work == "mixed dtypes":
+        groups = [{"params": parameters(gpu, [100] * 50, dtype)} for dtype in (FP32, BF16)]
+    else:
+        tensors, count = (465, 465) if work == "465 groups" else (3900, 30)
+        params = parameters(gpu, [100] * tensors)
+        size = tensors // count
+        groups = [{"params": params[i : i + size], "lr": 1e-3 + i * 1e-6} for i in range(0, tensors, size)]
+    optimizer = dracopt_ext.AdamW(groups)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            optimizer.step()
+            torch.cuda.synchronize()
+    on_gpu = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert len(on_gpu) == 3, on_gpu
+
+
 def test_one_launch_for_different_numbers_of_states(gpu: Gpu) -> None:
     a, b = parameters(gpu, [10_000, 20_000])
     optimizer = dracopt_ext.Adam([{"params": [a], "amsgrad": True}, {"params": [b]}])
@@ -316,6 +343,21 @@ def test_table_is_written_once(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) 
     params[1].grad = None
     optimizer.step()
     assert simulated.read("tables") == before + 2
+
+
+def test_table_of_strided_tensors_is_written_once(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+    values = [torch.ones(6, 5, 4, 3), torch.ones(7, 8), torch.ones(3, 4, 5)]
+    params = [nn.Parameter(gpu(value)) for value in values]
+    optimizer = dracopt_ext.AdamW(params)
+    before = simulated.read("tables")
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] *= 0.9
+        for p, value in zip(params, values, strict=True):
+            p.grad = gpu(value.transpose(0, -1).contiguous()).transpose(0, -1)
+        sum(range(10**step))  # other numbers on the stack
+        optimizer.step()
+    assert gpu.only_here(optimizer)
+    assert simulated.read("tables") == before + 1
 
 
 def test_what_a_user_changes_between_steps(gpu: Gpu) -> None:
@@ -545,8 +587,7 @@ def test_overflow_with_counts_on_the_host(gpu: Gpu) -> None:
 @pytest.mark.gpu
 def test_grad_scaler_end_to_end() -> None:
     """A real GradScaler, against unscaled training that leaves out the steps that overflow."""
-    if dracopt_ext.backends()["native:cuda"] is not None:
-        pytest.skip("needs a GPU")
+    needs_a_gpu()
     for make in (dracopt_ext.AdamW, dracopt_ext.SGD):
         torch.manual_seed(0)
         p, q = (nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda")) for _ in range(2))
@@ -560,6 +601,7 @@ def test_grad_scaler_end_to_end() -> None:
             if overflows:
                 p.grad[7] = math.inf
             scaler.step(ours)
+            assert Gpu().only_here(ours)
             scaler.update()
             if not overflows:
                 q.grad = gradient
@@ -628,6 +670,21 @@ def test_captured_tables_outlive_the_capture(gpu: Gpu, simulated: simulated_gpu.
     assert ctypes.string_at(captured, 256) == contents
 
 
+def test_table_of_a_capture_is_the_graphs_alone(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+    """It is written in the replay, not before: a step without graph must not rely on it."""
+    params = parameters(gpu, [10, 20])
+    optimizer = dracopt_ext.AdamW(params, capturable=True)
+    optimizer.step()
+    params[0].data = params[0].data.clone()
+    simulated.set("capturing", 1)
+    optimizer.step()
+    captured, tables = simulated.table(), simulated.read("tables")
+    simulated.set("capturing", 0)
+    optimizer.step()
+    assert simulated.table() != captured
+    assert simulated.read("tables") == tables + 1
+
+
 def test_current_stream(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
     params = parameters(gpu, [10])
     optimizer = dracopt_ext.AdamW(params)
@@ -641,8 +698,7 @@ def test_current_stream(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None
 @every_rule
 def test_graph_replays(case: Case) -> None:
     """A captured step, replayed while gradients and a Tensor lr change, is what eager steps are."""
-    if dracopt_ext.backends()["native:cuda"] is not None:
-        pytest.skip("needs a GPU")
+    needs_a_gpu()
     is_sgd = case.algorithm == "SGD"
     options = {**case.options, **({} if is_sgd else {"capturable": True})}
     initial, steps = inputs([5, 3 * TILE], FP32, 6)
@@ -666,6 +722,7 @@ def test_graph_replays(case: Case) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
+    assert Gpu().only_here(optimizer)
     for step in range(1, len(steps)):
         load(step)
         graph.replay()
@@ -685,8 +742,7 @@ def test_graph_replays(case: Case) -> None:
 
 @pytest.mark.gpu
 def test_steps_on_several_streams() -> None:
-    if dracopt_ext.backends()["native:cuda"] is not None:
-        pytest.skip("needs a GPU")
+    needs_a_gpu()
     initial, steps = inputs([5, 300 * TILE], FP32, 12)
     params = [nn.Parameter(value.cuda()) for value in initial]
     optimizer = dracopt_ext.AdamW(params)
@@ -701,7 +757,7 @@ def test_steps_on_several_streams() -> None:
             if number % 4 == 3:
                 params[0].data = params[0].data.clone()  # another table
             optimizer.step()
-            torch.empty(10_000_000, device="cuda").fill_(7.0)
+            assert Gpu().only_here(optimizer)
         last = stream
     torch.cuda.synchronize()
     ours = {name: value.cpu() for name, value in snapshot(optimizer).items()}
@@ -709,36 +765,72 @@ def test_steps_on_several_streams() -> None:
 
 
 @pytest.mark.gpu
+def test_table_outlives_its_last_step_on_another_stream() -> None:
+    """Its memory belongs to the stream that wrote it, and is given back there while the other stream still waits."""
+    needs_a_gpu()
+    initial, steps = inputs([5000] * 40, FP32, 3)
+    params = [nn.Parameter(value.cuda()) for value in initial]
+    optimizer = dracopt_ext.AdamW(params)
+    gradients = [[value.cuda() for value in step] for step in steps]
+
+    def step(number: int) -> None:
+        for p, gradient in zip(params, gradients[number], strict=True):
+            p.grad = gradient
+        optimizer.step()
+
+    step(0)
+    torch.cuda.synchronize()
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(200_000_000)
+        step(1)
+        params[0].data = params[0].data.clone()
+        step(2)  # with another table: that of the first step is given back
+    rubbish = [
+        torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in (1024, 4096, 16384) for _ in range(50)
+    ]
+    torch.cuda.synchronize()
+    del rubbish
+    ours = {name: value.cpu() for name, value in snapshot(optimizer).items()}
+    assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
+
+
+@pytest.mark.gpu
 def test_host_never_waits() -> None:
-    """With the GPU busy, step() returns before it is done; torch's own check finds no synchronisation."""
-    if dracopt_ext.backends()["native:cuda"] is not None:
-        pytest.skip("needs a GPU")
+    """step() returns while the GPU has not even begun with it."""
+    needs_a_gpu()
     params = [nn.Parameter(torch.ones(1000, device="cuda")) for _ in range(50)]
     optimizer = dracopt_ext.AdamW(params, fused=True)
-    for step in range(4):
+    for number in range(4):
         for p in params:
             p.grad = torch.ones_like(p)
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        if number == 2:
+            params[0].data = params[0].data.clone()  # another table
+        optimizer.found_inf = torch.zeros((), device="cuda")
+        optimizer.grad_scale = torch.ones((), device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000_000)
+        slept = torch.cuda.Event()
+        slept.record()
+        optimizer.step()
+        assert Gpu().only_here(optimizer)
+        assert number == 0 or not slept.query()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD, dracopt_ext.NAdam])
 def test_model_is_trained_alike(make: Any) -> None:
     """On the GPU; and on the CPU by the gradients of the GPU."""
-    if dracopt_ext.backends()["native:cuda"] is not None:
-        pytest.skip("needs a GPU")
+    needs_a_gpu()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 10))
     twin = copy.deepcopy(model)
     model.cuda()
-    ours, theirs = make(model.parameters(), lr=1e-2), make(twin.parameters(), lr=1e-2)
+    lr = 0.2 if make is dracopt_ext.SGD else 1e-2
+    ours, theirs = make(model.parameters(), lr=lr), make(twin.parameters(), lr=lr)
     x, y = torch.randn(256, 64, device="cuda"), torch.randint(10, (256,), device="cuda")
     losses = []
-    for _ in range(50):
+    for _ in range(80):
         ours.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
@@ -746,6 +838,7 @@ def test_model_is_trained_alike(make: Any) -> None:
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             q.grad = p.grad.cpu()
         ours.step()
+        assert Gpu().only_here(ours)
         theirs.step()
     assert losses[-1] < 0.8 * losses[0]
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

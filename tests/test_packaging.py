@@ -134,6 +134,26 @@ def test_compiled_wheel(tree: Path) -> None:
     assert output[1] == "{'cpu': frozenset({'torch'})} 0.798"
 
 
+def test_nvcc_fails(tree: Path, tmp_path: Path) -> None:
+    """All but the CUDA kernels is built, and says so. It is as if there were no nvcc."""
+    toolkit = tmp_path / "toolkit"
+    for folder in ("bin", "lib"):
+        (toolkit / folder).mkdir(parents=True)
+    (toolkit / "lib/libcudart_static.a").touch()
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        f"--dryrun) echo '\"-L{toolkit}/lib\"' >&2 ;;\n--list-gpu-arch) echo compute_90 ;;\n*) exit 7 ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    target = install(build(tree, {"CUDA_HOME": str(toolkit)}))
+    output, errors = use(target)
+    assert output[1] == "{'cpu': frozenset({'native'})} 0.798"
+    assert errors == []
+    output, _ = use(target, "import dracopt_ext; print(dracopt_ext.backends()['native:cuda'])")
+    assert output == [f"compiled without CUDA kernels: {nvcc} failed; its output is among the build's"]
+
+
 def test_no_compiler(tree: Path) -> None:
     target = assert_pure(build(tree, NO_COMPILER), "no C++ compiler was found (/nowhere/c++)")
     output, _ = use(target, "import runpy; runpy.run_module('dracopt_ext', run_name='__main__')")

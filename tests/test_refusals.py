@@ -300,3 +300,28 @@ def test_interrupted_creation_of_states_leaves_none_behind(monkeypatch: pytest.M
     optimizer.step()
     for p in params:
         assert (p == 0).all()  # the first step is undampened: it was not taken before
+
+
+def test_freed_memory() -> None:
+    """As sharded training frees it: nothing may be written where nothing is."""
+    p, q = (nn.Parameter(torch.ones(10)) for _ in range(2))
+    p.grad, q.grad = torch.ones(10), torch.ones(10)
+    optimizer = dracopt_ext.AdamW([p, q])
+    optimizer.step()
+    named = {
+        "parameter 1 of group 0": q,
+        "the gradient of parameter 1 of group 0": q.grad,
+        "the state 'exp_avg_sq' of parameter 1 of group 0": optimizer.state[q]["exp_avg_sq"],
+    }
+    for name, tensor in named.items():
+        before = p.detach().clone()
+        storage = tensor.untyped_storage()
+        for left in (0, 36):
+            storage.resize_(left)
+            with pytest.raises(ValueError, match=rf"{name} .* in a storage that is too small for it, of {left} bytes"):
+                optimizer.step()
+        storage.resize_(40)
+        tensor.data.fill_(1.0)
+        assert torch.equal(p, before)
+        assert optimizer.state[p]["step"].item() == 1
+    optimizer.step()

@@ -3,7 +3,10 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -15,6 +18,16 @@ namespace dracopt {
 namespace {
 
 c10::Stream current_stream(c10::Device device) { return c10::impl::VirtualGuardImpl(kGpu).getStream(device); }
+
+// The stream's cudaStream_t, from a binary that knows no CUDA.
+void* handle_of(const c10::Stream& stream) {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 11
+  const auto current = pybind11::module_::import("torch._C").attr("_cuda_getCurrentRawStream");
+  return reinterpret_cast<void*>(current(stream.device_index()).cast<uintptr_t>());
+#else
+  return stream.native_handle();
+#endif
+}
 
 template <typename T>
 size_t append(std::vector<char>& image, const std::vector<T>& items) {
@@ -29,7 +42,7 @@ size_t append(std::vector<char>& image, const std::vector<T>& items) {
 bool is_capturing(c10::Device device) {
   const c10::DeviceGuard guard(device);
   bool answer = false;
-  const char* const error = cuda::is_capturing(current_stream(device).native_handle(), answer);
+  const char* const error = cuda::is_capturing(handle_of(current_stream(device)), answer);
   if (error != nullptr)
     throw std::runtime_error(std::string("cannot tell whether a graph is being captured: ") + error);
   return answer;
@@ -100,7 +113,7 @@ void Launches::add(const Segment& segment, int states, void* const* carried, uin
   row.layout = cuda::kDense;
   if (segment.layout != nullptr) {
     row.layout = static_cast<int32_t>(layouts_.size());
-    layouts_.push_back(*segment.layout);
+    append_layout(*segment.layout, kFirstState + states);
   }
   row.carried_fp32 = carried_fp32;
   row.states = static_cast<uint8_t>(states);
@@ -109,23 +122,36 @@ void Launches::add(const Segment& segment, int states, void* const* carried, uin
   first_tiles_.push_back(static_cast<uint32_t>(first_tile));
 }
 
-void Launches::run(const char* rule, const Scaler& scaler) {
+// Only what is of a layout: the rest of it may be anything, and would make equal tables differ.
+void Launches::append_layout(const Layout& layout, int streams) {
+  layouts_.emplace_back();
+  Layout& copy = layouts_.back();
+  std::memset(static_cast<void*>(&copy), 0, sizeof(copy));
+  copy.dims = layout.dims;
+  std::copy(layout.sizes, layout.sizes + layout.dims, copy.sizes);
+  for (int k = 0; k < streams; ++k) std::copy(layout.strides[k], layout.strides[k] + layout.dims, copy.strides[k]);
+}
+
+void Launches::prepare(const Scaler& scaler) {
   if (launches_ == 0) return;
   const c10::DeviceGuard guard(device_);
   const c10::Stream stream = current_stream(device_);
+  stream_ = handle_of(stream);
   image_.clear();
   append(image_, rows_);
   const size_t layouts = append(image_, layouts_), first_tiles = append(image_, first_tiles_);
   const size_t finished = append(image_, std::vector<uint32_t>(launches_));
   image_.resize((image_.size() + cuda::kVectorBytes - 1) / cuda::kVectorBytes * cuda::kVectorBytes);
+
   bool capturing = false;
-  const char* error = cuda::is_capturing(stream.native_handle(), capturing);
-  if (error == nullptr && (image_ != written_ || !table_.defined())) {
+  const char* error = cuda::is_capturing(stream_, capturing);
+  if (error == nullptr && image_ != written_) {
     written_.clear();
     table_ = at::empty({static_cast<int64_t>(image_.size())}, at::TensorOptions(device_).dtype(at::kByte));
     table_stream_ = stream;
-    error = cuda::write_table(table_.mutable_data_ptr(), image_.data(), image_.size(), stream.native_handle());
-    if (error == nullptr) written_ = image_;
+    error = cuda::write_table(table_.mutable_data_ptr(), image_.data(), image_.size(), stream_);
+    // A capture only promises to write it: nobody but the graph may count on that.
+    if (error == nullptr && !capturing) written_ = image_;
   }
   if (error != nullptr) fail("write the table of tensors", error);
   if (stream != table_stream_) {
@@ -133,11 +159,11 @@ void Launches::run(const char* rule, const Scaler& scaler) {
   }
   if (capturing && (captured_.empty() || !captured_.back().is_same(table_))) captured_.push_back(table_);
 
-  const auto on_device = [&](const at::Tensor& number) -> const float* {
+  const auto here = [&](const at::Tensor& number) { return number.defined() ? number.to(device_, true) : number; };
+  scaler_ = {here(scaler.found_inf), here(scaler.grad_scale)};
+  const auto address = [](const at::Tensor& number) {
     return number.defined() ? static_cast<const float*>(number.const_data_ptr()) : nullptr;
   };
-  const auto here = [&](const at::Tensor& number) { return number.defined() ? number.to(device_, true) : number; };
-  const at::Tensor found_inf = here(scaler.found_inf), grad_scale = here(scaler.grad_scale);
   char* const table = static_cast<char*>(table_.mutable_data_ptr());
   size_t first_row = 0;
   for (size_t i = 0; i < launches_; ++i) {
@@ -146,13 +172,21 @@ void Launches::run(const char* rule, const Scaler& scaler) {
     arguments.layouts = reinterpret_cast<const Layout*>(table + layouts);
     arguments.first_tiles = reinterpret_cast<const uint32_t*>(table + first_tiles) + first_row;
     arguments.finished = counts_steps_ ? reinterpret_cast<uint32_t*>(table + finished) + i : nullptr;
-    arguments.found_inf = on_device(found_inf);
-    arguments.grad_scale = on_device(grad_scale);
+    arguments.found_inf = address(scaler_.found_inf);
+    arguments.grad_scale = address(scaler_.grad_scale);
     arguments.blocks = static_cast<uint32_t>(filled_[i].tiles);
     first_row += arguments.count;
-    error = cuda::launch(rule, arithmetic_, arguments, stream.native_handle());
+  }
+}
+
+void Launches::run(const char* rule) {
+  if (launches_ == 0) return;
+  const c10::DeviceGuard guard(device_);
+  for (size_t i = 0; i < launches_; ++i) {
+    const char* const error = cuda::launch(rule, arithmetic_, arguments_[i], stream_);
     if (error != nullptr) fail("launch the update kernel", error);
   }
+  scaler_ = {};
 }
 
 void Launches::fail(const char* what, const char* error) const {

@@ -38,8 +38,11 @@ class Launches {
   void add(const Segment& segment, int states, void* const* carried, uint8_t carried_fp32, bool has_recipe,
            const void* group, const uint64_t* slot, size_t slot_words);
 
-  // Throws std::runtime_error if CUDA refuses. Nothing else can fail, and nothing is waited for.
-  void run(const char* rule, const Scaler& scaler);
+  // Brings to the device what the launches need. Allocates memory only if the table has changed.
+  void prepare(const Scaler& scaler);
+
+  // Both throw std::runtime_error if CUDA refuses. Nothing is waited for.
+  void run(const char* rule);
 
   size_t count() const { return launches_; }
 
@@ -51,6 +54,7 @@ class Launches {
 
   uint32_t slot_for(const void* group, const uint64_t* words, size_t count, bool& is_new);
   void begin_launch();
+  void append_layout(const Layout& layout, int streams);
   [[noreturn]] void fail(const char* what, const char* error) const;
 
   c10::Device device_;
@@ -64,6 +68,8 @@ class Launches {
   std::vector<Slot> slots_;                 // of the last launch
   size_t launches_ = 0;
   bool counts_steps_ = false;  // some carried scalar lies on the device
+  Scaler scaler_;              // on this device, until it has run
+  void* stream_ = nullptr;     // the current one
 
   std::vector<char> image_, written_;  // the table as it is to be, and as it is on the device
   at::Tensor table_;

@@ -10,7 +10,7 @@ PYBIND11_MODULE(_C, m) {
   using Indices = dracopt::StepPlan::Indices;
   dracopt::cpu::kernels();  // a wrong DRACOPT_ISA fails the import, with its reason, not the first step
   m.def("isa", [] { return dracopt::cpu::kernels().isa; });
-  m.def("cuda_unavailable", &dracopt::cuda::unavailable);
+  m.def("cuda_unavailable", &dracopt::cuda::unavailable, py::arg("device"));
   m.def("cuda_architectures", &dracopt::cuda::architectures);
   py::class_<dracopt::StepPlan>(m, "StepPlan", py::module_local())
       .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))

@@ -83,7 +83,7 @@ StepPlan::StepPlan(const std::string& rule, std::string optimizer)
   state_keys_.append(rule_.state_keys);
 }
 
-py::object StepPlan::step(py::handle param_groups, py::handle state, double grad_scale, Scaler scaler,
+py::object StepPlan::step(py::handle param_groups, py::handle state, double grad_scale, const Scaler& scaler,
                           std::optional<Indices> created, Indices stepped) {
   if (running_) {
     throw std::runtime_error(
@@ -92,7 +92,6 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
   updated_.clear();
   for (Launches& launches : launches_) launches.clear();
   grad_scale_ = grad_scale;
-  scaler_ = std::move(scaler);
   read_groups(param_groups.ptr());
   locate(state.ptr());
   const bool again = created.has_value();
@@ -104,12 +103,12 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
   set_aside_overlapping();
   check_capture();
   set_aside_missing();
-  const bool waits = host_decides();
+  const bool waits = host_decides(scaler);
   if (!again && (waits || !missing_.empty() || !foreign_.empty())) return todo(waits);
   if (waits || !missing_.empty() || !foreign_.empty()) {
     throw std::runtime_error("parameters or states have changed while step() was creating states");
   }
-  run();
+  run(scaler);
   return py::none();
 }
 
@@ -400,7 +399,11 @@ void StepPlan::make_segment(const Group& group, Examined& examined, Segment& seg
     void* data =
         k == kGrad ? const_cast<void*>(readable_data(tensor, stored.bytes())) : writable_data(tensor, stored.bytes());
     const bool simple = contiguous && tensor->is_contiguous();
-    const int64_t bytes = (simple ? p->numel() : extent_of(tensor)) * stored.bytes();
+    const int64_t extent = simple ? p->numel() : extent_of(tensor), bytes = extent * stored.bytes();
+    if (lacks_memory(tensor, extent, stored.bytes())) {
+      const int culprit = k == kParam ? kParameter : k == kGrad ? kGradient : rule_.carried + k - kFirstState;
+      return examined.be_wrong(Fault::memory, culprit);
+    }
     const bool moved = segment.streams[k].data != data || examined.bytes[k] != bytes;
     if (k == kGrad) {
       examined.grad_moved = moved;
@@ -513,17 +516,19 @@ void StepPlan::refuse(const Examined& examined) const {
                           " is expanded: several of its elements share one memory location, so it cannot be updated in "
                           "place. Optimize a clone() of it instead");
   }
-  const bool of_gradient = examined.verdict == Verdict::wrong && examined.culprit == kGradient;
-  const std::string state = of_gradient ? "" : quoted(state_keys_[static_cast<size_t>(examined.culprit)]);
+  const bool of_state = examined.culprit >= 0;
+  const std::string state = of_state ? quoted(state_keys_[static_cast<size_t>(examined.culprit)]) : "";
   if (examined.verdict == Verdict::partial_state) {
     throw py::key_error("the state of " + parameter + " has no " + state +
                         ". Was an option such as amsgrad switched on after the first step? Delete this parameter's "
                         "state to start it afresh");
   }
-  PyObject* value = of_gradient ? nullptr : located.values[examined.culprit];
+  PyObject* value = of_state ? located.values[examined.culprit] : nullptr;
   const auto fault = [&]() -> std::string {
     if (examined.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
-    const c10::TensorImpl* tensor = of_gradient ? located.grad : THPVariable_Unpack(value).unsafeGetTensorImpl();
+    const c10::TensorImpl* tensor = of_state                        ? THPVariable_Unpack(value).unsafeGetTensorImpl()
+                                    : examined.culprit == kGradient ? located.grad
+                                                                    : located.param;
     switch (examined.fault) {
       case Fault::device:
         return "is on another device, " + tensor->device().str();
@@ -531,11 +536,17 @@ void StepPlan::refuse(const Examined& examined) const {
         return std::string("has a dtype that does not fit, ") + c10::toString(tensor->dtype().toScalarType());
       case Fault::expanded:
         return "is expanded: several of its elements share one memory location";
+      case Fault::memory:
+        return "lies in a storage that is too small for it, of " + std::to_string(tensor->unsafe_storage().nbytes()) +
+               " bytes: it was freed or resized";
       default:
         return "has another shape, " + shape_of(tensor);
     }
   };
-  if (of_gradient) {
+  if (examined.culprit == kParameter) {
+    throw py::value_error(parameter + " " + fault() + ". Give it its memory back before the step");
+  }
+  if (examined.culprit == kGradient) {
     throw py::value_error("the gradient of " + parameter + " " + fault() +
                           ". Set .grad to None, or to a tensor like the parameter");
   }
@@ -641,8 +652,8 @@ void StepPlan::check_capture() const {
 
 // After an overflow nothing of a step may be done. A kernel sees to that, but cannot for what the host does: count
 // steps, create a state that its first step fills, or update what is not on a GPU.
-bool StepPlan::host_decides() const {
-  if (!scaler_.found_inf.defined() && !scaler_.grad_scale.defined()) return false;
+bool StepPlan::host_decides(const Scaler& scaler) const {
+  if (!scaler.found_inf.defined() && !scaler.grad_scale.defined()) return false;
   if (!foreign_.empty() || missing_is_hosts_) return true;
   for (size_t i = 0; i < count_; ++i) {
     if (!examined_[i].on_gpu) return true;
@@ -654,8 +665,8 @@ bool StepPlan::host_decides() const {
 }
 
 // Nothing can fail from here on, but for CUDA.
-void StepPlan::run() {
-  run_on_gpus();
+void StepPlan::run(const Scaler& scaler) {
+  run_on_gpus(scaler);
   run_on_cpu();
 }
 
@@ -694,7 +705,7 @@ size_t StepPlan::fill_slot(const Examined& examined, uint64_t* words) const {
   return count;
 }
 
-void StepPlan::run_on_gpus() {
+void StepPlan::run_on_gpus(const Scaler& scaler) {
   for (size_t i = 0; i < count_; ++i) {
     const Examined& examined = examined_[i];
     if (!examined.on_gpu) continue;
@@ -710,7 +721,8 @@ void StepPlan::run_on_gpus() {
     launches_for(examined).add(segments_[i], group.states, carried, carried_fp32, examined.has_recipe, &group, slot,
                                words);
   }
-  for (Launches& launches : launches_) launches.run(rule_.name, scaler_);
+  for (Launches& launches : launches_) launches.prepare(scaler);
+  for (Launches& launches : launches_) launches.run(rule_.name);
 
   // What is left is the CPU's; mostly it is nothing, or all.
   size_t kept = 0;

@@ -34,7 +34,7 @@ class StepPlan {
   // all, for which there is then a `grad_scale`, or no step. Python does it and calls again: the parameters in
   // `created` then take their first step, and those in `stepped` are passed over. Gradients are divided by `grad_scale`
   // where they are read. Bad input raises, and nothing has changed.
-  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, double grad_scale, Scaler scaler,
+  pybind11::object step(pybind11::handle param_groups, pybind11::handle state, double grad_scale, const Scaler& scaler,
                         std::optional<Indices> created, Indices stepped);
 
   // How many parameters the last call updated, by type of device.
@@ -71,14 +71,14 @@ class StepPlan {
   enum class Verdict { ready, missing_state, foreign, expanded, partial_state, wrong };
 
   // How a gradient or a state cannot belong to its parameter.
-  enum class Fault { none, no_tensor, device, shape, dtype, expanded };
-  static constexpr int kGradient = -1;
+  enum class Fault { none, no_tensor, device, shape, dtype, expanded, memory };
+  static constexpr int kGradient = -1, kParameter = -2;  // in the place of a state
 
   // What a located parameter's tensors turned out to be. Addresses and extents outlive a step: the next one compares
   // its own with those that it finds at the same place.
   struct Examined {
     Verdict verdict;
-    // of what is wrong; in state_keys_, or kGradient; of what is partial, too
+    // of what is wrong; in state_keys_, kGradient or kParameter; of what is partial, too
     Fault fault;
     int culprit;
     const char* reason;  // of what is foreign
@@ -138,9 +138,9 @@ class StepPlan {
   void set_aside_missing();
   void keep(size_t from, size_t to);  // among the examined and their segments
   void check_capture() const;
-  bool host_decides() const;
-  void run();
-  void run_on_gpus();
+  bool host_decides(const Scaler& scaler) const;
+  void run(const Scaler& scaler);
+  void run_on_gpus(const Scaler& scaler);
   void run_on_cpu();
   Launches& launches_for(const Examined& examined);
   size_t fill_slot(const Examined& examined, uint64_t* words) const;
@@ -173,7 +173,6 @@ class StepPlan {
   bool written_moved_ = true, grads_moved_ = true;  // since that search
 
   std::deque<Launches> launches_;
-  Scaler scaler_;
 
   std::map<std::string, size_t> updated_;
   bool running_ = false;

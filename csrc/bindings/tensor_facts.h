@@ -5,6 +5,8 @@
 #include <c10/core/impl/COW.h>
 
 #include <array>
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "bindings/gpu.h"
@@ -31,7 +33,7 @@ inline bool is_on_cpu(const c10::TensorImpl* tensor) {
 
 // An ordinary dense tensor on a GPU that the kernels can run on.
 inline bool is_on_gpu(const c10::TensorImpl* tensor) {
-  return is_dense(tensor, kGpuKey, kGpuKeys) && cuda::unavailable() == nullptr;
+  return is_dense(tensor, kGpuKey, kGpuKeys) && cuda::unavailable(tensor->device().index()) == nullptr;
 }
 
 inline bool is_plain(const c10::TensorImpl* tensor) { return is_on_cpu(tensor) || is_on_gpu(tensor); }
@@ -41,13 +43,21 @@ inline bool is_python_subclass(const c10::TensorImpl* tensor) {
   return tensor->key_set().has(c10::DispatchKey::Python);
 }
 
+// Lives as long as the process, as the reasons of `unavailable` do.
+inline const char* why_not_on_gpu(const char* unavailable) {
+  static std::map<std::string, std::string> texts;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::string& text = texts[unavailable];
+  if (text.empty()) text = std::string("tensors on a GPU without the native kernels (") + unavailable + ")";
+  return text.c_str();
+}
+
 inline const char* why_not_plain(const c10::TensorImpl* tensor) {
   if (is_python_subclass(tensor)) return "tensor subclasses";
   if (tensor->layout() != c10::kStrided) return "sparse tensors";
-  if (tensor->device().type() == kGpu && cuda::unavailable() != nullptr) {
-    static const std::string why =
-        std::string("tensors on GPUs, as there is no native:cuda backend (") + cuda::unavailable() + ")";
-    return why.c_str();
+  if (tensor->device().type() == kGpu) {
+    if (const char* why = cuda::unavailable(tensor->device().index())) return why_not_on_gpu(why);
   }
   if (!tensor->device().is_cpu()) return "tensors on a device without native kernels";
   return "lazily transformed tensors";
@@ -125,6 +135,12 @@ inline int64_t extent_of(const c10::TensorImpl* tensor) {
 // Does a write have to copy the storage first, as torch's lazy clones are? No parallel region may do that.
 inline bool is_lazily_cloned(const c10::TensorImpl* tensor) {
   return c10::impl::cow::is_cow_data_ptr(tensor->unsafe_storage().data_ptr());
+}
+
+// Has the storage of a plain tensor become too small for it, as resize_(0) makes it?
+inline bool lacks_memory(const c10::TensorImpl* tensor, int64_t extent, int64_t itemsize) {
+  const auto bytes = static_cast<uint64_t>((tensor->storage_offset() + extent) * itemsize);
+  return extent > 0 && bytes > tensor->unsafe_storage().nbytes();
 }
 
 // The first element of a plain tensor, to be written; not of one that is lazily cloned.

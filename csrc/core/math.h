@@ -65,7 +65,8 @@ DRACOPT_HD double exponential(double x, double correction) {
   const double n = (x * 0x1.71547652b82fep+0 + round_to_integer) - round_to_integer;
   const double rest = fma(-n, ln2, x), r = rest + fma(-n, ln2_rest, correction);
   double series = 1.0;  // of Taylor, in Horner's form
-  for (int k = 14; k > 1; --k) series = fma(series, r / k, 1.0);
+  DRACOPT_UNROLL
+  for (int k = 14; k > 1; --k) series = fma(series, r * (1.0 / k), 1.0);
   series = fma(series, r, 1.0);
   return series * __builtin_bit_cast(double, (static_cast<int64_t>(n) + 1023) << 52);
 }

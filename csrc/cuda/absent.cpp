@@ -4,10 +4,15 @@
 namespace dracopt {
 namespace cuda {
 
-const char* unavailable() { return "compiled without the CUDA kernels"; }
-const char* architectures() { return ""; }
-const char* launch(const char*, Arithmetic, const Arguments&, void*) { return unavailable(); }
-const char* write_table(void*, const void*, size_t, void*) { return unavailable(); }
+const char* unavailable(int) { return "compiled without the CUDA kernels"; }
+
+const std::vector<int>& architectures() {
+  static const std::vector<int> none;
+  return none;
+}
+
+const char* launch(const char*, Arithmetic, const Arguments&, void*) { return unavailable(0); }
+const char* write_table(void*, const void*, size_t, void*) { return unavailable(0); }
 const char* is_capturing(void*, bool& answer) { return answer = false, nullptr; }
 
 }  // namespace cuda

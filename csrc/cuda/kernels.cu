@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) step(const _
   if (thread == 0) {
     __threadfence();
     last = atomicInc(arguments.finished, arguments.blocks - 1) == arguments.blocks - 1;
+    __threadfence();
   }
   __syncthreads();
   if (!last) return;
@@ -74,17 +75,27 @@ const char* launch_kernel(void (*kernel)(Argument), uint32_t blocks, const Argum
 
 }  // namespace
 
-const char* unavailable() {
-  static const char* const reason = [] {
+const char* unavailable(int device) {
+  static const std::vector<const char*> reasons = [] {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
     if (error != cudaSuccess) {
       cudaGetLastError();  // it is no error of anyone's later call
-      return cudaGetErrorString(error);
+      return std::vector<const char*>{cudaGetErrorString(error)};
     }
-    return devices > 0 ? nullptr : "no CUDA-capable device is detected";
+    std::vector<const char*> found;
+    for (int i = 0; i < devices; ++i) {
+      int major = 0, minor = 0;
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i);
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i);
+      const bool served = 100 * major + 10 * minor >= architectures().front();
+      found.push_back(served ? nullptr : "its compute capability is lower than any that they were compiled for");
+    }
+    return found;
   }();
-  return reason;
+  if (reasons.empty()) return "no CUDA-capable device is detected";
+  const auto index = static_cast<size_t>(device);
+  return index < reasons.size() ? reasons[index] : reasons.front();
 }
 
 const std::vector<int>& architectures() {

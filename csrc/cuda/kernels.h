@@ -11,10 +11,11 @@
 namespace dracopt {
 namespace cuda {
 
-// Why no GPU can be used here, in a few words; null if one can. Looks for devices at the first call.
-const char* unavailable();
+// Why a GPU cannot be used, in a few words; null if it can. Looks for devices at the first call.
+const char* unavailable(int device);
 
-// The GPU architectures that machine code was compiled for, ten times their number: 900 is sm_90.
+// The GPU architectures that machine code was compiled for, ten times their number: 900 is sm_90. Later ones are served
+// by the PTX of the first.
 const std::vector<int>& architectures();
 
 // The following act on the current device and return null or the name of CUDA's error. A stream is a cudaStream_t.

@@ -44,7 +44,7 @@ bool step_if(const char* rule, Arithmetic arithmetic, const Arguments& arguments
 
 }  // namespace
 
-const char* unavailable() { return nullptr; }
+const char* unavailable(int) { return nullptr; }
 
 const std::vector<int>& architectures() {
   static const std::vector<int> none;
@@ -53,6 +53,7 @@ const std::vector<int>& architectures() {
 
 const char* launch(const char* rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
   if (const char* error = fails("launch")) return error;
+  if (arguments.blocks == 0) return "cudaErrorInvalidConfiguration";
   ++simulated_launches;
   simulated_table = arguments.rows;
   simulated_last_stream = static_cast<int>(reinterpret_cast<intptr_t>(stream));
