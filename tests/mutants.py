@@ -384,8 +384,8 @@ MUTANTS = [
     Mutant(
         "GPU's parameters stepped on the CPU, too",
         PLAN,
-        "if (examined_[i].on_gpu) {\n      record(examined_[i]);",
-        "if (false) {\n      record(examined_[i]);",
+        "if (!examined_[i].on_gpu) keep(i, kept++);",
+        "keep(i, kept++);",
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(

@@ -98,7 +98,6 @@ void Launches::add(const Segment& segment, int states, void* const* carried, uin
 
   rows_.emplace_back();
   cuda::Row& row = rows_.back();
-  std::memset(static_cast<void*>(&row), 0, sizeof(row));
   for (int k = 0; k < kFirstState + states; ++k) {
     if (k != kGrad) row.streams[k] = segment.streams[k].data;
     row.dtypes[k] = segment.streams[k].dtype;

@@ -706,6 +706,9 @@ size_t StepPlan::fill_slot(const Examined& examined, uint64_t* words) const {
 }
 
 void StepPlan::run_on_gpus(const Scaler& scaler) {
+  uint64_t slot[std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
+  size_t words = 0;
+  const Examined* last = nullptr;  // whose scalars are in `slot`
   for (size_t i = 0; i < count_; ++i) {
     const Examined& examined = examined_[i];
     if (!examined.on_gpu) continue;
@@ -716,22 +719,28 @@ void StepPlan::run_on_gpus(const Scaler& scaler) {
       if (examined.carried_on_gpu[k]) carried[k] = examined.carried_data[k];
       carried_fp32 |= static_cast<uint8_t>(examined.carried[k].is_fp32 << k);
     }
-    uint64_t slot[std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
-    const size_t words = fill_slot(examined, slot);
+    const bool same = last != nullptr && last->prepared == examined.prepared && last->has_recipe == examined.has_recipe;
+    if (!same) words = fill_slot(examined, slot);
     launches_for(examined).add(segments_[i], group.states, carried, carried_fp32, examined.has_recipe, &group, slot,
                                words);
+    last = &examined;
   }
   for (Launches& launches : launches_) launches.prepare(scaler);
   for (Launches& launches : launches_) launches.run(rule_.name);
 
+  in_parallel(
+      static_cast<int64_t>(count_), kGrainTensors,
+      [](int64_t begin, int64_t end, void* context) {
+        const StepPlan& plan = *static_cast<const StepPlan*>(context);
+        for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+          if (plan.examined_[i].on_gpu) plan.record(plan.examined_[i]);
+        }
+      },
+      this);
   // What is left is the CPU's; mostly it is nothing, or all.
   size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
-    if (examined_[i].on_gpu) {
-      record(examined_[i]);
-    } else {
-      keep(i, kept++);
-    }
+    if (!examined_[i].on_gpu) keep(i, kept++);
   }
   if (kept < count_) {
     updated_[c10::DeviceTypeName(kGpu, true)] = count_ - kept;
