@@ -172,7 +172,7 @@ class BuildNative(BuildExtension):
                 self.cuda = f"{error.cmd[0]} failed; its output is among the build's"
         if self.cuda is None:
             extension.extra_objects.append(str(target))
-            extension.library_dirs += NVCC.libraries
+            extension.extra_link_args += [f"-L{folder}" for folder in NVCC.libraries]
             extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         else:
             extension.sources.append("csrc/cuda/absent.cpp")

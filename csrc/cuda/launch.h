@@ -58,7 +58,7 @@ struct Arguments {
   const uint32_t* first_tiles;  // of each row; ascending
   uint32_t* finished;           // counts the blocks if some of the carried scalars lie on the device; else null
   const float* found_inf;       // nothing happens unless the number there is zero; may be null
-  const float* grad_scale;      // what gradients are divided by, besides `divisor`; may be null
+  const float* grad_scale;      // holds what gradients are divided by; if null, `divisor` does
   double divisor;
   uint32_t count;  // of the rows
   uint32_t blocks;
