@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 import dracopt_ext
@@ -23,6 +24,7 @@ from . import simulated_gpu
 from .cases import CASES, DTYPES, FAULTS, RULES, SIZES, Case, NoOp, Snapshot, assert_same_bits, inputs, snapshot, train
 from .test_dtypes import FORMS, Form, name_of, stored
 from .test_layouts import LAYOUTS, Buffers, given
+from .test_properties import Trained, programs
 
 TILE = 8192
 ARGUMENT_WORDS = (32764 - 64) // 8
@@ -497,6 +499,30 @@ def test_steps_of_different_tensors(gpu: Gpu) -> None:
                 optimizer.step()
             results.append({name: value.cpu() for name, value in snapshot(optimizer).items()})
         assert_same_bits(*results)
+
+
+@counting
+@programs
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_whatever_a_user_does(
+    gpu: Gpu,
+    counts_on: str,
+    case: Case,
+    state_dtype: torch.dtype | None,
+    parameters: list[Any],
+    program: list[tuple[Any, ...]],
+) -> None:
+    """Any shapes, strides, dtypes, options and sequences of actions: the bits of the CPU after each of them."""
+    more = {"state_dtype": state_dtype, "backend": "native"}
+    ours = Trained(case.ours, {**with_count(case, counts_on), **more}, parameters, gpu)
+    on_cpu = Trained(case.ours, {**case.options, **more}, parameters)
+    for action in [*program, ("step", set())]:
+        ours.act(*action)
+        on_cpu.act(*action)
+        found = {name: value.cpu() for name, value in snapshot(ours.optimizer).items()}
+        assert_same_bits(found, snapshot(on_cpu.optimizer))
 
 
 # ---- GradScaler

@@ -3,6 +3,7 @@ them the native kernels and the reference hold the same bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Placement:
             stride *= self.steps[d]
             strides[d] = stride
             stride *= max(tensor.shape[d], 1)
-        buffer = torch.full((stride + self.offset + 1,), 7.5, dtype=tensor.dtype)
+        buffer = torch.full((stride + self.offset + 1,), 7.5, dtype=tensor.dtype, device=tensor.device)
         placed = buffer.as_strided(tensor.shape, strides, self.offset).copy_(tensor)
         for d, expanded in enumerate(self.expanded):
             if expanded and tensor.shape[d] > 0:
@@ -102,15 +103,22 @@ def actions() -> st.SearchStrategy[tuple[Any, ...]]:
 
 
 class Trained:
-    """An optimizer and what has been done to it."""
+    """An optimizer and what has been done to it; its tensors are where ``bring`` brings them."""
 
-    def __init__(self, make: Any, options: dict[str, Any], parameters: list[Spec]) -> None:
+    def __init__(
+        self,
+        make: Any,
+        options: dict[str, Any],
+        parameters: list[Spec],
+        bring: Callable[[Tensor], Tensor] = Tensor.clone,
+    ) -> None:
+        self.bring = bring
         self.specs: dict[nn.Parameter, Spec] = {}
         self.seed = 0
         self.optimizer = make([self.parameter(spec) for spec in parameters], **options)
 
     def parameter(self, spec: Spec) -> nn.Parameter:
-        p = nn.Parameter(spec.place(spec.numbers(0, spec.dtype)))
+        p = nn.Parameter(spec.place(self.bring(spec.numbers(0, spec.dtype))))
         p.grad_dtype = spec.grad_dtype
         self.specs[p] = spec
         return p
@@ -128,14 +136,14 @@ class Trained:
             spec = self.specs[p]
             p.grad = None
             if i not in without:
-                p.grad = spec.place_grad(spec.numbers(self.seed, spec.grad_dtype))
+                p.grad = spec.place_grad(self.bring(spec.numbers(self.seed, spec.grad_dtype)))
         self.optimizer.step()
 
     def set(self, key: str, value: Any) -> None:
         self.optimizer.param_groups[-1][key] = value
 
     def scale(self, scale: float) -> None:
-        self.optimizer.grad_scale = torch.tensor(scale)
+        self.optimizer.grad_scale = self.bring(torch.tensor(scale))
 
     def add(self, spec: Spec) -> None:
         self.optimizer.add_param_group({"params": [self.parameter(spec)], "lr": 0.25})
@@ -168,12 +176,15 @@ class Trained:
         self.optimizer.state.pop(self.params[index % len(self.params)], None)
 
 
-@given(
+programs = given(
     case=st.sampled_from(CASES),
     state_dtype=st.sampled_from([None, *DTYPES]),
     parameters=st.lists(specs(), min_size=1, max_size=4),
     program=st.lists(actions(), min_size=1, max_size=8),
 )
+
+
+@programs
 @settings(max_examples=600, deadline=None, derandomize=True)
 def test_native_and_reference_agree(
     case: Any, state_dtype: torch.dtype | None, parameters: list[Spec], program: list[tuple[Any, ...]]
