@@ -56,17 +56,30 @@ class Nvcc:
         places = [Path(home) / "bin" / "nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
         self.path = next((str(place) for place in places if place is not None and Path(place).exists()), None)
         self.libraries: list[str] = []
+        self.known: list[int] = []
         self.missing: str | None = None
         if MODE == "sanitize":
             self.missing = "DRACOPT_BUILD=sanitize"
         elif self.path is None:
             self.missing = "nvcc was not found"
-        else:
+        elif MODE != "pure":
+            self.missing = self._look()
+
+    def _look(self) -> str | None:
+        """What keeps this nvcc from being used. Arguments as large as the kernels' need CUDA 12.1."""
+        try:
             # It may be a script that stands far from its toolkit: it is asked where it looks for libraries.
-            dry = subprocess.run([self.path, "--dryrun", "-o", "x", "x.cu"], capture_output=True, text=True).stderr
-            self.libraries = re.findall(r'"-L([^"]+)"', dry)
-            if not any((Path(folder) / "libcudart_static.a").exists() for folder in self.libraries):
-                self.missing = f"{self.path} comes without libcudart_static.a"
+            dry = subprocess.run([str(self.path), "--dryrun", "-o", "x", "x.cu"], capture_output=True, text=True).stderr
+            known = self.output("--list-gpu-arch")
+        except OSError as error:
+            return f"{self.path} does not run: {error}"
+        self.libraries = re.findall(r'"-L([^"]+)"', dry)
+        self.known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}\n" in known]
+        if not self.known:
+            return f"{self.path} knows none of the architectures"
+        if not any((Path(folder) / "libcudart_static.a").exists() for folder in self.libraries):
+            return f"{self.path} comes without libcudart_static.a"
+        return None
 
     def output(self, *arguments: str) -> str:
         return subprocess.run([str(self.path), *arguments], capture_output=True, text=True).stdout
@@ -76,9 +89,8 @@ class Nvcc:
 
     def compile(self, source: Path, target: Path) -> None:
         """Compile for every architecture that this nvcc knows."""
-        known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}\n" in self.output("--list-gpu-arch")]
-        codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in known]
-        codes.append(f"arch=compute_{known[0]},code=compute_{known[0]}")
+        codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.known]
+        codes.append(f"arch=compute_{self.known[0]},code=compute_{self.known[0]}")
         flags = ["-std=c++20", "-O3", "--fmad=false", "-DDRACOPT_ISA=device", "-Icsrc", "-Xfatbin", "-compress-all"]
         host = ["-ccbin", compiler(), "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-g0"]
         generated = [part for code in codes for part in ("-gencode", code)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in less than ten minutes: builds the kernels, runs the tests and the benchmarks, and
 # measures what exact arithmetic costs. Writes into the folder that OUT names; summary.txt says what passed.
-# Needs a Python with torch (built for CUDA), triton, ninja, pytest, matplotlib; and nvcc. Installs nothing.
+# Needs a Python with torch (built for CUDA), triton, ninja, pytest, hypothesis, matplotlib; and nvcc. Installs nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?names the folder for the results}"
@@ -32,6 +32,10 @@ tests() {
 # Without torch's cache every tensor is an allocation of its own, so that an access beyond it is seen.
 checked() {
   local tool status=0
+  if ! compute-sanitizer "$PYTHON" -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then
+    echo "skipped: compute-sanitizer does not work on this machine"
+    return
+  fi
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
       "$PYTHON" -m pytest -q -W default -p no:cacheprovider -m gpu tests/test_gpu.py \
@@ -45,6 +49,9 @@ contracted() {
   local copy
   copy=$(mktemp -d) && cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext benchmarks "$copy" && cd "$copy" &&
     NVCC_APPEND_FLAGS=--fmad=true build && "$PYTHON" -m benchmarks --suite gpu --case 1B --out "$copy/results"
+  local status=$?
+  rm -rf "$copy"
+  return $status
 }
 
 export -f build tests contracted checked

@@ -389,6 +389,20 @@ MUTANTS = [
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
+        "host guesses a count on the GPU",
+        PLAN,
+        "if (k > 0 && examined.has_recipe) return",
+        "if (false) return",
+        "test_gpu::test_nadam_with_a_state_on_both_sides",
+    ),
+    Mutant(
+        "host waits where torch would not",
+        BASE,
+        "foreign == len(params) > 0",
+        "False",
+        "test_gpu::test_scaler_where_no_kernel_serves",
+    ),
+    Mutant(
         "freed memory written to",
         FACTS,
         "extent > 0 && bytes > tensor->unsafe_storage().nbytes()",

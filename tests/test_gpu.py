@@ -82,8 +82,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(_base, "_C", simulation.module)
     monkeypatch.setattr(_base, "GPU", simulated_gpu.DEVICE)
     yield Simulated(simulation)
-    simulation.set("stream", 0)
-    simulation.set("capturing", 0)
+    for name in ("stream", "capturing", "unavailable"):
+        simulation.set(name, 0)
     simulation.fail_in("")
 
 
@@ -305,11 +305,12 @@ def test_launches_that_the_profiler_counts(work: str) -> None:
     optimizer.step()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(3):
+        for _ in range(10):
             optimizer.step()
             torch.cuda.synchronize()
     on_gpu = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    assert len(on_gpu) == 3, on_gpu
+    assert 9 <= len(on_gpu) <= 10, on_gpu  # at the edges of its window the profiler may lose one
+    assert len(set(on_gpu)) == 1
 
 
 def test_one_launch_for_different_numbers_of_states(gpu: Gpu) -> None:
@@ -525,6 +526,25 @@ def test_whatever_a_user_does(
         assert_same_bits(found, snapshot(on_cpu.optimizer))
 
 
+def test_nadam_with_a_state_on_both_sides(gpu: Gpu) -> None:
+    """mu_product depends on the step count: the host cannot move one on without the other."""
+    (p,) = parameters(gpu, [100])
+    q = nn.Parameter(torch.ones(100))
+    q.grad = torch.full((100,), 0.5)
+    ours, on_cpu = dracopt_ext.NAdam([p]), dracopt_ext.NAdam([q])
+    ours.step()
+    ours.state[p]["step"] = gpu(ours.state[p]["step"])
+    with pytest.warns(RuntimeWarning, match="leaves a state on the CPU beside numbers on the GPU"):
+        ours.step()
+    assert ours.last_backend == {gpu.type: frozenset({"torch"})}
+    ours.state[p]["mu_product"] = gpu(ours.state[p]["mu_product"])
+    for _ in range(3):
+        on_cpu.step()
+    ours.step()
+    assert torch.allclose(p.detach().cpu(), q.detach())
+    assert torch.allclose(ours.state[p]["mu_product"].cpu(), on_cpu.state[q]["mu_product"])
+
+
 # ---- GradScaler
 
 
@@ -610,6 +630,23 @@ def test_overflow_with_counts_on_the_host(gpu: Gpu) -> None:
     assert optimizer.state[params[0]]["step"].item() == 1
 
 
+def test_scaler_where_no_kernel_serves(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu, reads: list[Tensor]) -> None:
+    """torch's fused kernels read both tensors as well."""
+    params = parameters(gpu, [10])
+    simulated.set("unavailable", 1)
+    optimizer = dracopt_ext.AdamW(params, fused=True, lr=0.1)
+    params[0].grad = gpu(torch.full((10,), 8.0))
+    scaled(optimizer, gpu, 1.0, 16.0)
+    assert torch.equal(params[0].detach().cpu(), torch.ones(10))
+    scaled(optimizer, gpu, 0.0, 16.0)
+    assert optimizer.last_backend == {gpu.type: frozenset({"torch"})}
+    assert not reads
+    q = nn.Parameter(torch.ones(10))
+    q.grad = torch.full((10,), 0.5)
+    dracopt_ext.AdamW([q], fused=True, lr=0.1).step()
+    assert torch.allclose(params[0].detach().cpu(), q.detach())
+
+
 @pytest.mark.gpu
 def test_grad_scaler_end_to_end() -> None:
     """A real GradScaler, against unscaled training that leaves out the steps that overflow."""
@@ -667,7 +704,7 @@ def test_capture_is_refused_where_it_would_be_wrong(gpu: Gpu, simulated: simulat
     counted.step()
     counted.state[q]["step"] = counted.state[q]["step"].cpu()
     simulated.set("capturing", 1)
-    with pytest.raises(RuntimeError, match=r"has its step count on the CPU"):
+    with pytest.raises(RuntimeError, match=r"has its state 'step' on the CPU"):
         counted.step()
     simulated.set("capturing", 0)
     mixed = dracopt_ext.SGD([q, nn.Parameter(torch.ones(3))])
@@ -810,13 +847,14 @@ def test_table_outlives_its_last_step_on_another_stream() -> None:
     with torch.cuda.stream(other):
         torch.cuda._sleep(200_000_000)
         step(1)
-        params[0].data = params[0].data.clone()
+        old = params[0].data
+        params[0].data = old.clone()
         step(2)  # with another table: that of the first step is given back
     rubbish = [
         torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in (1024, 4096, 16384) for _ in range(50)
     ]
     torch.cuda.synchronize()
-    del rubbish
+    del rubbish, old
     ours = {name: value.cpu() for name, value in snapshot(optimizer).items()}
     assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
 

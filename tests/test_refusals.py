@@ -312,16 +312,23 @@ def test_freed_memory() -> None:
         "parameter 1 of group 0": q,
         "the gradient of parameter 1 of group 0": q.grad,
         "the state 'exp_avg_sq' of parameter 1 of group 0": optimizer.state[q]["exp_avg_sq"],
+        "the state 'step' of parameter 1 of group 0": optimizer.state[q]["step"],
     }
     for name, tensor in named.items():
         before = p.detach().clone()
         storage = tensor.untyped_storage()
-        for left in (0, 36):
+        size = storage.nbytes()
+        for left in (0, size - 1):
             storage.resize_(left)
             with pytest.raises(ValueError, match=rf"{name} .* in a storage that is too small for it, of {left} bytes"):
                 optimizer.step()
-        storage.resize_(40)
+        storage.resize_(size)
         tensor.data.fill_(1.0)
         assert torch.equal(p, before)
         assert optimizer.state[p]["step"].item() == 1
     optimizer.step()
+    lr = torch.tensor(0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    lr.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] is a tensor whose storage was freed"):
+        optimizer.step()

@@ -54,6 +54,7 @@ void Launches::clear() {
   layouts_.clear();
   launches_ = 0;
   counts_steps_ = false;
+  scaler_ = {};
 }
 
 void Launches::begin_launch() {

@@ -158,6 +158,9 @@ void StepPlan::read_group(PyObject* dict, Group& group) {
                               shape_of(tensor));
       }
       const bool is_real = format.is_native && !format.is_complex;
+      if (is_plain(tensor) && lacks_memory(tensor, 1, static_cast<int64_t>(tensor->itemsize()))) {
+        throw py::value_error(describe_key(group.index, key) + " is a tensor whose storage was freed");
+      }
       if (is_on_cpu(tensor) && is_real) {
         value = number_at(readable_data(tensor, format.bytes()), format.dtype);
       } else if (is_on_gpu(tensor) && is_real && format.bytes() >= 4 && count < kMaxHyperparameters &&
@@ -363,6 +366,7 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
     const Format& format = format_of(s);
     if (!format.is_native || format.is_complex || format.bytes() < 4)
       return foreign("scalars of a state in this dtype");
+    if (lacks_memory(s, 1, format.bytes())) return wrong(Fault::memory, k);
     void* data = writable_data(s, format.bytes());
     examined.written_moved |= examined.carried_data[k] != data;
     examined.carriers[k] = s;
@@ -373,7 +377,8 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
       examined.has_recipe = true;
       continue;
     }
-    if (k > 0 && located.group->gpu.has_value()) return foreign("a state on the CPU with hyperparameters on the GPU");
+    // The host moves it on by what it cannot read then.
+    if (k > 0 && examined.has_recipe) return foreign("a state on the CPU beside numbers on the GPU that it depends on");
     const double value = examined.carried[k].value = number_at(data, format.dtype);
     if (k == 0 && !(value >= 0 && value < kMaxStep && std::floor(value) == value)) {
       return foreign("step counts that are not natural numbers");
@@ -637,7 +642,7 @@ void StepPlan::check_capture() const {
       throw std::runtime_error("Attempting CUDA graph capture of step() for an instance of " + optimizer_ +
                                " but param_groups' capturable is False.");
     }
-    const auto refuse = [&](const char* why) {
+    const auto refuse = [&](const std::string& why) {
       throw std::runtime_error("step() cannot be captured in a CUDA graph: " +
                                describe_parameter(group.dict, group.index, located_[examined.located].index) + " " +
                                why);
@@ -645,7 +650,8 @@ void StepPlan::check_capture() const {
     if (!examined.on_gpu) refuse("is not on the GPU");
     if (examined.verdict == Verdict::missing_state) refuse("has no state yet. Take a step before the capture");
     for (int k = 0; k < rule_.carried; ++k) {
-      if (!examined.carried_on_gpu[k]) refuse("has its step count on the CPU. Move its state['step'] to the GPU");
+      if (examined.carried_on_gpu[k]) continue;
+      refuse("has its state " + quoted(state_keys_[static_cast<size_t>(k)]) + " on the CPU. Move it to the GPU");
     }
   }
 }

@@ -97,7 +97,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What updated parameters in the last step, by device type.
 
         ``native``, ``reference`` or ``torch`` (torch's own implementation, where ours does not serve the parameter).
-        Empty before the first step and after one that updated nothing.
+        Empty before the first step and after one that updated nothing; but a GPU's kernels have run, too, when they
+        found an overflow, which the host does not know.
         """
         ran = {device: set(names) for device, names in self._others_ran.items()}
         if self._plan_ran and self._plan is not None:
@@ -130,23 +131,24 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _update_scaled(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """A step to which torch.amp.GradScaler has left the division by its scale and the check for overflow."""
+        groups = self._with_gradients()
+        params = [p for group in groups for p in group["params"]]
+        foreign: int | None = len(params)
         if _C is not None and self.backend != "reference" and _all_on_gpu(found_inf, grad_scale):
-            # The kernels read both: nobody waits.
-            if self._update(scaler=(found_inf, grad_scale)):
-                return
-        elif self.backend is None and self.state_dtype is None:
-            groups = self._with_gradients()
-            if groups and all(p.device.type != "cpu" for group in groups for p in group["params"]):
-                self._step_by_torch(groups)  # so do its fused kernels
-                return
-        if found_inf is None or not found_inf.item():
+            foreign = self._update(scaler=(found_inf, grad_scale))
+            if foreign is None:
+                return  # the kernels have read both: nobody waits
+        torch_may = self.backend is None and self.state_dtype is None and foreign == len(params) > 0
+        if torch_may and all(p.device.type != "cpu" for p in params):
+            self._step_by_torch(groups)  # its fused kernels read both as well
+        elif found_inf is None or not found_inf.item():
             self._update(1.0 if grad_scale is None else grad_scale.item())
 
-    def _update(self, grad_scale: float = 1.0, scaler: Scaler = (None, None)) -> bool:
+    def _update(self, grad_scale: float = 1.0, scaler: Scaler = (None, None)) -> int | None:
         """Update every parameter that has a gradient, which is divided by ``grad_scale``.
 
-        ``scaler`` holds GradScaler's tensors (found_inf, grad_scale) for the kernels to read. Returns False, and has
-        done nothing, if the host must read them after all.
+        ``scaler`` holds GradScaler's tensors (found_inf, grad_scale) for the kernels to read. If the host must read
+        them after all, does nothing and returns the number of parameters that the kernels do not serve; else None.
         """
         if self.backend == "reference":
             self._update_by_reference(self._with_gradients(), grad_scale)
@@ -158,12 +160,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 plan = self._plan = _C.StepPlan(self._rule, type(self).__name__)
             todo = plan.step(self.param_groups, self.state, grad_scale, scaler)
             if todo is not None:
-                *parts, host_decides = todo
+                missing, foreign, host_decides = todo
                 if host_decides:
-                    return False
-                self._update_in_parts(plan, grad_scale, scaler, *parts)
+                    return len(foreign)
+                self._update_in_parts(plan, grad_scale, scaler, missing, foreign)
             self._plan_ran = True
-        return True
+        return None
 
     def _update_in_parts(
         self,

@@ -66,7 +66,7 @@ class SimulatedGpu:
         return self._number(name).value
 
     def set(self, name: str, value: int) -> None:
-        """``stream`` (the current one) or ``capturing``."""
+        """``stream`` (the current one), ``capturing`` or ``unavailable`` (1 for true)."""
         self._number(name).value = value
 
     def table(self) -> int:

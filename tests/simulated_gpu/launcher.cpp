@@ -8,7 +8,8 @@
 #include "device.h"
 #include "rules/all.h"
 
-int simulated_capturing = 0, simulated_launches = 0, simulated_tables = 0, simulated_last_stream = 0;
+int simulated_capturing = 0, simulated_unavailable = 0, simulated_launches = 0, simulated_tables = 0,
+    simulated_last_stream = 0;
 char simulated_failure[64] = "";
 const void* simulated_table = nullptr;
 
@@ -44,7 +45,7 @@ bool step_if(const char* rule, Arithmetic arithmetic, const Arguments& arguments
 
 }  // namespace
 
-const char* unavailable(int) { return nullptr; }
+const char* unavailable(int) { return simulated_unavailable != 0 ? "switched off" : nullptr; }
 
 const std::vector<int>& architectures() {
   static const std::vector<int> none;
