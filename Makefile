@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp)
 
-.PHONY: train study test mutants sanitize lint format bench clean
+.PHONY: train study test mutants triton sanitize lint format bench clean
 
 train: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_digits --out $(OUT)
@@ -16,24 +16,33 @@ study: $(VENV)/ready
 	$(BIN)/python -m benchmarks.study_digits --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest --cov=dracopt_ext --cov-fail-under=95
+	$(BIN)/python -m pytest --cov=dracopt_ext --cov=triton_kernels --cov-fail-under=95
 
 # About 70 faults, built into a copy one after the other: each must fail the test that is named for it.
 mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants
 
+# The Triton backend by other versions of Triton (those that torch 2.10 and 2.13 come with, and a newer one), and all its variants.
+TRITONS ?= 3.6.0 3.7.1 3.9.0
+triton: $(VENV)/ready
+	for version in $(TRITONS); do \
+	  $(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-$$version triton==$$version && \
+	  PYTHONPATH=build/triton-$$version TRITON_VARIANTS=all $(BIN)/python -m pytest -q -p no:cacheprovider \
+	    tests/test_triton.py tests/test_gpu.py -k "interpreted or test_triton" || exit; \
+	done
+
 # The tests of the compiled module under ASan and UBSan, in a copy. Not those that fork or start processes of their own.
 SANITIZED := build/sanitized
 sanitize: $(VENV)/ready
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext tests $(SANITIZED)
+	cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext triton_kernels tests $(SANITIZED)
 	cd $(SANITIZED) && DRACOPT_BUILD=sanitize $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && DRACOPT_BUILD=sanitize ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --ignore tests/test_packaging.py \
 	  --ignore tests/test_benchmarks.py --ignore tests/test_architecture.py --ignore tests/test_core.py \
-	  --ignore tests/test_cuda_build.py \
-	  -k "not (instruction_sets or forked or compiled_training or two_to_the_31)"
+	  --ignore tests/test_cuda_build.py --ignore tests/test_triton.py \
+	  -k "not (interpreted or instruction_sets or forked or compiled_training or two_to_the_31)"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -207,6 +207,9 @@ class BuildNative(BuildExtension):
             "no_cuda": self.cuda,
         }
         self.package_dir().mkdir(parents=True, exist_ok=True)
+        link = ROOT / "dracopt_ext" / "triton_kernels"
+        if self.inplace and not link.exists():
+            link.symlink_to("../triton_kernels")  # a build in place finds them where an installation has them
         (self.package_dir() / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nINFO = {info!r}\n')
 
     @staticmethod

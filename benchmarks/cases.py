@@ -199,21 +199,25 @@ SUITES = {
     ),
     "gpu": Suite(
         cases=[
-            adamw("AdamW, 1B in 300 tensors", BILLION, peers=["dracopt", "torch fused", "stream", "copy"]),
+            adamw(
+                "AdamW, 1B in 300 tensors",
+                BILLION,
+                peers=["dracopt", "dracopt triton", "torch fused", "stream", "copy"],
+            ),
             adamw(
                 "AdamW, 1B in bf16 with fp32 states",
                 BILLION,
                 storage=replace(BF16, state="float32"),
                 bytes_per_parameter=22,
                 baseline=None,  # torch's kernels refuse it
-                peers=["dracopt", "stream", "copy"],
+                peers=["dracopt", "dracopt triton", "stream", "copy"],
             ),
             adamw(
                 "AdamW, 1B in bf16",
                 BILLION,
                 storage=BF16,
                 bytes_per_parameter=14,
-                peers=["dracopt", "torch fused", "stream"],
+                peers=["dracopt", "dracopt triton", "torch fused", "stream"],
             ),
             adamw("AdamW, 1000 tensors of 1024", [(1024,)] * 1000),
             adamw("AdamW, detector, a group for each of 465", DETECTOR, groups=len(DETECTOR)),
@@ -228,10 +232,10 @@ SUITES = {
                 FP32_BYTES["NAdam"],
                 RESNET50,
                 baseline="torch foreach",  # there is no fused one
-                peers=["dracopt", "torch foreach"],
+                peers=["dracopt", "dracopt triton", "torch foreach"],
             ),
         ],
-        peers=["dracopt", "torch fused", "torch foreach"],
+        peers=["dracopt", "dracopt triton", "torch fused", "torch foreach"],
         interleaved=True,
         device="cuda",
     ),

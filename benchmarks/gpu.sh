@@ -47,7 +47,7 @@ checked() {
 # The same kernels with contracted multiply-adds, which do not give the CPU's bits; against the stream of the same run.
 contracted() {
   local copy
-  copy=$(mktemp -d) && cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext benchmarks "$copy" && cd "$copy" &&
+  copy=$(mktemp -d) && cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext triton_kernels benchmarks "$copy" && cd "$copy" &&
     NVCC_APPEND_FLAGS=--fmad=true build && "$PYTHON" -m benchmarks --suite gpu --case 1B --out "$copy/results"
   local status=$?
   rm -rf "$copy"

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 
 from .cases import Case, Suite
-from .peers import PEERS, SLOW, make_events, make_groups, require_equal_work, require_native, runs
+from .peers import PEERS, SLOW, make_events, make_groups, require_equal_work, require_ours, runs
 
 WARM_UP = 5
 CYCLES_PER_SECOND = 2e9
 """At most, of a GPU."""
 
-HOST, DEVICE, END_TO_END = "host", "device", "end to end"
-"""Until step() returns; between two events on the GPU's stream; until the GPU has done its work."""
+HOST, DEVICE, END_TO_END, FIRST = "host", "device", "end to end", "first step"
+"""Until step() returns; between two events on the GPU's stream; until the GPU has done its work; the same of the first
+step, which creates the states and, with Triton, compiles."""
 Times = dict[str, float]
 QUEUE = 900
 """Launches that certainly wait for a GPU together. With more of them the host waits, and the GPU then for the host."""
@@ -74,10 +75,11 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
     names = [name for name in peers if (name not in left_out or name == case.baseline) and runs(name, case)]
     stepped = {name: Stepped(name, case, suite.device) for name in names}
     optimizers = {name: stepped[name].optimizer for name in names}
+    first = {name: stepped[name].step()[END_TO_END] for name in names}
     for _ in range(WARM_UP):
         for name in names:
             stepped[name].step()
-    require_native(optimizers["dracopt"], suite.device)
+    require_ours(optimizers, suite.device)
     require_equal_work(optimizers, case)
     launches = {name: stepped[name].count_launches() for name in names}
     if case.large:
@@ -91,13 +93,19 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
     if used_by_others is not None:
         others = (_used_by_others() or 0.0) - used_by_others
         others = max(others, 0.0) / (time.perf_counter() - begin) / (os.cpu_count() or 1)
-    require_native(optimizers["dracopt"], suite.device)
-    return [
-        Result.of(suite_name, case, name, clock, launches[name], [t[clock] for t in times[name]], others)
-        for name in names
-        for clock in times[name][0]
-        if clock != DEVICE or (launches[name] or 0) < QUEUE
-    ]
+    require_ours(optimizers, suite.device)
+    results = []
+    for name in names:
+        seconds = {clock: [t[clock] for t in times[name]] for clock in times[name][0]}
+        if (launches[name] or 0) >= QUEUE:
+            del seconds[DEVICE]
+        if suite.device != "cpu":
+            seconds[FIRST] = [first[name]]
+        results += [
+            Result.of(suite_name, case, name, clock, launches[name], of_clock, others)
+            for clock, of_clock in seconds.items()
+        ]
+    return results
 
 
 class Stepped:

@@ -16,7 +16,8 @@ from .cases import Case, Shape
 Groups = list[dict[str, Any]]
 Make = Callable[[Case, Groups], torch.optim.Optimizer]
 
-OURS = {"dracopt", "dracopt plain"}
+OURS = {"dracopt": "native", "dracopt plain": "native", "dracopt triton": "triton"}
+"""With their backends."""
 SLOW = {"torch foreach", "torch for-loop"}
 """Those that take every fourth round only where a case is large."""
 
@@ -39,12 +40,15 @@ def make_groups(case: Case, device: str) -> Groups:
     return [{"params": params[i : i + size], "lr": lr * (1 + i / len(params))} for i in range(0, len(params), size)]
 
 
-def _dracopt(case: Case, groups: Groups) -> torch.optim.Optimizer:
-    state_dtype = None if case.storage.state == case.storage.param else getattr(torch, case.storage.state)
-    optimizer: torch.optim.Optimizer = getattr(dracopt_ext, case.optimizer)(
-        groups, **case.options, state_dtype=state_dtype
-    )
-    return optimizer
+def _dracopt(backend: str | None = None) -> Make:
+    def make(case: Case, groups: Groups) -> torch.optim.Optimizer:
+        state_dtype = None if case.storage.state == case.storage.param else getattr(torch, case.storage.state)
+        optimizer: torch.optim.Optimizer = getattr(dracopt_ext, case.optimizer)(
+            groups, **case.options, state_dtype=state_dtype, backend=backend
+        )
+        return optimizer
+
+    return make
 
 
 def _torch(**implementation: bool) -> Make:
@@ -77,8 +81,9 @@ def _copy(case: Case, groups: Groups) -> torch.optim.Optimizer:
 
 
 PEERS: dict[str, Make] = {
-    "dracopt": _dracopt,
-    "dracopt plain": _dracopt,  # on contiguous fp32 tensors; see measure.Stepped
+    "dracopt": _dracopt(),
+    "dracopt triton": _dracopt("triton"),
+    "dracopt plain": _dracopt(),  # on contiguous fp32 tensors; see measure.Stepped
     "torch fused": _torch(fused=True),
     "torch foreach": _torch(foreach=True),
     "torch for-loop": _torch(foreach=False, fused=False),
@@ -116,11 +121,12 @@ def deepspeed_missing() -> str | None:
     return None
 
 
-def require_native(optimizer: torch.optim.Optimizer, device: str) -> None:
-    """Raise unless the last step of this optimizer of ours ran in the native kernels and nowhere else."""
-    ran = getattr(optimizer, "last_backend", None)
-    if ran != {device: frozenset({"native"})}:
-        raise RuntimeError(f"dracopt was to be measured with its native kernels, but {ran} ran")
+def require_ours(optimizers: dict[str, torch.optim.Optimizer], device: str) -> None:
+    """Raise unless the last step of each optimizer of ours ran in the kernels of its backend and nowhere else."""
+    for name in OURS.keys() & optimizers.keys():
+        ran = getattr(optimizers[name], "last_backend", None)
+        if ran != {device: frozenset({OURS[name]})}:
+            raise RuntimeError(f"{name} was to be measured with its {OURS[name]} kernels, but {ran} ran")
 
 
 def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case) -> None:

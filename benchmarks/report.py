@@ -47,12 +47,19 @@ COLUMNS = (
 
 COLORS = {
     "dracopt": "#1f6feb",
+    "dracopt triton": "#1a7f37",
     "torch fused": "#57606a",
     "torch foreach": "#bf8700",
     "torch for-loop": "#cf222e",
     "DeepSpeed CPUAdam": "#8250df",
 }
-MARKERS = {"torch fused": "^", "torch foreach": "o", "torch for-loop": "s", "DeepSpeed CPUAdam": "D"}
+MARKERS = {
+    "dracopt triton": "P",
+    "torch fused": "^",
+    "torch foreach": "o",
+    "torch for-loop": "s",
+    "DeepSpeed CPUAdam": "D",
+}
 
 
 @dataclass(frozen=True)

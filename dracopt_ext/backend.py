@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -50,15 +51,13 @@ _C, NATIVE_REASON = _load_native()
 GPU = "cuda"
 """The type of the devices that the CUDA kernels serve."""
 
-_TRITON_REASON = "this version has no Triton kernels"
-
 
 def backends() -> dict[str, str | None]:
     """Every backend and why it cannot run here; None means that it can.
 
     The keys are ``native:cpu``, ``native:cuda``, ``triton`` and ``reference``.
     """
-    return {"native:cpu": NATIVE_REASON, "native:cuda": _why_no_cuda(), "triton": _TRITON_REASON, "reference": None}
+    return {"native:cpu": NATIVE_REASON, "native:cuda": _why_no_cuda(), "triton": why_no_triton(), "reference": None}
 
 
 def _why_no_cuda() -> str | None:
@@ -70,6 +69,43 @@ def _why_no_cuda() -> str | None:
         return f"this torch ({torch.__version__}) was built without CUDA"
     reasons: list[str | None] = [_C.cuda_unavailable(device) for device in range(max(torch.cuda.device_count(), 1))]
     return None if None in reasons else reasons[0]
+
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+"""Whether Triton's kernels are interpreted, on tensors of the CPU as well."""
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why the Triton kernels cannot run here; None if they can. Imports triton only if there is a GPU for it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'triton>=3.6'"
+    if not INTERPRETING and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton does not load: {error}"
+    if _minor(triton.__version__) < (3, 6):
+        return f"triton {triton.__version__} is older than 3.6"
+    if INTERPRETING:
+        return None
+    reasons = [why_no_triton_on(device) for device in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+@functools.cache
+def why_no_triton_on(device: int) -> str | None:
+    """The same of one GPU."""
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton does not compile for {torch.cuda.get_device_name(device)}: its compute capability is below 8.0"
+    return None
+
+
+@functools.cache
+def triton_serves_gpus() -> bool:
+    """Whether a GPU's tensors are Triton's if nothing else was asked for: there is one, and no CUDA kernel for it."""
+    return torch.cuda.is_available() and _why_no_cuda() is not None and why_no_triton() is None
 
 
 def resolve(backend: str | None) -> str | None:
@@ -88,10 +124,19 @@ def resolve(backend: str | None) -> str | None:
         return None
     if backend not in NAMES:
         raise ValueError(f"{source}={backend!r} is none of {', '.join(map(repr, NAMES))}")
-    reason = {"native": NATIVE_REASON, "triton": _TRITON_REASON, "reference": None}[backend]
+    reason = {"native": NATIVE_REASON, "reference": None}[backend] if backend != "triton" else why_no_triton()
     if reason is not None:
         raise RuntimeError(f"{source}={backend!r} is not available: {reason}")
     return backend
+
+
+def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) -> Any:
+    """What steps an optimizer of this class name by the rule, with the kernels of a backend that can run here."""
+    if backend == "triton":
+        plan = importlib.import_module("dracopt_ext.triton_kernels.plan")
+        return plan.StepPlan(rule, optimizer, on_cpu=INTERPRETING and asked_for == "triton")
+    assert _C is not None
+    return _C.StepPlan(rule, optimizer)
 
 
 _warned: set[str] = set()

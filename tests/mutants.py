@@ -16,7 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutants"
-COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "dracopt_ext", "tests"]
+IGNORED = shutil.ignore_patterns(
+    "__pycache__", "_C*.so", "triton_kernels"
+)  # the last is a link to the folder beside it
+COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "dracopt_ext", "triton_kernels", "tests"]
 
 
 @dataclass(frozen=True)
@@ -499,7 +502,7 @@ def prepare() -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, COPY / name, ignore=shutil.ignore_patterns("__pycache__", "_C*.so"))
+            shutil.copytree(source, COPY / name, ignore=IGNORED)
         else:
             shutil.copy(source, COPY / name)
 

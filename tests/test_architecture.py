@@ -38,6 +38,13 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"optim", "backend"},
     "__main__": {"backend"},
     "_build_info": set(),
+    # of triton_kernels, which backend imports when it is needed
+    "layouts": set(),
+    "host": set(),
+    "arithmetic": set(),
+    "rules": {"arithmetic", "host"},
+    "step": {"arithmetic", "rules"},
+    "plan": {"layouts", "rules", "step"},
 }
 
 
@@ -65,8 +72,12 @@ def test_kernels_include_nothing_that_defines_functions() -> None:
 
 
 def test_python_imports_run_one_way() -> None:
-    package = ROOT / "dracopt_ext"
-    for source in package.rglob("*.py"):
+    kernels = ROOT / "triton_kernels"
+    for source in [*(ROOT / "dracopt_ext").glob("**/*.py"), *kernels.glob("*.py")]:
+        if kernels in source.resolve().parents:
+            package, source = kernels, source.resolve()
+        else:
+            package = ROOT / "dracopt_ext"
         parts = source.relative_to(package).parts
         own = parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(source.read_text())):
@@ -127,13 +138,13 @@ def test_import_brings_neither_triton_nor_dynamo() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     new = run.stdout.split()
     assert "dracopt_ext._C" in new
-    assert not [name for name in new if name.split(".")[0] in ("triton", "sympy") or name.startswith("torch._dynamo")]
+    assert not [name for name in new if "triton" in name or name == "sympy" or name.startswith("torch._dynamo")]
 
 
 def test_module_prints_what_runs() -> None:
     run = subprocess.run([sys.executable, "-m", "dracopt_ext"], capture_output=True, text=True, check=True)
     lines = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
     assert lines["native:cpu"] == "available"
-    assert lines["triton"].startswith("not available: ")
+    assert lines["triton"].split(":")[0] in ("available", "not available")
     assert _C.isa() in run.stdout
     assert run.stderr == ""

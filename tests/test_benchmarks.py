@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.cases import SUITES
-from benchmarks.measure import DEVICE, END_TO_END, HOST, Result
+from benchmarks.measure import DEVICE, END_TO_END, FIRST, HOST, Result
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,9 +55,10 @@ def test_gpu_suite(tmp_path: Path) -> None:
     assert "| **dracopt** |" in table
     with (tmp_path / "gpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    ours = [row for row in rows if row["peer"] == "dracopt"]
-    assert {row["launches"] for row in ours} == {"1"}
-    assert {row["clock"] for row in ours} == {"host", "device", "end to end"}
+    for peer in ("dracopt", "dracopt triton"):
+        ours = [row for row in rows if row["peer"] == peer]
+        assert {row["launches"] for row in ours} == {"1"}
+        assert {row["clock"] for row in ours} == {"host", "device", "end to end", "first step"}
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
@@ -66,12 +67,19 @@ def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     suite = SUITES["gpu"]
-    milliseconds = {"dracopt": 2.0, "torch fused": 4.0, "torch foreach": 8.0, "stream": 1.5, "copy": 1.0}
+    milliseconds = {
+        "dracopt": 2.0,
+        "dracopt triton": 2.1,
+        "torch fused": 4.0,
+        "torch foreach": 8.0,
+        "stream": 1.5,
+        "copy": 1.0,
+    }
     results = [
         Result.of("gpu", case, peer, clock, 1, [milliseconds[peer] / 1e3] * 3, None)
         for case in suite.cases
         for peer in case.peers or suite.peers
-        for clock in (HOST, DEVICE, END_TO_END)
+        for clock in (HOST, DEVICE, END_TO_END, FIRST)
     ]
     rows = report.compare(results)
     for row in rows:

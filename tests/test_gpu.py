@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import importlib
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 import dracopt_ext
+from dracopt_ext import backend as backend_module
 from dracopt_ext.optim import _base
 from dracopt_ext.reference import MOMENTS
 
-from . import simulated_gpu
+from . import interpreted, simulated_gpu
 from .cases import CASES, DTYPES, FAULTS, RULES, SIZES, Case, NoOp, Snapshot, assert_same_bits, inputs, snapshot, train
 from .test_dtypes import FORMS, Form, name_of, stored
 from .test_layouts import LAYOUTS, Buffers, given
@@ -32,10 +34,15 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 
 class Gpu:
-    """A GPU to test on."""
+    """A GPU to test on, and the kernels to test there."""
 
     simulation: simulated_gpu.SimulatedGpu | None = None
     type = "cuda"
+    sizes: Sequence[int] = (*SIZES, TILE, 3 * TILE + 5)
+    misaligned_sizes: Sequence[int] = (1, 2, 5, 8, 9, 17, TILE - 1, TILE, TILE + 1, TILE + 7, 2 * TILE + 9)
+
+    def __init__(self, backend: str = "native") -> None:
+        self.backend = backend
 
     @property
     def devices(self) -> int:
@@ -50,11 +57,15 @@ class Gpu:
 
     def only_here(self, optimizer: Any) -> bool:
         """Was this GPU the only one to work in the last step?"""
-        return bool(optimizer.last_backend == {self.type: frozenset({"native"})})
+        return bool(optimizer.last_backend == {self.type: frozenset({self.backend})})
+
+    def launches(self, optimizer: Any) -> int:
+        """Of the last step."""
+        return int(optimizer._plans[self.backend].launches)
 
 
-def needs_a_gpu() -> None:
-    reason = dracopt_ext.backends()["native:cuda"]
+def needs_a_gpu(backend: str = "native") -> None:
+    reason = dracopt_ext.backends()["native:cuda" if backend == "native" else backend]
     if reason is not None:
         pytest.skip(reason)
 
@@ -64,33 +75,68 @@ class Simulated(Gpu):
     devices = 2
 
     def __init__(self, simulation: simulated_gpu.SimulatedGpu) -> None:
+        super().__init__()
         self.simulation = simulation
+
+
+class Interpreted(Simulated):
+    """By Triton's interpreter, which reads and writes what is in the host's memory. It is slow."""
+
+    sizes = (0, 1, 17, 1000, TILE + 3)
+    misaligned_sizes = (1, 9, 17, 1000)
+
+    def __init__(self, simulation: simulated_gpu.SimulatedGpu) -> None:
+        super().__init__(simulation)
+        self.backend = "triton"
 
 
 load_simulation = functools.cache(simulated_gpu.load)
 
 
-@pytest.fixture(params=["simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+ON_GPUS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
+
+
+@pytest.fixture(params=["simulated", "interpreted", *ON_GPUS])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    if request.param == "cuda":
-        needs_a_gpu()
-        yield Gpu()
+    backend = "native" if request.param in ("simulated", "cuda") else "triton"
+    if request.param in ("cuda", "triton"):
+        needs_a_gpu(backend)
+        monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: backend == "triton")
+        yield Gpu(backend)
         return
     if torch.version.cuda is not None:
         pytest.skip("torch takes one accelerator only, and this one has CUDA")
     simulation = load_simulation()
-    monkeypatch.setattr(_base, "_C", simulation.module)
     monkeypatch.setattr(_base, "GPU", simulated_gpu.DEVICE)
-    yield Simulated(simulation)
+    if backend == "triton":
+        triton_plan = pytest.importorskip("dracopt_ext.triton_kernels.plan")
+        interpreted.set_up(monkeypatch)
+        monkeypatch.setattr(triton_plan, "GPU", simulated_gpu.DEVICE)
+        triton_step = importlib.import_module("dracopt_ext.triton_kernels.step")
+        monkeypatch.setattr(triton_step, "upload", interpreted.upload)
+        monkeypatch.setattr(triton_plan, "is_capturing", lambda device: simulation.read("capturing") == 1)
+        monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
+        yield Interpreted(simulation)
+    else:
+        monkeypatch.setattr(backend_module, "_C", simulation.module)
+        yield Simulated(simulation)
     for name in ("stream", "capturing", "unavailable"):
         simulation.set(name, 0)
     simulation.fail_in("")
 
 
 @pytest.fixture
-def simulated(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
+def simulation(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
     """For what only a simulation can be made to do."""
     if gpu.simulation is None:
+        pytest.skip("of the simulation")
+    return gpu.simulation
+
+
+@pytest.fixture
+def simulated(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
+    """For what only the simulation of the CUDA kernels can be made to do."""
+    if gpu.simulation is None or gpu.backend != "native":
         pytest.skip("of the simulation")
     return gpu.simulation
 
@@ -115,8 +161,8 @@ def with_count(case: Case, counts_on: str) -> dict[str, Any]:
 @counting
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_the_cpu(gpu: Gpu, case: Case, counts_on: str, dtype: torch.dtype) -> None:
-    given = inputs([*SIZES, TILE, 3 * TILE + 5], dtype, 5)
-    ours = gpu.train(case.ours, {**with_count(case, counts_on), "backend": "native"}, *given)
+    given = inputs(gpu.sizes, dtype, 3)
+    ours = gpu.train(case.ours, {**with_count(case, counts_on), "backend": gpu.backend}, *given)
     assert_same_bits(ours, train(case.ours, {**case.options, "backend": "native"}, *given))
 
 
@@ -133,17 +179,18 @@ def test_bits_of_the_cpu_bites(gpu: Gpu, case: Case, counts_on: str, fault: type
 @every_rule
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 def test_mixed_dtypes(gpu: Gpu, case: Case, form: Form) -> None:
-    options = {**case.options, "state_dtype": form[2], "backend": "native"}
-    given = stored(form, [*SIZES, 2 * TILE + 3], 3)
-    assert_same_bits(gpu.train(case.ours, options, *given), train(case.ours, options, *given))
+    options = {**case.options, "state_dtype": form[2]}
+    given = stored(form, gpu.sizes, 3)
+    ours = gpu.train(case.ours, {**options, "backend": gpu.backend}, *given)
+    assert_same_bits(ours, train(case.ours, {**options, "backend": "native"}, *given))
 
 
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
     given = inputs([1, 5, 1000, TILE], dtype, 3)
-    options = {**case.options, "backend": "native"}
-    assert_same_bits(gpu.train(case.ours, options, *given), train(case.ours, options, *given))
+    ours = gpu.train(case.ours, {**case.options, "backend": gpu.backend}, *given)
+    assert_same_bits(ours, train(case.ours, {**case.options, "backend": "native"}, *given))
 
 
 @every_rule
@@ -195,7 +242,7 @@ def test_misaligned(gpu: Gpu, case: Case, form: Form, offsets: tuple[int, int, i
 
     places = [shifted(offset) for offset in offsets]
     options = {**case.options, "state_dtype": form[2]}
-    values = stored(form, [1, 2, 5, 8, 9, 17, TILE - 1, TILE, TILE + 1, TILE + 7, 2 * TILE + 9], 2)
+    values = stored(form, gpu.misaligned_sizes, 2)
     names = ("place", "place_grad", "place_state")
     ours = gpu.train(case.ours, options, *values, **dict(zip(names, places, strict=True)))
     for place in places:
@@ -247,10 +294,6 @@ def give_gradients(gpu: Gpu, params: list[nn.Parameter]) -> None:
         p.grad = torch.full_like(p, 0.5)
 
 
-def launches(optimizer: Any) -> int:
-    return int(optimizer._plan.launches)
-
-
 def launches_for(tensors: int, pairs: int, slot_words: int) -> int:
     return math.ceil((tensors + pairs * slot_words) / ARGUMENT_WORDS)
 
@@ -260,6 +303,10 @@ def launches_for(tensors: int, pairs: int, slot_words: int) -> int:
     [(1, 1, 1), (465, 465, 1), (3900, 30, 1), (4000, 1, 1), (4100, 1, 2), (10_000, 10, launches_for(10_000, 10, 5))],
 )
 def test_one_launch(gpu: Gpu, tensors: int, groups: int, expected: int) -> None:
+    if gpu.backend == "triton":
+        expected = 1  # its arguments lie in memory
+        if gpu.simulation is not None:
+            tensors, groups = tensors // 50 + 1, groups // 50 + 1
     params = parameters(gpu, [3] * tensors)
     chunk = math.ceil(tensors / groups)
     optimizer = dracopt_ext.AdamW(
@@ -267,7 +314,7 @@ def test_one_launch(gpu: Gpu, tensors: int, groups: int, expected: int) -> None:
     )
     for _ in range(2):
         optimizer.step()
-        assert launches(optimizer) == expected
+        assert gpu.launches(optimizer) == expected
         assert gpu.only_here(optimizer)
     for g, group in enumerate(optimizer.param_groups):
         p = nn.Parameter(torch.ones(3))
@@ -283,10 +330,10 @@ def test_one_launch_for_each_arithmetic(gpu: Gpu) -> None:
     params = [p for dtype in (FP32, BF16, FP16) for p in parameters(gpu, [3, 5], dtype)]
     optimizer = dracopt_ext.AdamW(params)
     optimizer.step()
-    assert launches(optimizer) == 1
+    assert gpu.launches(optimizer) == (1 if gpu.backend == "native" else 3)  # Triton's is for one mix of dtypes
     optimizer.add_param_group({"params": parameters(gpu, [3, 5], FP64)})
     optimizer.step()
-    assert launches(optimizer) == 2
+    assert gpu.launches(optimizer) == (2 if gpu.backend == "native" else 4)
 
 
 @pytest.mark.gpu
@@ -317,7 +364,7 @@ def test_one_launch_for_different_numbers_of_states(gpu: Gpu) -> None:
     a, b = parameters(gpu, [10_000, 20_000])
     optimizer = dracopt_ext.Adam([{"params": [a], "amsgrad": True}, {"params": [b]}])
     optimizer.step()
-    assert launches(optimizer) == 1
+    assert gpu.launches(optimizer) == 1
     assert torch.equal(a[:100], b[:100])
 
 
@@ -516,9 +563,9 @@ def test_whatever_a_user_does(
     program: list[tuple[Any, ...]],
 ) -> None:
     """Any shapes, strides, dtypes, options and sequences of actions: the bits of the CPU after each of them."""
-    more = {"state_dtype": state_dtype, "backend": "native"}
-    ours = Trained(case.ours, {**with_count(case, counts_on), **more}, parameters, gpu)
-    on_cpu = Trained(case.ours, {**case.options, **more}, parameters)
+    more = {"state_dtype": state_dtype}
+    ours = Trained(case.ours, {**with_count(case, counts_on), **more, "backend": gpu.backend}, parameters, gpu)
+    on_cpu = Trained(case.ours, {**case.options, **more, "backend": "native"}, parameters)
     for action in [*program, ("step", set())]:
         ours.act(*action)
         on_cpu.act(*action)
@@ -675,41 +722,41 @@ def test_grad_scaler_end_to_end() -> None:
 # ---- graphs and streams
 
 
-def test_capture_is_refused_where_it_would_be_wrong(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+def test_capture_is_refused_where_it_would_be_wrong(gpu: Gpu, simulation: simulated_gpu.SimulatedGpu) -> None:
     p, q = parameters(gpu, [10, 20])
     plain, fused = dracopt_ext.AdamW([p]), dracopt_ext.NAdam([p])
     for optimizer in (plain, fused):
         optimizer.step()
         before = snapshot(optimizer)
-        simulated.set("capturing", 1)
+        simulation.set("capturing", 1)
         with pytest.raises(RuntimeError, match=f"instance of {type(optimizer).__name__} but .*capturable is False"):
             optimizer.step()
-        simulated.set("capturing", 0)
+        simulation.set("capturing", 0)
         assert_same_bits(snapshot(optimizer), before)
 
     for optimizer in (dracopt_ext.AdamW([q], capturable=True), dracopt_ext.SGD([q], momentum=0.9)):
-        simulated.set("capturing", 1)
+        simulation.set("capturing", 1)
         with pytest.raises(
             RuntimeError, match=r"parameter 0 of group 0 \(shape \[20\]\) has no state yet. Take a step"
         ):
             optimizer.step()
         assert not optimizer.state
-        simulated.set("capturing", 0)
+        simulation.set("capturing", 0)
         optimizer.step()
-        simulated.set("capturing", 1)
+        simulation.set("capturing", 1)
         optimizer.step()
-        simulated.set("capturing", 0)
+        simulation.set("capturing", 0)
 
     counted = dracopt_ext.AdamW([q], capturable=True)
     counted.step()
     counted.state[q]["step"] = counted.state[q]["step"].cpu()
-    simulated.set("capturing", 1)
+    simulation.set("capturing", 1)
     with pytest.raises(RuntimeError, match=r"has its state 'step' on the CPU"):
         counted.step()
-    simulated.set("capturing", 0)
+    simulation.set("capturing", 0)
     mixed = dracopt_ext.SGD([q, nn.Parameter(torch.ones(3))])
     mixed.param_groups[0]["params"][1].grad = torch.ones(3)
-    simulated.set("capturing", 1)
+    simulation.set("capturing", 1)
     with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 \(shape \[3\]\) is not on the GPU"):
         mixed.step()
 

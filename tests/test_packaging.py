@@ -16,12 +16,24 @@ import pytest
 from dracopt_ext import _C
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["csrc", "dracopt_ext", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in"]
+SOURCES = [
+    "csrc",
+    "dracopt_ext",
+    "triton_kernels",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "MANIFEST.in",
+]
 
 NO_COMPILER = {"CXX": "/nowhere/c++"}
 
 # The tests' own editable installation must not help out.
 ALONE = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+
+INTERPRET = "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
 
 USE = """
 import torch, dracopt_ext as optim
@@ -45,7 +57,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the sources, without what was built in them."""
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+            ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__", "triton_kernels")
             shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, tmp_path / "tree" / name)
@@ -110,7 +122,8 @@ def test_compiled_wheel(tree: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "any" not in wheel.name
     assert {"dracopt_ext/py.typed", "dracopt_ext/_C.pyi", "dracopt_ext/optim/_base.py"} <= set(names)
-    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks", "triton_kernels"))]
+    assert "dracopt_ext/triton_kernels/step.py" in names
     assert wheel.stat().st_size < (2 if _C.cuda_architectures() else 1) * 2**20
 
     target = install(wheel)
@@ -161,6 +174,15 @@ def test_no_compiler(tree: Path) -> None:
     assert "native:cpu  not available: no C++ compiler was found (/nowhere/c++)" in output
 
 
+def test_triton_needs_no_compiler(tree: Path) -> None:
+    """The pure package has its kernels; its interpreter serves here for a GPU."""
+    pytest.importorskip("triton")
+    target = install(build(tree, {"DRACOPT_BUILD": "pure"}))
+    program = USE.replace("lr=0.1)", "lr=0.1, backend='triton')").replace("import torch", INTERPRET + "import torch")
+    output, _ = use(target, program)
+    assert output[1] == "{'cpu': frozenset({'triton'})} 0.798"
+
+
 def test_no_torch(tree: Path, without_torch: dict[str, str]) -> None:
     assert_pure(build(tree, without_torch), "torch is not installed")
 
@@ -207,4 +229,4 @@ def test_source_distribution_is_complete(tree: Path) -> None:
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[-1] for name in opened.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "triton_kernels/step.py"} <= names

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,13 +16,33 @@ from torch.optim.optimizer import StateDict, _device_dtype_check_for_fused
 
 from .. import backend as backend_module
 from .. import reference
-from ..backend import _C, GPU, warn_once
-
-if TYPE_CHECKING:
-    from .._C import StepPlan
+from ..backend import GPU, warn_once
 
 Group = dict[str, Any]
+Index = tuple[int, int]
+"""Of a group, and of a parameter in it."""
+Foreign = tuple[int, int, str]
+"""The same of a parameter that a backend does not serve, and the reason."""
 Scaler = tuple[Tensor | None, Tensor | None]
+
+
+class StepPlan(Protocol):
+    """What steps an optimizer by one backend's kernels: see csrc/bindings/step_plan.h and triton_kernels/plan.py."""
+
+    def step(
+        self,
+        param_groups: list[Group],
+        state: dict[Tensor, Any],
+        grad_scale: float = 1.0,
+        scaler: Scaler = (None, None),
+        created: list[Index] | None = None,
+        stepped: list[Index] = ...,
+    ) -> tuple[list[Index], list[Foreign], bool] | None: ...
+    @property
+    def updated(self) -> dict[str, int]: ...
+    @property
+    def launches(self) -> int: ...
+
 
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,6 +50,16 @@ STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _all_on_gpu(*numbers: Tensor | None) -> bool:
     """Whether these are fp32 scalars that a kernel can read, as far as they are there."""
     return all(x is None or (x.device.type == GPU and x.dtype == torch.float32 and x.numel() == 1) for x in numbers)
+
+
+class Part(NamedTuple):
+    """Of a step: what one backend is to do once states are created."""
+
+    backend: str
+    missing: list[Index]
+    """Parameters that have no state yet."""
+    stepped: list[Index]
+    """Parameters that are others' part."""
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -52,9 +82,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     """The backend that was asked for; None if each step may choose."""
     state_dtype: torch.dtype | None
     """The dtype of the moments; None if it is each parameter's."""
-    _plan: StepPlan | None = None
-    _plan_ran: bool = False
-    _others_ran: dict[str, set[str]]  # by device type, what ran beside the plan in the last step
+    _plans: dict[str, StepPlan]  # by backend, those that were needed so far
+    _plans_ran: list[str]  # in the last step
+    _others_ran: dict[str, set[str]]  # by device type, what ran beside the plans in the last step
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -69,8 +99,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"state_dtype={state_dtype!r} is none of {names}; None stands for the parameter's own")
         self.backend = backend_module.resolve(backend)
         self.state_dtype = state_dtype
-        self._others_ran = {}
+        self._forget_plans()
         super().__init__(*args, **kwargs)
+
+    def _forget_plans(self) -> None:
+        self._plans, self._plans_ran, self._others_ran = {}, [], {}
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -96,14 +129,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def last_backend(self) -> dict[str, frozenset[str]]:
         """What updated parameters in the last step, by device type.
 
-        ``native``, ``reference`` or ``torch`` (torch's own implementation, where ours does not serve the parameter).
-        Empty before the first step and after one that updated nothing; but a GPU's kernels have run, too, when they
-        found an overflow, which the host does not know.
+        ``native``, ``triton``, ``reference`` or ``torch`` (torch's own implementation, where ours does not serve the
+        parameter). Empty before the first step and after one that updated nothing; but a GPU's kernels have run, too,
+        when they found an overflow, which the host does not know.
         """
         ran = {device: set(names) for device, names in self._others_ran.items()}
-        if self._plan_ran and self._plan is not None:
-            for device in self._plan.updated:
-                ran.setdefault(device, set()).add("native")
+        for name in self._plans_ran:
+            for device in self._plans[name].updated:
+                ran.setdefault(device, set()).add(name)
         return {device: frozenset(names) for device, names in ran.items()}
 
     @_disable_dynamo
@@ -122,7 +155,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._others_ran = {}
-        self._plan_ran = False
+        self._plans_ran = []
         if getattr(self, "found_inf", None) is None and getattr(self, "grad_scale", None) is None:
             self._update()
         else:
@@ -134,7 +167,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups = self._with_gradients()
         params = [p for group in groups for p in group["params"]]
         foreign: int | None = len(params)
-        if _C is not None and self.backend != "reference" and _all_on_gpu(found_inf, grad_scale):
+        if self.backend != "reference" and self._backends() and _all_on_gpu(found_inf, grad_scale):
             foreign = self._update(scaler=(found_inf, grad_scale))
             if foreign is None:
                 return  # the kernels have read both: nobody waits
@@ -152,48 +185,80 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if self.backend == "reference":
             self._update_by_reference(self._with_gradients(), grad_scale)
-        elif _C is None:
+            return None
+        backends = self._backends()
+        if not backends:
             self._update_by_torch(self._with_gradients(), grad_scale)
-        else:
-            plan = self._plan
-            if plan is None:
-                plan = self._plan = _C.StepPlan(self._rule, type(self).__name__)
-            todo = plan.step(self.param_groups, self.state, grad_scale, scaler)
-            if todo is not None:
-                missing, foreign, host_decides = todo
-                if host_decides:
-                    return len(foreign)
-                self._update_in_parts(plan, grad_scale, scaler, missing, foreign)
-            self._plan_ran = True
+            return None
+        parts: list[Part] = []
+        foreign: list[Foreign] = []
+        stepped: list[Index] = []
+        for name in backends:
+            todo = self._plan(name).step(self.param_groups, self.state, grad_scale, scaler, None, stepped)
+            if todo is None:
+                self._plans_ran.append(name)
+                break
+            missing, others, host_decides = todo
+            if host_decides:
+                return len(others)
+            parts.append(Part(name, missing, stepped + [(group, index) for group, index, _ in others]))
+            if name == backends[-1]:
+                foreign += others
+                break
+            # Triton has a GPU's parameters. The next backend has those of the CPU, if there are any.
+            foreign += [other for other in others if self._is_on_gpu(*other[:2])]
+            if len(foreign) == len(others):
+                break
+            stepped = [where for where in self._indices() if self._is_on_gpu(*where)]
+        if parts:
+            self._update_in_parts(parts, foreign, grad_scale, scaler)
         return None
 
-    def _update_in_parts(
-        self,
-        plan: StepPlan,
-        grad_scale: float,
-        scaler: Scaler,
-        missing: list[tuple[int, int]],
-        foreign: list[tuple[int, int, str]],
-    ) -> None:
+    def _backends(self) -> list[str]:
+        """The backends with plans that this step is to ask, in this order."""
+        if self.backend is not None:
+            return [self.backend]
+        native = [] if backend_module._C is None else ["native"]
+        if backend_module.triton_serves_gpus() and any(self._is_on_gpu(*where) for where in self._indices()):
+            return ["triton", *native]
+        return native
+
+    def _indices(self) -> list[Index]:
+        """Of all groups and the parameters in them."""
+        return [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+
+    def _is_on_gpu(self, group_index: int, index: int) -> bool:
+        return bool(self.param_groups[group_index]["params"][index].device.type == GPU)
+
+    def _plan(self, name: str) -> StepPlan:
+        if name not in self._plans:
+            self._plans[name] = backend_module.step_plan(name, self._rule, type(self).__name__, self.backend)
+        return self._plans[name]
+
+    def _update_in_parts(self, parts: list[Part], foreign: list[Foreign], grad_scale: float, scaler: Scaler) -> None:
         """A step before which states are to be created, or of which torch is to do a part."""
         for group_index, index, reason in foreign:
-            if self.backend == "native":
+            if self.backend is not None:
                 raise RuntimeError(
-                    f"backend='native' does not serve {reason}: {self._describe(group_index, index)}. "
-                    "Leave `backend` at None to let torch's implementation step such parameters"
+                    f"backend={self.backend!r} does not serve {reason}: {self._describe(group_index, index)}. "
+                    "Leave `backend` at None, so that each parameter is stepped by what serves it"
                 )
             warn_once(
                 f"{type(self).__name__} leaves {reason} to torch's own implementation (or to the reference, where "
                 "dtypes mix), which is slower"
             )
-        stepped = [(group_index, index) for group_index, index, _ in foreign]
-        created, others = self._select(missing), self._select(stepped)
+        others = self._select([(group_index, index) for group_index, index, _ in foreign])
+        created = [group for part in parts for group in self._select(part.missing)]
         with self._restored_on_error(created + others):
             with torch.no_grad():
                 for group in created:
                     self._create_moments(group)
             self._update_by_torch(others, grad_scale)
-            plan.step(self.param_groups, self.state, grad_scale, scaler, missing, stepped)
+            for part in parts:
+                self._plans[part.backend].step(
+                    self.param_groups, self.state, grad_scale, scaler, part.missing, part.stepped
+                )
+                self._plans_ran.append(part.backend)
 
     def _create_moments(self, group: Group) -> None:
         """Create the state of ``group["params"]`` in the dtype that was asked for."""
@@ -382,7 +447,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("backend", None)
         self.__dict__.setdefault("state_dtype", None)
-        self.__dict__.setdefault("_others_ran", {})
+        self._forget_plans()
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -1,0 +1,316 @@
+"""The Triton backend, beside what test_gpu shows: what it is compiled to, how often, and when it serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dracopt_ext
+from dracopt_ext import backend as backend_module
+from dracopt_ext.reference import CARRIED, MOMENTS, hyperparameters
+
+from . import interpreted
+from .cases import FAULTS, RULES, Case, NoOp, assert_same_bits, inputs, snapshot, train
+from .triton_compiler import TARGETS, variants
+
+triton = pytest.importorskip("triton")
+rules = pytest.importorskip("dracopt_ext.triton_kernels.rules")
+step = pytest.importorskip("dracopt_ext.triton_kernels.step")
+plan = pytest.importorskip("dracopt_ext.triton_kernels.plan")
+
+ROOT = Path(__file__).parents[1]
+BYTES = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
+
+interpreting = pytest.mark.skipif(not backend_module.INTERPRETING, reason="Triton's kernels are compiled here")
+every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+
+
+def without_interpreter() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+# ---- what it computes
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreted.set_up(monkeypatch)
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bits_after_many_steps(case: Case, dtype: torch.dtype) -> None:
+    """Powers and exponentials are taken by the kernel: of step counts that tests do not reach, too."""
+    for number in (99, 65_535, 1_000_000, 16_777_214):
+        (value,), ((first,), (second,)) = inputs([100], dtype, 2)
+        results = []
+        for backend in ("triton", "native"):
+            p = nn.Parameter(value.clone())
+            optimizer = case.ours([p], **case.options, backend=backend)
+            p.grad = first
+            optimizer.step()
+            for name, scalar in optimizer.state[p].items():
+                if name in CARRIED:
+                    scalar.fill_(number if name == "step" else 0.1234)
+            p.grad = second
+            optimizer.step()
+            results.append(snapshot(optimizer))
+        assert_same_bits(*results)
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+@every_rule
+@pytest.mark.parametrize("fault", FAULTS)
+def test_on_the_cpu_in_the_interpreter(case: Case, fault: type[NoOp]) -> None:
+    """For those who debug a kernel: tensors on the CPU are served there, if Triton is asked for."""
+    given = inputs([1, 100], torch.float32, 3)
+    options = {**case.options, "backend": "triton"}
+    expected = train(case.ours, {**case.options, "backend": "native"}, *given)
+    assert_same_bits(train(case.ours, options, *given), expected)
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same_bits(train(fault(case.ours), options, *given), expected)
+
+
+def test_rules_have_the_references_names() -> None:
+    for name, rule in rules.RULES.items():
+        assert rule.group_keys == hyperparameters(name)
+        assert set(rule.carried_keys) <= set(CARRIED)
+        assert set(rule.state_keys) <= set(MOMENTS)
+
+
+# ---- what it is compiled to
+
+
+def test_compiled_for_gpus_that_are_not_here() -> None:
+    """For each variant: nothing spilled, nothing rounded but as IEEE 754 has it, and access by 16 bytes."""
+    complete = os.environ.get("TRITON_VARIANTS") == "all"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton_compiler", *(["--all"] if complete else [])],
+        cwd=ROOT,
+        env=without_interpreter(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == len(variants(complete))
+    assert Counter(variant["target"] for variant in found).keys() == TARGETS.keys()
+    for variant in found:
+        assert variant["stack"] == 0, variant
+        assert variant["inexact"] == [], variant
+        elements = 4 if "fp64" in variant["dtypes"] else 8  # of a thread
+        vectors = [BYTES[dtype] * elements // 16 for dtype in variant["dtypes"]]
+        loads, stores = sum(vectors), sum(vectors) - vectors[1]
+        if variant["target"].startswith("sm_"):
+            assert (variant["vector_loads"], variant["vector_stores"]) == (loads, stores), variant
+        else:  # whose compiler unrolls loops
+            assert variant["vector_loads"] >= loads, variant
+            assert variant["vector_stores"] >= stores, variant
+        if "fp64" not in variant["dtypes"]:
+            assert variant["registers"] <= 144, variant  # three blocks a multiprocessor and more
+
+
+def test_compiled_once(tmp_path: Path) -> None:
+    """Not anew for another learning rate, step, size or number of tensors, but for another dtype."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.count_compilations"],
+        cwd=ROOT,
+        env={**without_interpreter(), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "1 compilations for 2 launches",
+        "1 compilations for 30 launches",
+        "2 compilations for 32 launches",
+    ]
+
+
+# ---- tables and launches
+
+
+@pytest.fixture
+def uploads(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What was brought to the device."""
+    made: list[list[int]] = []
+    upload = step.upload
+    monkeypatch.setattr(step, "upload", lambda words, *more: made.append(words) or upload(words, *more))
+    return made
+
+
+def parameters(count: int) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.ones(3, 4)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    return params
+
+
+@interpreting
+def test_table_is_made_once(uploads: list[list[int]]) -> None:
+    """A step brings its arguments to the device; the table, too, when a fact that it holds has changed."""
+    params = parameters(3)
+    optimizer = dracopt_ext.AdamW(params, lr=0.1, backend="triton")
+
+    def uploads_of_a_step() -> int:
+        uploads.clear()
+        optimizer.step()
+        return len(uploads)
+
+    assert uploads_of_a_step() == 2
+    for step_number in range(3):
+        optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.param_groups[0]["weight_decay"] += 0.01 * step_number
+        for p in params:
+            p.grad = torch.full_like(p, 0.1)
+        assert uploads_of_a_step() == 1
+    changes = [
+        lambda: setattr(params[0], "data", params[0].data.clone()),
+        lambda: setattr(params[0], "data", params[0].data.t().contiguous().t()),
+        lambda: setattr(params[1], "grad", params[1].grad.t().contiguous().t()),
+        lambda: setattr(params[1], "grad", None),
+        lambda: optimizer.state[params[2]].update(exp_avg=torch.zeros(3, 4)),
+        lambda: optimizer.param_groups[0].update(maximize=True),
+        lambda: optimizer.add_param_group({"params": parameters(1)}),
+    ]
+    for change in changes:
+        change()
+        assert uploads_of_a_step() == 2
+        assert uploads_of_a_step() == 1
+
+
+@interpreting
+def test_arguments_hold_a_recipe_for_each_group_and_step(uploads: list[list[int]]) -> None:
+    """However many tensors share it."""
+    words = []
+    for groups in (1, 2, 5):
+        params = parameters(10)
+        size = 10 // groups
+        optimizer = dracopt_ext.AdamW(
+            [{"params": params[i : i + size], "lr": 0.1 + i} for i in range(0, 10, size)], backend="triton"
+        )
+        optimizer.step()
+        words.append(len(uploads[-1]))
+    recipe = 1 + 7 + step.MAX_CARRIED
+    assert words == [step.HEADER_WORDS.value + 2 * 10 + groups * recipe for groups in (1, 2, 5)]
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+def test_what_a_graph_refers_to_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a table that a graph is yet to write is no other step's."""
+    params = parameters(2)
+    stepper = plan.StepPlan("sgd", "SGD", on_cpu=True)
+    optimizer = dracopt_ext.SGD(params, lr=0.1)
+    monkeypatch.setattr(plan, "GPU", "cpu")
+    for capturing, tables in ((False, 0), (True, 1), (False, 1), (True, 2)):
+        if tables == 1:
+            params[0].data = params[0].data.clone()
+        monkeypatch.setattr(plan, "is_capturing", lambda _, answer=capturing: answer)
+        assert stepper.step(optimizer.param_groups, optimizer.state) is None
+        (launch, _), *_ = stepper._launches
+        assert len(stepper._captured) == tables
+        assert all(any(kept is launch._table for kept in referred) == capturing for referred in stepper._captured[-1:])
+        assert (stepper._known is None) == (capturing and tables == 1)
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+@every_rule
+def test_failure_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(2)
+    optimizer = case.ours(params, **case.options, backend="triton")
+    optimizer.step()
+    before = snapshot(optimizer)
+
+    class Failing:
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError("out of resources")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "step", Failing())
+        with pytest.raises(RuntimeError, match="out of resources"):
+            optimizer.step()
+        fresh = case.ours(params, **case.options, backend="triton")
+        with pytest.raises(RuntimeError, match="out of resources"):
+            fresh.step()
+        assert not any(fresh.state.values())
+    assert_same_bits(snapshot(optimizer), before)
+    optimizer.step()
+
+
+# ---- when it serves
+
+
+def test_no_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in the interpreter."""
+    monkeypatch.setattr(backend_module, "INTERPRETING", False)
+    monkeypatch.setattr(backend_module, "why_no_triton", lambda: None)
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = dracopt_ext.AdamW([p], backend="triton")
+    with pytest.raises(
+        RuntimeError,
+        match=r"backend='triton' does not serve tensors on the CPU: parameter 0 of group 0 \(shape \[3\]\). Leave "
+        r"`backend` at None",
+    ):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    assert not optimizer.state
+
+
+@pytest.fixture
+def _reasons_anew() -> Any:
+    cached = (backend_module.why_no_triton, backend_module.why_no_triton_on, backend_module.triton_serves_gpus)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("_reasons_anew")
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason() -> str | None:
+        backend_module.why_no_triton.cache_clear()
+        return dracopt_ext.backends()["triton"]
+
+    monkeypatch.setattr(backend_module, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason() == "torch finds no GPU"
+    with pytest.raises(RuntimeError, match="backend='triton' is not available: torch finds no GPU"):
+        dracopt_ext.SGD([nn.Parameter(torch.ones(1))], backend="triton")
+    assert not backend_module.triton_serves_gpus()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert reason() == "Triton does not compile for Old: its compute capability is below 8.0"
+    backend_module.why_no_triton_on.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + 2 * device, 0))
+    assert reason() is None
+    backend_module.triton_serves_gpus.cache_clear()
+    assert backend_module.triton_serves_gpus()  # this build of torch has no CUDA, so there are no CUDA kernels
+
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert reason() == "triton 3.5.1 is older than 3.6"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert (reason() or "").startswith("triton does not load: ")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert reason() == "triton is not installed: pip install 'triton>=3.6'"

@@ -1,0 +1,107 @@
+"""``python -m tests.triton_compiler [--all]``: compiles the Triton kernel for GPUs that are not there, and reports.
+
+Prints a line of JSON for each variant and target. Triton must not be in its interpreter here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+PRODUCT = list(itertools.product(DTYPES, repeat=3))
+"""Of the dtypes of the parameter, the gradient and the states."""
+USUAL = [*((d, d, d) for d in DTYPES), ("bf16", "bf16", "fp32"), ("fp16", "fp16", "fp32"), ("fp32", "fp32", "bf16")]
+IN_FP32 = [dtypes for dtypes in PRODUCT if "fp64" not in dtypes]
+
+Variant = tuple[str, tuple[str, str, str], str]
+
+
+def variants(complete: bool) -> list[Variant]:
+    """Every combination for every target; or all that are computed in fp32 for one, and for the others the usual."""
+    chosen = dict.fromkeys(TARGETS, PRODUCT if complete else USUAL)
+    if not complete:
+        chosen["sm_90"] = sorted({*USUAL, *IN_FP32})
+    rules = ("adam", "nadam", "sgd")
+    return [(rule, dtypes, target) for target in TARGETS for rule in rules for dtypes in chosen[target]]
+
+
+def compile_one(variant: Variant) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dracopt_ext.triton_kernels import step
+    from dracopt_ext.triton_kernels.rules import RULES
+
+    name, (param, grad, state), target = variant
+    rule = RULES[name]
+    backend = TARGETS[target][0]
+    constants = step.specialization(rule, (param, grad, *[state] * len(rule.state_keys)), backend)
+    signature = {"table": "*i64", "arguments": "*i64", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(step.step, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=step.options(backend))
+    found = {"rule": name, "dtypes": [param, grad, *[state] * len(rule.state_keys)], "target": target}
+    return {**found, **(of_amd(compiled.asm) if target == "gfx942" else of_nvidia(compiled.asm))}
+
+
+def of_nvidia(asm: Any) -> dict[str, Any]:
+    ptx = asm["ptx"]
+    tool = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {
+        "vector_loads": Counter(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
+        "vector_stores": Counter(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        # Contracted, approximate or flushing: whatever does not round as IEEE 754 has it.
+        "inexact": re.findall(
+            r"\b(?:div|sqrt|rcp|rsqrt|ex2|lg2)\.(?:full|approx)\S*|\b(?:mul|add|sub|fma)\.(?!rn)\S*f(?:32|64)\b|\S+\.ftz\S*",
+            ptx,
+        ),
+    }
+
+
+def of_amd(asm: Any) -> dict[str, Any]:
+    text = asm["amdgcn"]
+    return {
+        "vector_loads": len(re.findall(r"\b(?:global|flat|buffer)_load_(?:dwordx4|b128)", text)),
+        "vector_stores": len(re.findall(r"\b(?:global|flat|buffer)_store_(?:dwordx4|b128)", text)),
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),  # type: ignore[index]
+        "stack": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))),
+        "inexact": [],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every combination of dtypes for every target")
+    chosen = variants(parser.parse_args().all)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for found in pool.map(compile_one, chosen):
+                print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

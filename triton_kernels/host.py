@@ -1,0 +1,37 @@
+"""What the host computes of a rule: the momentum of NAdam, by which a ``mu_product`` on the host is multiplied.
+
+In Python floats, with the roundings of csrc/core/math.h.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import lru_cache
+
+
+def fma(a: float, b: float, c: float) -> float:
+    """With one rounding, which Python only has since 3.13. For finite numbers."""
+    return float(Fraction(a) * Fraction(b) + Fraction(c))
+
+
+def exponential(x: float, correction: float) -> float:
+    """e^(x + correction) for x <= 0 and a tiny correction."""
+    if x <= -708.0:
+        return 0.0
+    round_to_integer = 6755399441055744.0
+    n = (x * 1.4426950408889634 + round_to_integer) - round_to_integer
+    rest = fma(-n, 0.6931471805599453, x)
+    r = rest + fma(-n, 2.3190468138462996e-17, correction)
+    series = 1.0
+    for k in range(14, 1, -1):
+        series = fma(series, r * (1.0 / k), 1.0)
+    return fma(series, r, 1.0) * 2.0 ** int(n)
+
+
+@lru_cache(maxsize=64)
+def momentum(step: float, beta1: float, momentum_decay: float) -> float:
+    """Of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2)."""
+    ln, ln_rest = -0.040821994520255166, -8.893492737632459e-19  # of 0.96
+    decays = step * momentum_decay
+    x = decays * ln
+    return beta1 * (1 - 0.5 * exponential(x, fma(decays, ln, -x) + decays * ln_rest))

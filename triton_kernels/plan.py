@@ -1,0 +1,558 @@
+"""One optimizer step by the Triton kernel: reads what Python holds now, refuses what is wrong, and updates the rest.
+
+What csrc/bindings/step_plan.cpp does for the compiled kernels, with the same answers in the same words, but in Python,
+so that it needs no compiler. Every step compares the facts about all tensors (addresses, dtypes, shapes, strides) with
+those of the step before, and makes the kernel's tables anew when they differ. No tensor is held from step to step.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Iterable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
+from .rules import RULES, Rule
+from .step import DTYPES, FIRST, MAX_CARRIED, Launch, number_bits
+
+Index = tuple[int, int]
+Scaler = tuple[Tensor | None, Tensor | None]
+Todo = tuple[list[Index], list[tuple[int, int, str]], bool]
+
+GPU = "cuda"
+"""The type of the devices that Triton compiles for, NVIDIA's and AMD's alike."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NATIVE = (*DTYPES, torch.complex64, torch.complex128)
+_MAX_STEP = 2.0**53  # beyond it a double no longer counts
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Is a graph being captured from a GPU's current stream?"""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+class Group:
+    """A parameter group as this step finds it."""
+
+    def __init__(self, index: int, values: dict[str, Any], rule: Rule) -> None:
+        self.index = index
+        self.values = values
+        self.params: list[Tensor] = values["params"]
+        self.maximize = bool(values.get("maximize"))
+        self.fused = bool(values.get("fused"))
+        self.capturable = bool(values.get("capturable"))
+        self.foreign = "differentiable=True" if values.get("differentiable") else None
+        self.device: torch.device | None = None  # of the hyperparameters that are tensors on a GPU
+        self.numbers: list[float] = []
+        self.recipe = [0]  # flags, and the numbers' words
+        for key in rule.group_keys:
+            if key not in values:
+                raise KeyError(f"{self._name(key)} is missing")
+            value = values[key]
+            rates = isinstance(value, (tuple, list))
+            for number in value if rates else (value,):
+                self._append(key, number, is_decay_rate=rates)
+        if len(self.numbers) != rule.hyperparameters:
+            raise ValueError(
+                f"param_groups[{index}] holds {len(self.numbers)} hyperparameters, not {rule.hyperparameters}: is a "
+                "tuple such as betas of another length?"
+            )
+        self.states = rule.states(self.numbers)
+        self.facts = index, self.states, self.maximize, self.fused, self.capturable, self.foreign, self.device
+
+    def _name(self, key: str) -> str:
+        return f"param_groups[{self.index}][{key!r}]"
+
+    def _append(self, key: str, number: Any, is_decay_rate: bool) -> None:
+        if isinstance(number, Tensor):
+            number = self._number_in(key, number)
+            if number is None:
+                return
+        try:
+            value = float(number)
+        except (TypeError, ValueError):
+            raise TypeError(f"{self._name(key)} must be a number, not {type(number).__name__}") from None
+        if not math.isfinite(value) or (is_decay_rate and not 0 <= value < 1):
+            must = "at least 0 and less than 1" if is_decay_rate else "finite"
+            raise ValueError(f"{self._name(key)} is {number!r}; it must be {must}")
+        self.numbers.append(value)
+        self.recipe.append(number_bits(value))
+
+    def _number_in(self, key: str, tensor: Tensor) -> float | None:
+        """The number that the host is to read; None if the kernel does."""
+        if tensor.numel() != 1:
+            raise ValueError(f"{self._name(key)} must be a tensor of one element, not of shape {list(tensor.shape)}")
+        is_plain = type(tensor) in _PLAIN and tensor.layout is torch.strided and tensor.dtype in DTYPES
+        if is_plain and _lacks_memory(tensor):
+            raise ValueError(f"{self._name(key)} is a tensor whose storage was freed")
+        if is_plain and tensor.device.type == "cpu":
+            return tensor.item()
+        known_here = self.device in (None, tensor.device) and tensor.dtype in (torch.float32, torch.float64)
+        if not is_plain or tensor.device.type != GPU or not known_here:
+            self.foreign = "hyperparameters that are tensors on another device or of another dtype"
+            return 0.0
+        self.device = tensor.device
+        k = len(self.numbers)
+        self.recipe[0] |= 1 << (k if tensor.dtype == torch.float32 else 16 + k)
+        self.recipe.append(tensor.data_ptr())
+        self.numbers.append(math.nan)  # only the kernel sees it
+        return None
+
+
+class Located(NamedTuple):
+    """A parameter that has a gradient, and what was found of its state."""
+
+    group: Group
+    number: int  # in the group
+    param: Tensor
+    grad: Tensor
+    entries: Any  # the state's, normally a dict; None if there is none
+    carried: list[Any]  # by the rule's carried_keys, None where absent
+    states: list[Any]  # by the rule's state_keys
+
+    @property
+    def where(self) -> Index:
+        return self.group.index, self.number
+
+    def describe(self) -> str:
+        names = self.group.values.get("param_names")
+        name = f"{names[self.number]!r}, " if names else ""
+        return f"parameter {self.number} of group {self.group.index} ({name}shape {list(self.param.shape)})"
+
+
+def _facts(tensor: Any) -> tuple[Any, ...]:
+    """What a table depends on; the address comes first."""
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        return 0, type(tensor), getattr(tensor, "layout", None)
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _lacks_memory(tensor: Tensor) -> bool:
+    """Has the storage become too small, as resize_(0) makes it?"""
+    extent = extent_of(tensor)
+    return extent > 0 and (tensor.storage_offset() + extent) * tensor.itemsize > tensor.untyped_storage().nbytes()
+
+
+def _why_not_plain(tensor: Tensor) -> str | None:
+    if type(tensor) not in _PLAIN:
+        return "tensor subclasses"
+    if tensor.layout is not torch.strided:
+        return "sparse tensors"
+    if tensor.is_conj() or tensor.is_neg():
+        return "lazily transformed tensors"
+    return None
+
+
+Numbers = tuple[float | None, ...]
+
+
+def _numbers_on_host(located: Located) -> Numbers:
+    """The carried scalars that the host holds, None in the place of the others."""
+    return tuple(value.item() if value.is_cpu else None for value in located.carried)
+
+
+def _is_step(number: float | None) -> bool:
+    return number is None or (0 <= number < _MAX_STEP and number.is_integer())
+
+
+def _range_of(tensor: Tensor) -> tuple[int, int]:
+    """The addresses over which a tensor extends."""
+    return tensor.data_ptr(), tensor.data_ptr() + extent_of(tensor) * tensor.itemsize
+
+
+def _tensors(located: Located) -> Iterable[Tensor]:
+    """Of the state, as far as they are there."""
+    return (value for value in (*located.carried, *located.states) if value is not None)
+
+
+def _real(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+
+
+_ADVICE_ON_STATES = "Delete this parameter's state to start it afresh"
+
+
+def _check_tensor(tensor: Tensor, param: Tensor, name: str, advice: str) -> None:
+    """Raise for what cannot be the gradient or a moment of a parameter, which is plain."""
+    if type(tensor) not in _PLAIN:
+        return
+    if tensor.device != param.device:
+        raise ValueError(f"{name} is on another device, {tensor.device}. {advice}")
+    if tensor.shape != param.shape:
+        raise ValueError(f"{name} has another shape, {list(tensor.shape)}. {advice}")
+    if tensor.dtype not in _NATIVE or tensor.is_complex() != param.is_complex():
+        raise ValueError(f"{name} has a dtype that does not fit, {tensor.dtype}. {advice}")
+
+
+def _check_scalar(tensor: Tensor, param: Tensor, name: str, advice: str) -> None:
+    """The same for a scalar that the state carries."""
+    if tensor.device.type != "cpu" and tensor.device != param.device:
+        raise ValueError(f"{name} is on another device, {tensor.device}. {advice}")
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} has another shape, {list(tensor.shape)}. {advice}")
+
+
+def _freed(tensor: Tensor) -> str:
+    nbytes = tensor.untyped_storage().nbytes()
+    return f"lies in a storage that is too small for it, of {nbytes} bytes: it was freed or resized"
+
+
+class WrittenMemory:
+    """The memory that a step writes, as ranges of addresses with the number of their owner."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+        self._ranges = sorted(r for r in ranges if r[1] > r[0])
+        self._begins = [begin for begin, _, _ in self._ranges]
+        self._reach = list(accumulate((end for _, end, _ in self._ranges), max))
+
+    def shared(self) -> set[int]:
+        """The owners of ranges that overlap another."""
+        found: set[int] = set()
+        furthest = 0, -1
+        for begin, end, owner in self._ranges:
+            if begin < furthest[0]:
+                found |= {owner, furthest[1]}
+            furthest = max(furthest, (end, owner))
+        return found
+
+    def shared_with(self, of_reader: tuple[int, int], reader: int) -> set[int]:
+        """The owners of what overlaps a range that is read, and its reader."""
+        begin, end = of_reader
+        found: set[int] = set()
+        i = bisect_left(self._begins, end)
+        while begin < end and i > 0 and self._reach[i - 1] > begin:
+            i -= 1
+            if self._ranges[i][1] > begin:
+                found |= {reader, self._ranges[i][2]}
+        return found
+
+
+class StepPlan:
+    """Belongs to one optimizer; called as the compiled module's class of this name is.
+
+    Args:
+        rule: a name in :data:`dracopt_ext.triton_kernels.rules.RULES`.
+        optimizer: the name of the class, for errors.
+        on_cpu: whether parameters on the CPU are served as well, which only Triton's interpreter can.
+    """
+
+    def __init__(self, rule: str, optimizer: str, on_cpu: bool = False) -> None:
+        self._rule = RULES[rule]
+        self._optimizer = optimizer
+        self._devices = (GPU, "cpu") if on_cpu else (GPU,)
+        self._known: list[Any] | None = None  # the facts for which `_launches` are right, if nothing was left out
+        self._launches: list[tuple[Launch, list[int]]] = []  # with the places of their tensors in the list of all
+        self._written = WrittenMemory(())
+        self._harmless: list[int] = []  # addresses of gradients that share no written memory
+        self._captured: list[Any] = []  # what graphs refer to
+        self.updated: dict[str, int] = {}
+        """How many parameters the last call updated, by type of device."""
+        self.launches = 0
+        """How many launches of the kernel the last call made."""
+
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: float = 1.0,
+        scaler: Scaler = (None, None),
+        created: Collection[Index] | None = None,
+        stepped: Collection[Index] = (),
+    ) -> Todo | None:
+        """Step every parameter that has a gradient; the contract is that of csrc/bindings/step_plan.h."""
+        self.updated, self.launches = {}, 0
+        groups = [Group(index, values, self._rule) for index, values in enumerate(param_groups)]
+        located, facts = self._locate(groups, state, stepped)
+        ready = located
+        missing: list[Located] = []
+        foreign: list[tuple[Located, str]] = []
+        numbers: list[Numbers] = []
+        if facts == self._known:
+            numbers = [_numbers_on_host(p) for p in located]
+        if facts != self._known or not self._is_as_before(located, numbers):
+            self._known = None
+            ready, missing, foreign = self._examine(located)
+            numbers = [_numbers_on_host(p) for p in ready]
+        capturing = self._check_capture(ready, missing, foreign)
+        host_decides = scaler != (None, None) and self._host_decides(ready, missing, foreign)
+        if missing or foreign or host_decides:
+            if created is not None:
+                raise RuntimeError("parameters or states have changed while step() was creating states")
+            return [p.where for p in missing], [(*p.where, reason) for p, reason in foreign], host_decides
+        if self._known is None:
+            self._launches = self._arrange(ready)
+            # A graph writes the tables of its capture when it is replayed: no other step may count on them.
+            self._known = None if capturing else facts
+        self._run(ready, numbers, grad_scale, scaler, created or (), capturing)
+        self._record(ready, numbers)
+        return None
+
+    def _locate(
+        self, groups: list[Group], state: dict[Tensor, Any], stepped: Collection[Index]
+    ) -> tuple[list[Located], list[Any]]:
+        """The parameters that have a gradient and were not stepped yet, and the facts about them."""
+        rule = self._rule
+        located: list[Located] = []
+        facts: list[Any] = []
+        for group in groups:
+            state_keys = rule.state_keys[: group.states]
+            for index, p in enumerate(group.params):
+                if not isinstance(p, Tensor):
+                    name = f"param_groups[{group.index}]['params'][{index}]"
+                    raise TypeError(f"{name} must be a Tensor, not {type(p).__name__}")
+                grad = p.grad
+                if grad is None or (stepped and (group.index, index) in stepped):
+                    continue
+                entries = state.get(p)
+                known = entries if isinstance(entries, dict) else {}
+                carried = [known.get(key) for key in rule.carried_keys]
+                states = [known.get(key) for key in state_keys]
+                located.append(Located(group, index, p, grad, entries, carried, states))
+                facts.append(
+                    (group.facts, index, _facts(p), _facts(grad)[1:], *map(_facts, carried), *map(_facts, states))
+                )
+        return located, facts
+
+    def _is_as_before(self, located: list[Located], numbers: list[Numbers]) -> bool:
+        """Is what the facts do not tell in order, too: gradients' addresses and step counts?"""
+        if not all(_is_step(of_p[0]) for of_p in numbers if of_p):
+            return False
+        gradients = [p.grad.data_ptr() for p in located]
+        if gradients != self._harmless:
+            if any(self._written.shared_with(_range_of(p.grad), i) for i, p in enumerate(located)):
+                return False
+            self._harmless = gradients
+        return True
+
+    def _examine(self, located: list[Located]) -> tuple[list[Located], list[Located], list[tuple[Located, str]]]:
+        """Sorts what was found: in order, without a state as yet, none for the kernel; raises for what is wrong."""
+        ready: list[Located] = []
+        missing: list[Located] = []
+        foreign: list[tuple[Located, str]] = []
+        for p in located:
+            reason = self._why_foreign(p)
+            if reason is not None:
+                foreign.append((p, reason))
+            elif None in p.carried or any(value is None for value in p.states):
+                missing.append(p)
+            else:
+                ready.append(p)
+        shared = self._sharing_memory(ready, missing, foreign)
+        foreign += [(p, "tensors that share memory") for p in (*ready, *missing) if p.where in shared]
+        ready, missing = ([p for p in part if p.where not in shared] for part in (ready, missing))
+        return ready, missing, foreign
+
+    def _why_foreign(self, located: Located) -> str | None:
+        """Why the kernel does not serve a parameter; raises for what is wrong."""
+        group, p, grad = located.group, located.param, located.grad
+        if group.foreign is not None:
+            return group.foreign
+        if (reason := _why_not_plain(p)) is not None:
+            return reason
+        if p.device.type not in self._devices:
+            return "tensors on the CPU" if p.device.type == "cpu" else "tensors on a device without Triton kernels"
+        if group.device not in (None, p.device):
+            return "hyperparameters on another device"
+        if is_expanded(p):
+            raise ValueError(
+                f"{located.describe()} is expanded: several of its elements share one memory location, so it cannot be "
+                "updated in place. Optimize a clone() of it instead"
+            )
+        if may_overlap_itself(p):
+            return "strides by which elements may share memory"
+        if p.dtype not in _NATIVE:
+            return "these dtypes"
+        if p.is_complex() and group.fused:
+            return "complex parameters with fused=True"
+        if p.is_inference():
+            return "inference tensors"
+        advice = "Set .grad to None, or to a tensor like the parameter"
+        _check_tensor(grad, p, f"the gradient of {located.describe()}", advice)
+        if (reason := _why_not_plain(grad)) is not None:
+            return reason
+        reason = self._why_state_is_foreign(located)
+        if reason is None:
+            self._check_memory(located)
+        return reason
+
+    def _why_state_is_foreign(self, located: Located) -> str | None:
+        group, p = located.group, located.param
+        keys = (*self._rule.carried_keys, *self._rule.state_keys[: group.states])
+        values = (*located.carried, *located.states)
+        for key, value in zip(keys, values, strict=True):
+            if value is None:
+                # As in torch, a rule that carries scalars creates its state as a whole: a part of it is a mistake.
+                if self._rule.carried_keys and located.entries:
+                    raise KeyError(
+                        f"the state of {located.describe()} has no {key!r}. Was an option such as amsgrad switched on "
+                        "after the first step? Delete this parameter's state to start it afresh"
+                    )
+                return None
+        on_gpu = group.device is not None
+        for k, (key, value) in enumerate(zip(keys, values, strict=True)):
+            name, advice = f"the state {key!r} of {located.describe()}", _ADVICE_ON_STATES
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} is no tensor but a {type(value).__name__}. {advice}")
+            if type(value) not in _PLAIN:
+                return "states that are tensor subclasses"
+            if key in self._rule.state_keys:
+                _check_tensor(value, p, name, advice)
+            else:
+                _check_scalar(value, p, name, advice)
+            if (reason := _why_not_plain(value)) is not None:
+                return reason
+            if key in self._rule.state_keys:
+                if is_expanded(value):
+                    raise ValueError(f"{name} is expanded: several of its elements share one memory location. {advice}")
+                if may_overlap_itself(value):
+                    return "strides by which elements may share memory"
+                continue
+            if value.dtype not in (torch.float32, torch.float64):
+                return "scalars of a state in this dtype"
+            if _lacks_memory(value):
+                raise ValueError(f"{name} {_freed(value)}. {advice}")
+            if value.device.type != "cpu":
+                on_gpu = True
+            elif k > 0 and on_gpu:  # the host moves it on by what it cannot read then
+                return "a state on the CPU beside numbers on the GPU that it depends on"
+            elif k == 0 and not _is_step(value.item()):
+                return "step counts that are not natural numbers"
+        return None
+
+    def _check_memory(self, located: Located) -> None:
+        tensors = {
+            located.describe(): (located.param, "Give it its memory back before the step"),
+            f"the gradient of {located.describe()}": (
+                located.grad,
+                "Set .grad to None, or to a tensor like the parameter",
+            ),
+        }
+        for key, value in zip(self._rule.state_keys, located.states, strict=False):
+            tensors[f"the state {key!r} of {located.describe()}"] = value, _ADVICE_ON_STATES
+        for name, (tensor, advice) in tensors.items():
+            if tensor is not None and _lacks_memory(tensor):
+                raise ValueError(f"{name} {_freed(tensor)}. {advice}")
+
+    def _sharing_memory(
+        self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]
+    ) -> set[Index]:
+        """Element for element in parallel is wrong for tensors that share memory: torch is to take them one by one."""
+        searched = [*ready, *missing]
+        others = [p for p, _ in foreign if _why_not_plain(p.param) is None]
+        ranges = [(*_range_of(t), i) for i, p in enumerate(searched) for t in (p.param, *_tensors(p))]
+        ranges += [(*_range_of(p.param), len(searched)) for p in others]
+        written = self._written = WrittenMemory(ranges)
+        shared = written.shared()
+        for i, p in enumerate([*searched, *others]):
+            if _why_not_plain(p.grad) is None:
+                owner = min(i, len(searched))
+                shared |= written.shared_with(_range_of(p.grad), owner)
+        self._harmless = [p.grad.data_ptr() for p in ready]
+        return {searched[i].where for i in shared if i < len(searched)}
+
+    def _check_capture(self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]) -> bool:
+        """A graph does again in every replay what the device did, but not what the host did."""
+        if not any(is_capturing(device) for device in {p.param.device for p in (*ready, *missing)}):
+            return False
+        on_cpu = [p for p, _ in foreign if p.param.device.type == "cpu"]
+        for p in (*ready, *missing, *on_cpu):
+            if self._rule.carried_keys and not p.group.capturable:  # in torch's words
+                raise RuntimeError(
+                    f"Attempting CUDA graph capture of step() for an instance of {self._optimizer} but param_groups' "
+                    "capturable is False."
+                )
+            why = None
+            if p.param.device.type != GPU:
+                why = "is not on the GPU"
+            elif any(p is other for other in missing):
+                why = "has no state yet. Take a step before the capture"
+            for key, value in zip(self._rule.carried_keys, p.carried, strict=True):
+                if why is None and value.device.type == "cpu":
+                    why = f"has its state {key!r} on the CPU. Move it to the GPU"
+            if why is not None:
+                raise RuntimeError(f"step() cannot be captured in a CUDA graph: {p.describe()} {why}")
+        return True
+
+    def _host_decides(self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]) -> bool:
+        """After an overflow nothing may be done. The kernel sees to that, but cannot for what the host does."""
+        counts_on_gpu = all(
+            self._rule.carried_keys and (p.group.fused or p.group.capturable) and p.param.device.type == GPU
+            for p in missing
+        )
+        on_host = any(p.param.device.type == "cpu" or any(v.device.type == "cpu" for v in p.carried) for p in ready)
+        return bool(foreign) or not counts_on_gpu or on_host
+
+    def _arrange(self, ready: list[Located]) -> list[tuple[Launch, list[int]]]:
+        launches: dict[Any, tuple[Launch, list[int]]] = {}
+        for i, p in enumerate(ready):
+            streams = [p.param, p.grad, *p.states]
+            # One launch serves parameters with and without the last states.
+            absent = (DTYPES[_real(p.param)],) * (len(self._rule.state_keys) - len(p.states))
+            dtypes = (*(DTYPES[_real(tensor)] for tensor in streams), *absent)
+            key = p.param.device, dtypes
+            if key not in launches:
+                launches[key] = Launch(self._rule, p.param.device, dtypes), []
+            launch, members = launches[key]
+            members.append(i)
+            launch.add(
+                p.param.numel() * (2 if p.param.is_complex() else 1),
+                make_layout(streams),
+                p.group.maximize,
+                p.carried,
+                [tensor.data_ptr() for tensor in (p.param, *p.states)],
+            )
+        return list(launches.values())
+
+    def _run(
+        self,
+        ready: list[Located],
+        numbers: list[Numbers],
+        grad_scale: float,
+        scaler: Scaler,
+        created: Collection[Index],
+        capturing: bool,
+    ) -> None:
+        recipes: dict[Any, tuple[int, ...]] = {}
+        for launch, members in self._launches:
+            of_launch = []
+            for i in members:
+                p, first = ready[i], not self._rule.carried_keys and ready[i].where in created
+                key = p.group.index, first, numbers[i]
+                if key not in recipes:
+                    carried = [0 if number is None else number_bits(number) for number in numbers[i]]
+                    padding = [0] * (MAX_CARRIED - len(carried))
+                    flags, *words = p.group.recipe
+                    recipes[key] = (flags | first << FIRST.value, *words, *carried, *padding)
+                of_launch.append(recipes[key])
+            referred = launch.run([ready[i].grad.data_ptr() for i in members], of_launch, grad_scale, *scaler)
+            if capturing:
+                self._captured.append(referred)
+            self.launches += 1
+            device = ready[members[0]].param.device.type
+            self.updated[device] = self.updated.get(device, 0) + len(members)
+
+    def _record(self, ready: list[Located], numbers: list[Numbers]) -> None:
+        """What a step leaves beside the data: versions, as torch's in-place operations count them, and the host's."""
+        increment_version([tensor for p in ready for tensor in (p.param, *p.states)])
+        for k in range(len(self._rule.carried_keys)):
+            on_gpu = [p.carried[k] for p, of_p in zip(ready, numbers, strict=True) if of_p[k] is None]
+            increment_version(on_gpu)
+            on_host = [(p, of_p) for p, of_p in zip(ready, numbers, strict=True) if of_p[k] is not None]
+            if not on_host:
+                continue
+            tensors = [p.carried[k] for p, _ in on_host]
+            if k == 0:
+                torch._foreach_add_(tensors, 1)
+            else:
+                factors = [self._rule.factors((of_p[0] or 0) + 1, p.group.numbers)[k - 1] for p, of_p in on_host]
+                torch._foreach_mul_(tensors, factors)

@@ -1,0 +1,214 @@
+"""The update rules in Triton, line for line those of csrc/rules: the same operations in the same order, the same bits.
+
+A rule has two functions. ``prepare`` takes what the state carries from step to step and the hyperparameters, all of
+them fp64, and returns the carried scalars of this step and the step's scalars in the arithmetic's dtype, T. ``update``
+takes those scalars and a block of elements of the parameter, the gradient and the states, and returns the parameter and
+the states anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import host
+from .arithmetic import divide, exponential, fma, maximum, sqrt
+
+
+class Rule(NamedTuple):
+    """What the driver knows of a rule; its names are those of csrc/rules."""
+
+    group_keys: tuple[str, ...]
+    """Of the parameter group; a tuple there counts as its items."""
+    hyperparameters: int
+    """Numbers that ``group_keys`` yield."""
+    carried_keys: tuple[str, ...]
+    """Scalars of the parameter's state; the step count is the first."""
+    state_keys: tuple[str, ...]
+    """Streams of the parameter's state."""
+    states: Callable[[Sequence[float]], int]
+    """How many of them there are, by the hyperparameters."""
+    prepare: Any
+    update: Any
+    factors: Callable[..., tuple[float, ...]] = lambda step, hyperparameters: ()
+    """What the carried scalars after the step count are multiplied by, where the host holds them."""
+
+
+@triton.jit
+def rounded(x, is_fp32):
+    return tl.where(is_fp32, x.to(tl.float32).to(tl.float64), x)
+
+
+# ---- what Adam and its relatives share: weight decay and the moving averages of the gradient and of its square
+
+
+@triton.jit
+def prepare_moments(
+    step,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    decoupled_weight_decay,
+    power: tl.constexpr,
+    T: tl.constexpr,
+):
+    decoupled = decoupled_weight_decay != 0
+    weight = (1 - beta1).to(T)
+    from_grad = weight >= 0.5  # torch.lerp then starts from the gradient, the end that is nearer
+    return (
+        tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T),  # decoupled: the parameter's factor
+        tl.where(decoupled, 0.0, weight_decay).to(T),  # else: what the parameter adds to the gradient
+        tl.where(from_grad, weight - 1, weight),
+        beta2.to(T),
+        (1 - beta2).to(T),
+        sqrt(1 - power(beta2, step)).to(T),
+        eps.to(T),
+        (decoupled == 0) & (weight_decay != 0),
+        from_grad,
+    )
+
+
+@triton.jit
+def update_moments(c, p, g, exp_avg, exp_avg_sq):
+    decay, l2, lerp, beta2, one_minus_beta2, _, _, has_l2, from_grad = c
+    g = tl.where(has_l2, fma(p, l2, g), g)
+    p = p * decay
+    exp_avg = fma(lerp, g - exp_avg, tl.where(from_grad, g, exp_avg))
+    exp_avg_sq = fma(one_minus_beta2 * g, g, exp_avg_sq * beta2)
+    return p, g, exp_avg, exp_avg_sq
+
+
+@triton.jit
+def denominator(c, second_moment):
+    _, _, _, _, _, bias_correction2_sqrt, eps, _, _ = c
+    return divide(sqrt(second_moment), bias_correction2_sqrt) + eps
+
+
+# ---- Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and AdamW (Loshchilov & Hutter 2019)
+
+
+@triton.jit
+def prepare_adam(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
+    lr, beta1, beta2, eps, weight_decay, _, decoupled_weight_decay = h
+    step = rounded(carried[0] + 1, is_fp32[0])
+    bias_correction1 = 1 - power(beta1, step)
+    moments = prepare_moments(step, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, power, T)
+    neg_step_size = (-(lr / bias_correction1)).to(T)
+    return (step, carried[1]), (moments, neg_step_size)
+
+
+@triton.jit
+def update_adam(c, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, states):
+    moments, neg_step_size = c
+    p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
+    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
+    second_moment = tl.where(states == 3, max_exp_avg_sq, exp_avg_sq)
+    p = p + divide(neg_step_size * exp_avg, denominator(moments, second_moment))
+    return p, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+# ---- NAdam (Dozat 2016), and NAdamW with decoupled weight decay, as torch.optim.NAdam defines them
+
+
+@triton.jit
+def momentum(step, beta1, momentum_decay):
+    """Of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2)."""
+    ln = tl.full((), -0.040821994520255166, tl.float64)  # of 0.96
+    ln_rest = -8.893492737632459e-19
+    decays = step * momentum_decay
+    x = decays * ln
+    return beta1 * (1 - 0.5 * exponential(x, fma(decays, ln, -x) + decays * ln_rest))
+
+
+@triton.jit
+def prepare_nadam(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
+    lr, beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay = h
+    step = rounded(carried[0] + 1, is_fp32[0])
+    mu = momentum(step, beta1, momentum_decay)
+    mu_next = momentum(step + 1, beta1, momentum_decay)
+    mu_product = rounded(carried[1] * rounded(mu, is_fp32[1]), is_fp32[1])
+    moments = prepare_moments(step, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, power, T)
+    grad_factor = (-lr * (1 - mu) / (1 - mu_product)).to(T)
+    exp_avg_factor = (-lr * mu_next / (1 - mu_product * mu_next)).to(T)
+    return (step, mu_product), (moments, grad_factor, exp_avg_factor)
+
+
+@triton.jit
+def update_nadam(c, p, g, exp_avg, exp_avg_sq, none, states):
+    moments, grad_factor, exp_avg_factor = c
+    p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
+    direction = fma(exp_avg_factor, exp_avg, grad_factor * g)
+    p = p + divide(direction, denominator(moments, exp_avg_sq))
+    return p, exp_avg, exp_avg_sq, none
+
+
+# ---- SGD with momentum, dampening and Nesterov's form, as torch.optim.SGD defines them (Sutskever et al. 2013, with
+# the learning rate outside the buffer)
+
+
+@triton.jit
+def prepare_sgd(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
+    lr, momentum, dampening, weight_decay, nesterov = h
+    # `first`: the buffer starts as the gradient itself, undampened
+    scalars = (
+        (-lr).to(T),
+        momentum.to(T),
+        (1 - dampening).to(T),
+        weight_decay.to(T),
+        weight_decay != 0,
+        nesterov != 0,
+        first,
+    )
+    return carried, scalars
+
+
+@triton.jit
+def update_sgd(c, p, g, buffer, none1, none2, states):
+    neg_lr, momentum, one_minus_dampening, l2, has_l2, nesterov, first = c
+    g = tl.where(has_l2, fma(p, l2, g), g)
+    buffer = tl.where(first, g, fma(one_minus_dampening, g, buffer * momentum))
+    g = tl.where(states == 1, tl.where(nesterov, fma(momentum, buffer, g), buffer), g)
+    p = fma(neg_lr, g, p)
+    return p, buffer, none1, none2
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay")
+_NADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay")
+_SGD_KEYS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+
+RULES = {
+    "adam": Rule(
+        _ADAM_KEYS,
+        7,
+        ("step",),
+        (*_MOMENTS, "max_exp_avg_sq"),
+        lambda h: 3 if h[5] != 0 else 2,
+        prepare_adam,
+        update_adam,
+    ),
+    "nadam": Rule(
+        _NADAM_KEYS,
+        7,
+        ("step", "mu_product"),
+        _MOMENTS,
+        lambda h: 2,
+        prepare_nadam,
+        update_nadam,
+        lambda step, h: (host.momentum(step, h[1], h[5]),),
+    ),
+    "sgd": Rule(
+        _SGD_KEYS,
+        5,
+        (),
+        ("momentum_buffer",),
+        lambda h: 1 if h[1] != 0 else 0,
+        prepare_sgd,
+        update_sgd,
+    ),
+}

@@ -1,0 +1,487 @@
+"""One kernel for a whole step: every tensor of every group whose streams are stored alike.
+
+Its input are two arrays of 64-bit words. The table holds what stays the same from step to step, the arguments what is
+new in each. See the constants for what lies where.
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import nullcontext
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import divide, narrow, power, widen
+from .rules import Rule
+
+TILE = tl.constexpr(8192)  # elements that a program updates
+ROWS = tl.constexpr(128)  # of the table that a program moves on at once
+WARPS = 4
+VECTOR_BYTES = tl.constexpr(16)  # the widest access there is
+VECTOR = tl.constexpr(16)  # elements: a multiple of every dtype's in such a vector
+
+MAX_STATES = 3
+MAX_CARRIED = 2
+
+# The table: rows, then layouts, then a counter of finished programs.
+NUMEL, FIRST_TILE, LAYOUT, FLAGS, CARRIED, PARAM, STATES = map(tl.constexpr, (0, 1, 2, 3, 4, 6, 7))
+ROW_WORDS = tl.constexpr(7 + MAX_STATES)
+"""Of a row: elements; its first tile's number; where its layout lies, 0 if every stream is dense; flags; addresses of
+the carried scalars, 0 for those on the host; of the parameter; and of the states, 0 where there is none.
+
+A layout: the number of dimensions, their sizes, and for each stream (parameter, gradient, states) their strides.
+"""
+MAXIMIZE, CARRIED_FP32 = map(
+    tl.constexpr, (1, 2)
+)  # flags; the second is of the first carried scalar, the third follows
+
+# The arguments: a header, a pair of words for each row (its gradient's address, its recipe's place), then recipes.
+FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED, COUNT, PROGRAMS = map(tl.constexpr, range(6))
+HEADER_WORDS = tl.constexpr(6)
+"""Addresses of GradScaler's numbers, 0 if there are none; what gradients are divided by, if the second is 0; address of
+a counter of finished programs, 0 if no carried scalar lies on the device; the number of rows; the number of programs.
+
+A recipe is what scalars are prepared from: flags, the hyperparameters, the carried scalars of the host; each number as
+the bits of an fp64 number or as an address.
+"""
+FP32_ADDRESS, FP64_ADDRESS, FIRST = map(
+    tl.constexpr, (0, 16, 32)
+)  # bits of a recipe's flags; the first two of number 0
+
+
+@triton.jit
+def word(words, at, mask):
+    return tl.load(words + at, mask=mask, other=0)
+
+
+@triton.jit
+def number_at(address, is_fp32, is_fp64):
+    fp32 = tl.load(address.to(tl.pointer_type(tl.float32)), mask=is_fp32, other=0)
+    fp64 = tl.load(address.to(tl.pointer_type(tl.float64)), mask=is_fp64, other=0)
+    return tl.where(is_fp32, fp32.to(tl.float64), fp64)
+
+
+@triton.jit
+def tile_of(table, count, program):
+    """The row that holds a program's tile: the last one whose first tile is not beyond it."""
+    low = count * 0
+    high = count
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        beyond = tl.load(table + middle * ROW_WORDS + FIRST_TILE) > program
+        low = tl.where(beyond, low, middle)
+        high = tl.where(beyond, middle, high)
+    return low
+
+
+@triton.jit
+def hyperparameter(recipe, flags, k: tl.constexpr, mask):
+    bits = word(recipe, 1 + k, mask)
+    is_fp32 = (flags >> FP32_ADDRESS + k & 1) != 0
+    is_fp64 = (flags >> FP64_ADDRESS + k & 1) != 0
+    stored = number_at(bits, is_fp32, is_fp64)
+    return tl.where(is_fp32 | is_fp64, stored, bits.to(tl.float64, bitcast=True))
+
+
+@triton.jit
+def carried_number(recipe, address, is_fp32, at: tl.constexpr, mask):
+    on_host = word(recipe, at, mask).to(tl.float64, bitcast=True)
+    there = address != 0
+    return tl.where(there, number_at(address, there & is_fp32, there & (is_fp32 == 0)), on_host)
+
+
+@triton.jit
+def prepare(row, recipe, mask, rule: tl.constexpr, numbers: tl.constexpr, power: tl.constexpr, T: tl.constexpr):
+    """The carried scalars of this step, with their addresses and dtypes, and the step's scalars."""
+    flags = word(recipe, 0, mask)
+    h0 = hyperparameter(recipe, flags, 0, mask)
+    h1 = hyperparameter(recipe, flags, 1, mask)
+    h2 = hyperparameter(recipe, flags, 2, mask)
+    h3 = hyperparameter(recipe, flags, 3, mask)
+    h4 = hyperparameter(recipe, flags, 4, mask)
+    if numbers == 7:
+        h = (h0, h1, h2, h3, h4, hyperparameter(recipe, flags, 5, mask), hyperparameter(recipe, flags, 6, mask))
+    else:
+        h = (h0, h1, h2, h3, h4)  # type: ignore[assignment]
+    row_flags = word(row, FLAGS, mask)
+    addresses = word(row, CARRIED, mask), word(row, CARRIED + 1, mask)
+    is_fp32 = (row_flags & CARRIED_FP32) != 0, (row_flags & 2 * CARRIED_FP32) != 0
+    carried = (
+        carried_number(recipe, addresses[0], is_fp32[0], 1 + numbers, mask),
+        carried_number(recipe, addresses[1], is_fp32[1], 2 + numbers, mask),
+    )
+    carried, scalars = rule(carried, is_fp32, (flags >> FIRST & 1) != 0, h, power, T)
+    return carried, scalars, addresses, is_fp32
+
+
+@triton.jit
+def offset_of(layout, stream: tl.constexpr, element):
+    """Where elements of a stream lie, in elements from its first."""
+    dims = tl.load(layout)
+    strides = layout + 1 + (1 + stream) * dims
+    offset = element * 0
+    d = dims - 1
+    while d >= 0:
+        size = tl.load(layout + 1 + d)
+        offset += element % size * tl.load(strides + d)
+        element = element // size
+        d -= 1
+    return offset
+
+
+@triton.jit
+def pointer_of(address, dtype: tl.constexpr, in_vectors: tl.constexpr):
+    if dtype == "fp32":
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif dtype == "fp64":
+        pointer = address.to(tl.pointer_type(tl.float64))
+    elif dtype == "fp16":
+        pointer = address.to(tl.pointer_type(tl.float16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.uint16))
+    if in_vectors:
+        pointer = tl.multiple_of(pointer, VECTOR_BYTES)
+    return pointer
+
+
+@triton.jit
+def load(address, offsets, mask, dtype: tl.constexpr, in_vectors: tl.constexpr, T: tl.constexpr):
+    if dtype is None:
+        x = tl.full(offsets.shape, 0, T)
+    else:
+        x = widen(tl.load(pointer_of(address, dtype, in_vectors) + offsets, mask=mask, other=0), dtype, T)
+    return x
+
+
+@triton.jit
+def store(address, offsets, x, mask, dtype: tl.constexpr, in_vectors: tl.constexpr):
+    if dtype is not None:
+        tl.store(pointer_of(address, dtype, in_vectors) + offsets, narrow(x, dtype), mask=mask)
+
+
+@triton.jit
+def place(layout, is_strided, stream: tl.constexpr, elements, in_vectors: tl.constexpr):
+    if in_vectors:
+        offsets = elements
+    elif is_strided:
+        offsets = offset_of(layout, stream, elements)
+    else:
+        offsets = elements
+    return offsets
+
+
+@triton.jit
+def update_block(
+    addresses,
+    elements,
+    limit,
+    layout,
+    is_strided,
+    sign,
+    divisor,
+    scalars,
+    update: tl.constexpr,
+    param: tl.constexpr,
+    grad: tl.constexpr,
+    state0: tl.constexpr,
+    state1: tl.constexpr,
+    state2: tl.constexpr,
+    in_vectors: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Updates these elements of a tensor, as far as they are below the limit."""
+    at_param, at_grad, at_state0, at_state1, at_state2 = addresses
+    states = (at_state0 != 0).to(tl.int32) + (at_state1 != 0).to(tl.int32) + (at_state2 != 0).to(tl.int32)
+    mask = elements < limit
+    # No access where there is no such state.
+    mask0 = elements < tl.where(at_state0 != 0, limit, limit * 0)
+    mask1 = elements < tl.where(at_state1 != 0, limit, limit * 0)
+    mask2 = elements < tl.where(at_state2 != 0, limit, limit * 0)
+    in_param = place(layout, is_strided, 0, elements, in_vectors)
+    in_grad = place(layout, is_strided, 1, elements, in_vectors)
+    in_state0 = place(layout, is_strided, 2, elements, in_vectors)
+    in_state1 = place(layout, is_strided, 3, elements, in_vectors)
+    in_state2 = place(layout, is_strided, 4, elements, in_vectors)
+
+    p = load(at_param, in_param, mask, param, in_vectors, T)
+    g = load(at_grad, in_grad, mask, grad, in_vectors, T)
+    s0 = load(at_state0, in_state0, mask0, state0, in_vectors, T)
+    s1 = load(at_state1, in_state1, mask1, state1, in_vectors, T)
+    s2 = load(at_state2, in_state2, mask2, state2, in_vectors, T)
+    if divisor != 1:
+        g = divide(g, divisor)
+    p, s0, s1, s2 = update(scalars, p, sign * g, s0, s1, s2, states)
+    store(at_param, in_param, p, mask, param, in_vectors)
+    store(at_state0, in_state0, s0, mask0, state0, in_vectors)
+    store(at_state1, in_state1, s1, mask1, state1, in_vectors)
+    store(at_state2, in_state2, s2, mask2, state2, in_vectors)
+
+
+@triton.jit
+def no_power(x, n):
+    return x * 0 + 0.5
+
+
+@triton.jit
+def advance(table, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, carries: tl.constexpr):
+    """Moves what tensors carry on the device on to the step that has been done."""
+    begin = count * 0
+    while begin < count:
+        rows = begin + tl.arange(0, ROWS)
+        mask = rows < count
+        recipes = word(arguments, HEADER_WORDS + 2 * rows + 1, mask)
+        carried, _, addresses, is_fp32 = prepare(
+            table + rows * ROW_WORDS, arguments + recipes, mask, rule, numbers, no_power, tl.float64
+        )
+        for k in tl.static_range(carries):
+            there = mask & (addresses[k] != 0)
+            as_fp32 = addresses[k].to(tl.pointer_type(tl.float32))
+            as_fp64 = addresses[k].to(tl.pointer_type(tl.float64))
+            tl.store(as_fp32, carried[k].to(tl.float32), mask=there & is_fp32[k])
+            tl.store(as_fp64, carried[k], mask=there & (is_fp32[k] == 0))
+        begin += ROWS
+
+
+@triton.jit
+def step(
+    table,
+    arguments,
+    rule: tl.constexpr,
+    update: tl.constexpr,
+    numbers: tl.constexpr,
+    carries: tl.constexpr,
+    param: tl.constexpr,
+    grad: tl.constexpr,
+    state0: tl.constexpr,
+    state1: tl.constexpr,
+    state2: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements that are updated at once
+):
+    found_inf = tl.load(arguments + FOUND_INF)
+    if number_at(found_inf, found_inf != 0, False) != 0:
+        return
+    program = tl.program_id(0)
+    count = tl.load(arguments + COUNT)
+    index = tile_of(table, count, program)
+    row = table + index * ROW_WORDS
+    pair = arguments + HEADER_WORDS + 2 * index
+    recipe = arguments + tl.load(pair + 1)
+    _, scalars, _, _ = prepare(row, recipe, True, rule, numbers, power, T)
+
+    numel = tl.load(row + NUMEL)
+    begin = (program - tl.load(row + FIRST_TILE)) * TILE
+    end = tl.minimum(begin + TILE, numel)
+    sign = tl.where(tl.load(row + FLAGS) & MAXIMIZE != 0, -1.0, 1.0).to(T)
+    grad_scale = tl.load(arguments + GRAD_SCALE)
+    divisor = tl.load(arguments + DIVISOR).to(tl.float64, bitcast=True)
+    divisor = tl.where(grad_scale != 0, number_at(grad_scale, grad_scale != 0, False), divisor).to(T)
+    at_layout = tl.load(row + LAYOUT)
+    layout = table + at_layout
+    at_param, at_grad = tl.load(row + PARAM), tl.load(pair)
+    at_state0, at_state1, at_state2 = tl.load(row + STATES), tl.load(row + STATES + 1), tl.load(row + STATES + 2)
+    addresses = at_param, at_grad, at_state0, at_state1, at_state2
+
+    # In vectors as far as they go; then the tensor's last elements, or all where no vector begins.
+    misaligned = (at_param | at_grad | at_state0 | at_state1 | at_state2) % VECTOR_BYTES != 0
+    in_vectors = tl.where(misaligned | (at_layout != 0), begin, end - (end - begin) % VECTOR)
+    in_vectors = tl.multiple_of(in_vectors, VECTOR)
+    for i in range(0, TILE, BLOCK):
+        if begin + i < in_vectors:
+            elements = begin + i + tl.arange(0, BLOCK)
+            update_block(
+                addresses,
+                elements,
+                in_vectors,
+                layout,
+                False,
+                sign,
+                divisor,
+                scalars,
+                update,
+                param,
+                grad,
+                state0,
+                state1,
+                state2,
+                True,
+                T,
+            )
+    for i in range(0, TILE, ROWS):
+        if in_vectors + i < end:
+            elements = in_vectors + i + tl.arange(0, ROWS)
+            update_block(
+                addresses,
+                elements,
+                end,
+                layout,
+                at_layout != 0,
+                sign,
+                divisor,
+                scalars,
+                update,
+                param,
+                grad,
+                state0,
+                state1,
+                state2,
+                False,
+                T,
+            )
+
+    finished = tl.load(arguments + FINISHED)
+    if finished != 0:
+        # The last program to come here moves the step counts on: all others have read them.
+        tl.debug_barrier()
+        counter = finished.to(tl.pointer_type(tl.int32))
+        programs = tl.load(arguments + PROGRAMS)
+        if tl.atomic_add(counter, 1) == programs - 1:
+            tl.store(counter, 0)
+            advance(table, arguments, count, rule, numbers, carries)
+
+
+# ---- the launcher
+
+TARGET = "cuda" if torch.version.hip is None else "hip"
+DTYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def specialization(rule: Rule, dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
+    """All that the kernel is compiled anew for: the rule, and the dtypes of parameter, gradient and states."""
+    streams = ("param", "grad", *(f"state{k}" for k in range(MAX_STATES)))
+    fp64 = "fp64" in dtypes
+    threads = WARPS * (32 if target == "cuda" else 64)
+    return {
+        "rule": rule.prepare,
+        "update": rule.update,
+        "numbers": rule.hyperparameters,
+        "carries": len(rule.carried_keys),
+        **dict(zip_longest(streams, dtypes)),
+        "T": tl.float64 if fp64 else tl.float32,
+        "BLOCK": threads * (4 if fp64 else 8),  # so that a thread has a vector of the narrowest dtype beside T
+    }
+
+
+def options(target: str = TARGET) -> dict[str, Any]:
+    """Of the compiler. The first is the one on which the bits depend."""
+    chosen: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": WARPS}
+    if target == "cuda":
+        chosen["maxnreg"] = 168  # with an upper bound ptxas spills none of them for the sake of more threads
+    return chosen
+
+
+def number_bits(number: float) -> int:
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+
+
+def upload(words: list[int], device: torch.device, referred: list[Any]) -> Tensor:
+    """These words on a device. Nobody waits: the copy is made in the current stream, from pinned memory.
+
+    Appends to ``referred`` what must live as long as a graph in which the copy is captured.
+    """
+    source = torch.tensor(words, dtype=torch.int64)
+    if device.type == "cuda":
+        source = source.pin_memory()
+    copy = source.to(device, non_blocking=True)
+    referred += (source, copy)
+    return copy
+
+
+class Launch:
+    """The tensors that one launch updates: those of one device whose streams are stored alike."""
+
+    def __init__(self, rule: Rule, device: torch.device, dtypes: tuple[str, ...]) -> None:
+        self.rule = rule
+        self.device = device
+        self.dtypes = dtypes
+        self.counts_steps = False  # some carried scalar lies on the device
+        self._rows: list[list[int]] = []
+        self._layouts: list[tuple[int, list[int]]] = []  # with the row
+        self._programs = 0
+        self._table: Tensor | None = None
+        self._referred: list[Any] = []  # by every run
+        self._stream: Any = None  # in which the table was written
+
+    def add(
+        self, numel: int, layout: list[int] | None, maximize: bool, carried: list[Tensor], streams: list[int]
+    ) -> None:
+        """Append a tensor.
+
+        Args:
+            numel: of real numbers.
+            layout: its words; None if every stream is dense.
+            maximize: whether the gradient is to be negated.
+            carried: the scalars of the state, on the device or on the CPU.
+            streams: addresses of the parameter and its states.
+        """
+        flags = MAXIMIZE.value * maximize
+        addresses = [0] * MAX_CARRIED
+        for k, scalar in enumerate(carried):
+            flags |= (scalar.dtype == torch.float32) * CARRIED_FP32.value << k
+            if scalar.device.type != "cpu":
+                self.counts_steps = True
+                addresses[k] = scalar.data_ptr()
+        streams = streams + [0] * (1 + MAX_STATES - len(streams))
+        if layout is not None:
+            self._layouts.append((len(self._rows), layout))
+        self._rows.append([numel, self._programs, 0, flags, *addresses, *streams])
+        # An empty tensor has a tile, too: a launch must have a program to count its step.
+        self._programs += max(1, -(-numel // TILE.value))
+
+    def run(
+        self,
+        gradients: list[int],
+        recipes: list[tuple[int, ...]],
+        divisor: float,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> list[Any]:
+        """Update the tensors, given the address of each one's gradient and its recipe.
+
+        Returns what the kernel refers to, which must live as long as a graph in which this is captured.
+        """
+        on_gpu = self.device.type == "cuda"
+        referred: list[Any] = []
+        with torch.cuda.device(self.device) if on_gpu else nullcontext():
+            table = self._placed_table()
+            if on_gpu and self._stream != torch.cuda.current_stream():
+                table.record_stream(torch.cuda.current_stream())
+            referred += self._referred
+            numbers = []
+            for number in (found_inf, grad_scale):
+                here = None if number is None else number.to(self.device, non_blocking=True)
+                referred.append(here)
+                numbers.append(0 if here is None else here.data_ptr())
+            places: dict[tuple[int, ...], int] = {}
+            place = HEADER_WORDS.value + 2 * len(gradients)
+            pairs: list[int] = []
+            for gradient, recipe in zip(gradients, recipes, strict=True):
+                if recipe not in places:
+                    places[recipe] = place
+                    place += len(recipe)
+                pairs += (gradient, places[recipe])
+            # The counter is behind the rows and layouts.
+            finished = table.data_ptr() + 8 * (table.numel() - 1) if self.counts_steps else 0
+            header = [*numbers, number_bits(divisor), finished, len(self._rows), self._programs]
+            words = [*header, *pairs, *(word for recipe in places for word in recipe)]
+            arguments = upload(words, self.device, referred)
+            step[(self._programs,)](table, arguments, **specialization(self.rule, self.dtypes), **options())
+        return referred
+
+    def _placed_table(self) -> Tensor:
+        if self._table is None:
+            self._table = upload(self._words(), self.device, self._referred)
+            self._stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
+        return self._table
+
+    def _words(self) -> list[int]:
+        words = [word for row in self._rows for word in row]
+        for row, layout in self._layouts:
+            words[row * ROW_WORDS.value + LAYOUT.value] = len(words)
+            words += layout
+        return [*words, 0]
