@@ -38,6 +38,8 @@ class Mutant:
         return self.file.startswith("csrc/")
 
 
+TRITON_STEP, TRITON_PLAN = "triton_kernels/step.py", "triton_kernels/plan.py"
+TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
 ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
@@ -492,6 +494,102 @@ MUTANTS = [
     ),
     Mutant(
         "the reference's fma rounds twice", REFERENCE, "return torch.where(adjust,", "return torch.where(False,", BITS
+    ),
+    # ---- Triton
+    Mutant(
+        "Triton: amsgrad takes no maximum",
+        "triton_kernels/rules.py",
+        "    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)\n",
+        "    max_exp_avg_sq = exp_avg_sq\n",
+        TRITON_BITS,
+    ),
+    Mutant(
+        "Triton: the first momentum is dampened",
+        "triton_kernels/rules.py",
+        "buffer = tl.where(first, g, fma(",
+        "buffer = tl.where(first == 2, g, fma(",
+        TRITON_BITS,
+    ),
+    Mutant(
+        "Triton: mu_product is not rounded",
+        "triton_kernels/rules.py",
+        "mu_product = rounded(carried[1] * rounded(mu, is_fp32[1]), is_fp32[1])",
+        "mu_product = carried[1] * mu",
+        "test_triton::test_bits_after_many_steps",
+    ),
+    Mutant(
+        "Triton: powers in plain doubles",
+        "triton_kernels/arithmetic.py",
+        "        base_lo = (square - base) + base_lo\n",
+        "        base_lo = base_lo * 0\n",
+        "test_triton::test_bits_after_many_steps",
+    ),
+    Mutant("Triton: the last elements are lost", TRITON_STEP, "if in_vectors + i < end:", "if i < -1:", TRITON_BITS),
+    Mutant(
+        "Triton: maximize is ignored", TRITON_STEP, "MAXIMIZE != 0, -1.0, 1.0)", "MAXIMIZE != 0, 1.0, 1.0)", TRITON_BITS
+    ),
+    Mutant(
+        "Triton: a program takes the row before",
+        TRITON_STEP,
+        "+ FIRST_TILE) > program\n",
+        "+ FIRST_TILE) >= program\n",
+        TRITON_BITS,
+    ),
+    Mutant(
+        "Triton: contracts",
+        TRITON_STEP,
+        '"enable_fp_fusion": False',
+        '"enable_fp_fusion": True',
+        "test_triton::test_compiled_for_gpus_that_are_not_here",
+    ),
+    Mutant(
+        "Triton: no vectors",
+        TRITON_STEP,
+        "        pointer = tl.multiple_of(pointer, VECTOR_BYTES)\n",
+        "        pointer = pointer + 0\n",
+        "test_triton::test_compiled_for_gpus_that_are_not_here",
+    ),
+    Mutant(
+        "Triton: strides are no fact",
+        TRITON_PLAN,
+        "tensor.shape, tensor.stride(), tensor.is_conj()",
+        "tensor.shape, tensor.is_conj()",
+        "test_triton::test_table_is_made_once",
+    ),
+    Mutant(
+        "Triton: conjugation is no fact",
+        TRITON_PLAN,
+        "tensor.is_conj(), tensor.is_neg()\n\n\ndef _facts",
+        "tensor.is_neg()\n\n\ndef _facts",
+        "test_triton::test_gradients_that_change_between_steps",
+    ),
+    Mutant(
+        "Triton: gradients' memory is searched once",
+        TRITON_PLAN,
+        "        if gradients != self._harmless:\n",
+        "        if not gradients:\n",
+        "test_triton::test_gradients_that_change_between_steps",
+    ),
+    Mutant(
+        "Triton: all groups have one recipe",
+        TRITON_PLAN,
+        "                key = p.group.index, first, numbers[i]\n",
+        "                key = first, numbers[i]\n",
+        "test_triton::test_arguments_hold_a_recipe_for_each_group_and_step",
+    ),
+    Mutant(
+        "Triton: tables of a capture are anyone's",
+        TRITON_PLAN,
+        "self._known = None if capturing else facts",
+        "self._known = facts",
+        "test_triton::test_what_a_graph_refers_to_is_kept",
+    ),
+    Mutant(
+        "Triton: state stays after a failure",
+        BASE,
+        "        with self._restored_on_error(created + others):\n",
+        "        with self._restored_on_error(others):\n",
+        "test_triton::test_failure_changes_nothing",
     ),
 ]
 

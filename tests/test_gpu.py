@@ -66,6 +66,8 @@ class Gpu:
 
 def needs_a_gpu(backend: str = "native") -> None:
     reason = dracopt_ext.backends()["native:cuda" if backend == "native" else backend]
+    if not torch.cuda.is_available():
+        reason = reason or "torch finds no GPU"
     if reason is not None:
         pytest.skip(reason)
 
@@ -96,13 +98,24 @@ load_simulation = functools.cache(simulated_gpu.load)
 ON_GPUS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
 
 
+def on_a_real_gpu(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    backend = "native" if kernels == "cuda" else "triton"
+    needs_a_gpu(backend)
+    monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: backend == "triton")
+    return Gpu(backend)
+
+
+@pytest.fixture(params=ON_GPUS)
+def real_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """For what no simulation shows."""
+    return on_a_real_gpu(request.param, monkeypatch)
+
+
 @pytest.fixture(params=["simulated", "interpreted", *ON_GPUS])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     backend = "native" if request.param in ("simulated", "cuda") else "triton"
     if request.param in ("cuda", "triton"):
-        needs_a_gpu(backend)
-        monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: backend == "triton")
-        yield Gpu(backend)
+        yield on_a_real_gpu(request.param, monkeypatch)
         return
     if torch.version.cuda is not None:
         pytest.skip("torch takes one accelerator only, and this one has CUDA")
@@ -336,16 +349,13 @@ def test_one_launch_for_each_arithmetic(gpu: Gpu) -> None:
     assert gpu.launches(optimizer) == (2 if gpu.backend == "native" else 4)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("work", ["465 groups", "30 groups", "mixed dtypes"])
-def test_launches_that_the_profiler_counts(work: str) -> None:
-    needs_a_gpu()
-    gpu = Gpu()
+def test_launches_that_the_profiler_counts(real_gpu: Gpu, work: str) -> None:
     if work == "mixed dtypes":
-        groups = [{"params": parameters(gpu, [100] * 50, dtype)} for dtype in (FP32, BF16)]
+        groups = [{"params": parameters(real_gpu, [100] * 50, dtype)} for dtype in (FP32, BF16)]
     else:
         tensors, count = (465, 465) if work == "465 groups" else (3900, 30)
-        params = parameters(gpu, [100] * tensors)
+        params = parameters(real_gpu, [100] * tensors)
         size = tensors // count
         groups = [{"params": params[i : i + size], "lr": 1e-3 + i * 1e-6} for i in range(0, tensors, size)]
     optimizer = dracopt_ext.AdamW(groups)
@@ -356,8 +366,11 @@ def test_launches_that_the_profiler_counts(work: str) -> None:
             optimizer.step()
             torch.cuda.synchronize()
     on_gpu = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    assert 9 <= len(on_gpu) <= 10, on_gpu  # at the edges of its window the profiler may lose one
-    assert len(set(on_gpu)) == 1
+    kernels = [name for name in on_gpu if "Memcpy" not in name]
+    expected = 2 if work == "mixed dtypes" and real_gpu.backend == "triton" else 1
+    assert 9 * expected <= len(kernels) <= 10 * expected, on_gpu  # at the edges of its window the profiler may lose one
+    assert len(set(kernels)) == 1
+    assert len(on_gpu) == len(kernels) or real_gpu.backend == "triton"  # which has its arguments copied
 
 
 def test_one_launch_for_different_numbers_of_states(gpu: Gpu) -> None:
@@ -694,10 +707,8 @@ def test_scaler_where_no_kernel_serves(gpu: Gpu, simulated: simulated_gpu.Simula
     assert torch.allclose(params[0].detach().cpu(), q.detach())
 
 
-@pytest.mark.gpu
-def test_grad_scaler_end_to_end() -> None:
+def test_grad_scaler_end_to_end(real_gpu: Gpu) -> None:
     """A real GradScaler, against unscaled training that leaves out the steps that overflow."""
-    needs_a_gpu()
     for make in (dracopt_ext.AdamW, dracopt_ext.SGD):
         torch.manual_seed(0)
         p, q = (nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda")) for _ in range(2))
@@ -711,7 +722,7 @@ def test_grad_scaler_end_to_end() -> None:
             if overflows:
                 p.grad[7] = math.inf
             scaler.step(ours)
-            assert Gpu().only_here(ours)
+            assert real_gpu.only_here(ours)
             scaler.update()
             if not overflows:
                 q.grad = gradient
@@ -804,11 +815,9 @@ def test_current_stream(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None
         assert simulated.read("last_stream") == stream
 
 
-@pytest.mark.gpu
 @every_rule
-def test_graph_replays(case: Case) -> None:
+def test_graph_replays(real_gpu: Gpu, case: Case) -> None:
     """A captured step, replayed while gradients and a Tensor lr change, is what eager steps are."""
-    needs_a_gpu()
     is_sgd = case.algorithm == "SGD"
     options = {**case.options, **({} if is_sgd else {"capturable": True})}
     initial, steps = inputs([5, 3 * TILE], FP32, 6)
@@ -832,7 +841,7 @@ def test_graph_replays(case: Case) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    assert Gpu().only_here(optimizer)
+    assert real_gpu.only_here(optimizer)
     for step in range(1, len(steps)):
         load(step)
         graph.replay()
@@ -850,9 +859,7 @@ def test_graph_replays(case: Case) -> None:
     assert_same_bits(ours, snapshot(reference))
 
 
-@pytest.mark.gpu
-def test_steps_on_several_streams() -> None:
-    needs_a_gpu()
+def test_steps_on_several_streams(real_gpu: Gpu) -> None:
     initial, steps = inputs([5, 300 * TILE], FP32, 12)
     params = [nn.Parameter(value.cuda()) for value in initial]
     optimizer = dracopt_ext.AdamW(params)
@@ -867,17 +874,15 @@ def test_steps_on_several_streams() -> None:
             if number % 4 == 3:
                 params[0].data = params[0].data.clone()  # another table
             optimizer.step()
-            assert Gpu().only_here(optimizer)
+            assert real_gpu.only_here(optimizer)
         last = stream
     torch.cuda.synchronize()
     ours = {name: value.cpu() for name, value in snapshot(optimizer).items()}
     assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
 
 
-@pytest.mark.gpu
-def test_table_outlives_its_last_step_on_another_stream() -> None:
+def test_table_outlives_its_last_step_on_another_stream(real_gpu: Gpu) -> None:
     """Its memory belongs to the stream that wrote it, and is given back there while the other stream still waits."""
-    needs_a_gpu()
     initial, steps = inputs([5000] * 40, FP32, 3)
     params = [nn.Parameter(value.cuda()) for value in initial]
     optimizer = dracopt_ext.AdamW(params)
@@ -906,10 +911,8 @@ def test_table_outlives_its_last_step_on_another_stream() -> None:
     assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
 
 
-@pytest.mark.gpu
-def test_host_never_waits() -> None:
+def test_host_never_waits(real_gpu: Gpu) -> None:
     """step() returns while the GPU has not even begun with it."""
-    needs_a_gpu()
     params = [nn.Parameter(torch.ones(1000, device="cuda")) for _ in range(50)]
     optimizer = dracopt_ext.AdamW(params, fused=True)
     for number in range(4):
@@ -924,15 +927,13 @@ def test_host_never_waits() -> None:
         slept = torch.cuda.Event()
         slept.record()
         optimizer.step()
-        assert Gpu().only_here(optimizer)
+        assert real_gpu.only_here(optimizer)
         assert number == 0 or not slept.query()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD, dracopt_ext.NAdam])
-def test_model_is_trained_alike(make: Any) -> None:
+def test_model_is_trained_alike(real_gpu: Gpu, make: Any) -> None:
     """On the GPU; and on the CPU by the gradients of the GPU."""
-    needs_a_gpu()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 10))
     twin = copy.deepcopy(model)
@@ -949,7 +950,7 @@ def test_model_is_trained_alike(make: Any) -> None:
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             q.grad = p.grad.cpu()
         ours.step()
-        assert Gpu().only_here(ours)
+        assert real_gpu.only_here(ours)
         theirs.step()
     assert losses[-1] < 0.8 * losses[0]
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

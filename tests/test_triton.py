@@ -194,6 +194,37 @@ def test_table_is_made_once(uploads: list[list[int]]) -> None:
 
 
 @interpreting
+@pytest.mark.usefixtures("interpreter")
+def test_gradients_that_change_between_steps() -> None:
+    """What an address, a shape and strides do not tell: another's memory, and a conjugation that torch puts off."""
+
+    def run(make: Any, **options: Any) -> list[torch.Tensor]:
+        p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+        z = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+        optimizer = make([p, q, z], lr=0.25, **options)
+        values = torch.arange(4.0)
+        of_z = torch.complex(values, values)
+        found = []
+        for gradients in ((values, values, of_z), (q.data, p.data.flip(0), of_z), (values, values, of_z.conj())):
+            p.grad, q.grad, z.grad = gradients
+            optimizer.step()
+            found += [t.detach().clone() for t in (p, q, z)]
+        return found
+
+    with pytest.raises(RuntimeError, match="does not serve lazily transformed tensors: parameter 2"):
+        run(dracopt_ext.SGD, backend="triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "GPU", "cpu")
+        patch.setattr("dracopt_ext.optim._base.GPU", "cpu")
+        patch.setattr(backend_module, "triton_serves_gpus", lambda: True)
+        patch.setattr(backend_module, "_C", None)
+        with pytest.warns(RuntimeWarning, match="leaves (lazily transformed tensors|tensors that share memory) to"):
+            ours = run(dracopt_ext.SGD)
+    expected = run(torch.optim.SGD, foreach=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@interpreting
 def test_arguments_hold_a_recipe_for_each_group_and_step(uploads: list[list[int]]) -> None:
     """However many tensors share it."""
     words = []

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
-from .step import DTYPES, FIRST, MAX_CARRIED, Launch, number_bits
+from .step import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, MAX_CARRIED, Launch, number_bits
 
 Index = tuple[int, int]
 Scaler = tuple[Tensor | None, Tensor | None]
@@ -54,7 +54,8 @@ class Group:
         self.foreign = "differentiable=True" if values.get("differentiable") else None
         self.device: torch.device | None = None  # of the hyperparameters that are tensors on a GPU
         self.numbers: list[float] = []
-        self.recipe = [0]  # flags, and the numbers' words
+        self._flags = 0  # of a recipe
+        self._addresses: dict[int, int] = {}  # of numbers on the GPU
         for key in rule.group_keys:
             if key not in values:
                 raise KeyError(f"{self._name(key)} is missing")
@@ -67,6 +68,8 @@ class Group:
                 f"param_groups[{index}] holds {len(self.numbers)} hyperparameters, not {rule.hyperparameters}: is a "
                 "tuple such as betas of another length?"
             )
+        words = number_bits(*self.numbers)
+        self.recipe = self._flags, *(self._addresses.get(k, word) for k, word in enumerate(words))
         self.states = rule.states(self.numbers)
         self.facts = index, self.states, self.maximize, self.fused, self.capturable, self.foreign, self.device
 
@@ -86,7 +89,6 @@ class Group:
             must = "at least 0 and less than 1" if is_decay_rate else "finite"
             raise ValueError(f"{self._name(key)} is {number!r}; it must be {must}")
         self.numbers.append(value)
-        self.recipe.append(number_bits(value))
 
     def _number_in(self, key: str, tensor: Tensor) -> float | None:
         """The number that the host is to read; None if the kernel does."""
@@ -103,8 +105,8 @@ class Group:
             return 0.0
         self.device = tensor.device
         k = len(self.numbers)
-        self.recipe[0] |= 1 << (k if tensor.dtype == torch.float32 else 16 + k)
-        self.recipe.append(tensor.data_ptr())
+        self._flags |= 1 << k + (FP32_ADDRESS if tensor.dtype == torch.float32 else FP64_ADDRESS).value
+        self._addresses[k] = tensor.data_ptr()
         self.numbers.append(math.nan)  # only the kernel sees it
         return None
 
@@ -130,11 +132,17 @@ class Located(NamedTuple):
         return f"parameter {self.number} of group {self.group.index} ({name}shape {list(self.param.shape)})"
 
 
-def _facts(tensor: Any) -> tuple[Any, ...]:
-    """What a table depends on; the address comes first."""
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
-        return 0, type(tensor), getattr(tensor, "layout", None)
-    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+_STRIDED = torch.strided
+
+
+def _form(tensor: Any) -> tuple[Any, ...]:
+    """What a table depends on, but for the address."""
+    if type(tensor) not in _PLAIN:
+        return (type(tensor),)
+    layout = tensor.layout
+    if layout is not _STRIDED:
+        return (layout,)
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def _lacks_memory(tensor: Tensor) -> bool:
@@ -250,7 +258,8 @@ class StepPlan:
         self._rule = RULES[rule]
         self._optimizer = optimizer
         self._devices = (GPU, "cpu") if on_cpu else (GPU,)
-        self._known: list[Any] | None = None  # the facts for which `_launches` are right, if nothing was left out
+        self._forms: dict[tuple[Any, ...], int] = {}  # all that were met, numbered
+        self._known: list[int] | None = None  # the facts for which `_launches` are right, if nothing was left out
         self._launches: list[tuple[Launch, list[int]]] = []  # with the places of their tensors in the list of all
         self._written = WrittenMemory(())
         self._harmless: list[int] = []  # addresses of gradients that share no written memory
@@ -277,9 +286,11 @@ class StepPlan:
         missing: list[Located] = []
         foreign: list[tuple[Located, str]] = []
         numbers: list[Numbers] = []
-        if facts == self._known:
+        known = facts == self._known
+        if known:
             numbers = [_numbers_on_host(p) for p in located]
-        if facts != self._known or not self._is_as_before(located, numbers):
+            known = self._is_as_before(located, numbers)
+        if not known:
             self._known = None
             ready, missing, foreign = self._examine(located)
             numbers = [_numbers_on_host(p) for p in ready]
@@ -299,12 +310,15 @@ class StepPlan:
 
     def _locate(
         self, groups: list[Group], state: dict[Tensor, Any], stepped: Collection[Index]
-    ) -> tuple[list[Located], list[Any]]:
+    ) -> tuple[list[Located], list[int]]:
         """The parameters that have a gradient and were not stepped yet, and the facts about them."""
         rule = self._rule
         located: list[Located] = []
-        facts: list[Any] = []
+        # Numbers only: what is kept as tuples is visited by Python's garbage collector, again and again.
+        facts: list[int] = []
+        forms = self._forms
         for group in groups:
+            of_group = forms.setdefault(group.facts, len(forms))
             state_keys = rule.state_keys[: group.states]
             for index, p in enumerate(group.params):
                 if not isinstance(p, Tensor):
@@ -318,9 +332,14 @@ class StepPlan:
                 carried = [known.get(key) for key in rule.carried_keys]
                 states = [known.get(key) for key in state_keys]
                 located.append(Located(group, index, p, grad, entries, carried, states))
-                facts.append(
-                    (group.facts, index, _facts(p), _facts(grad)[1:], *map(_facts, carried), *map(_facts, states))
-                )
+                form = _form(grad)
+                facts += (of_group, index, forms.setdefault(form, len(forms)))
+                tensors: tuple[Any, ...] = (p, *carried, *states)
+                for tensor in tensors:
+                    form = _form(tensor)
+                    facts.append(forms.setdefault(form, len(forms)))
+                    if len(form) > 1:
+                        facts.append(tensor.data_ptr())
         return located, facts
 
     def _is_as_before(self, located: list[Located], numbers: list[Numbers]) -> bool:
@@ -529,7 +548,7 @@ class StepPlan:
                 p, first = ready[i], not self._rule.carried_keys and ready[i].where in created
                 key = p.group.index, first, numbers[i]
                 if key not in recipes:
-                    carried = [0 if number is None else number_bits(number) for number in numbers[i]]
+                    carried = number_bits(*(number or 0.0 for number in numbers[i]))
                     padding = [0] * (MAX_CARRIED - len(carried))
                     flags, *words = p.group.recipe
                     recipes[key] = (flags | first << FIRST.value, *words, *carried, *padding)

@@ -375,8 +375,9 @@ def options(target: str = TARGET) -> dict[str, Any]:
     return chosen
 
 
-def number_bits(number: float) -> int:
-    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+def number_bits(*numbers: float) -> tuple[int, ...]:
+    """The words in which the kernel finds these."""
+    return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
 
 
 def upload(words: list[int], device: torch.device, referred: list[Any]) -> Tensor:
@@ -467,7 +468,7 @@ class Launch:
                 pairs += (gradient, places[recipe])
             # The counter is behind the rows and layouts.
             finished = table.data_ptr() + 8 * (table.numel() - 1) if self.counts_steps else 0
-            header = [*numbers, number_bits(divisor), finished, len(self._rows), self._programs]
+            header = [*numbers, *number_bits(divisor), finished, len(self._rows), self._programs]
             words = [*header, *pairs, *(word for recipe in places for word in recipe)]
             arguments = upload(words, self.device, referred)
             step[(self._programs,)](table, arguments, **specialization(self.rule, self.dtypes), **options())
