@@ -67,4 +67,4 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*/*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info dracopt_ext/_C*.so dracopt_ext/_build_info.py
+	rm -rf dracopt_ext/triton_kernels $(VENV) build dist out *.egg-info dracopt_ext/_C*.so dracopt_ext/_build_info.py

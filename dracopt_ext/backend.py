@@ -71,13 +71,15 @@ def _why_no_cuda() -> str | None:
     return None if None in reasons else reasons[0]
 
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton's kernels are interpreted, on tensors of the CPU as well."""
 
 
 @functools.cache
 def why_no_triton() -> str | None:
     """Why the Triton kernels cannot run here; None if they can. Imports triton only if there is a GPU for it."""
+    if importlib.util.find_spec("dracopt_ext.triton_kernels") is None:
+        return "not installed: run `pip install .` in the source tree"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6'"
     if not INTERPRETING and not torch.cuda.is_available():
@@ -86,8 +88,10 @@ def why_no_triton() -> str | None:
         import triton
     except ImportError as error:
         return f"triton does not load: {error}"
-    if _minor(triton.__version__) < (3, 6):
-        return f"triton {triton.__version__} is older than 3.6"
+    # Before 3.7 the square root for AMD is not that of IEEE 754 where numbers are subnormal.
+    needed = (3, 6) if torch.version.hip is None else (3, 7)
+    if _minor(triton.__version__) < needed:
+        return f"triton {triton.__version__} is older than {needed[0]}.{needed[1]}"
     if INTERPRETING:
         return None
     reasons = [why_no_triton_on(device) for device in range(torch.cuda.device_count())]
@@ -102,10 +106,16 @@ def why_no_triton_on(device: int) -> str | None:
     return None
 
 
-@functools.cache
 def triton_serves_gpus() -> bool:
     """Whether a GPU's tensors are Triton's if nothing else was asked for: there is one, and no CUDA kernel for it."""
-    return torch.cuda.is_available() and _why_no_cuda() is not None and why_no_triton() is None
+    # While nothing is on a GPU, none is to be waked.
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and _triton_is_needed()
+
+
+@functools.cache
+def _triton_is_needed() -> bool:
+    return not INTERPRETING and _why_no_cuda() is not None and why_no_triton() is None
 
 
 def resolve(backend: str | None) -> str | None:
@@ -134,7 +144,7 @@ def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) ->
     """What steps an optimizer of this class name by the rule, with the kernels of a backend that can run here."""
     if backend == "triton":
         plan = importlib.import_module("dracopt_ext.triton_kernels.plan")
-        return plan.StepPlan(rule, optimizer, on_cpu=INTERPRETING and asked_for == "triton")
+        return plan.StepPlan(rule, optimizer, on_cpu=asked_for == "triton", unavailable=why_no_triton_on)
     assert _C is not None
     return _C.StepPlan(rule, optimizer)
 

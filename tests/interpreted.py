@@ -45,7 +45,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch) -> None:
     one, third = np.float32(1), np.float32(1 / 3)
     handle = interpreter.TensorHandle
     probe = [handle(np.array([value], np.float32), interpreter.tl.float32) for value in (third, 3 * one, -one)]
-    if builder.create_fma(interpreter.interpreter_builder, *probe).data[0] == 0:  # rounded twice, as before 3.8
+    if builder.create_fma(interpreter.interpreter_builder, *probe).data[0] == 0:  # rounded twice, as before 3.9
         monkeypatch.setattr(
             builder, "create_fma", lambda _, x, y, z: handle(fma(x.data, y.data, z.data), z.dtype.scalar)
         )

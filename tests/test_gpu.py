@@ -117,14 +117,15 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     if request.param in ("cuda", "triton"):
         yield on_a_real_gpu(request.param, monkeypatch)
         return
-    if torch.version.cuda is not None:
-        pytest.skip("torch takes one accelerator only, and this one has CUDA")
+    if torch.version.cuda is not None or torch.cuda.is_available():
+        pytest.skip("torch takes one accelerator only, and this one has another")
     simulation = load_simulation()
     monkeypatch.setattr(_base, "GPU", simulated_gpu.DEVICE)
     if backend == "triton":
         triton_plan = pytest.importorskip("dracopt_ext.triton_kernels.plan")
         interpreted.set_up(monkeypatch)
         monkeypatch.setattr(triton_plan, "GPU", simulated_gpu.DEVICE)
+        monkeypatch.setattr(triton_plan, "IN_MEMORY", ("cpu", simulated_gpu.DEVICE))
         triton_step = importlib.import_module("dracopt_ext.triton_kernels.step")
         monkeypatch.setattr(triton_step, "upload", interpreted.upload)
         monkeypatch.setattr(triton_plan, "is_capturing", lambda device: simulation.read("capturing") == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -83,6 +84,17 @@ def test_on_the_cpu_in_the_interpreter(case: Case, fault: type[NoOp]) -> None:
         assert_same_bits(train(fault(case.ours), options, *given), expected)
 
 
+@interpreting
+def test_what_holds_for_the_native_backend() -> None:
+    """Refusals, and what users do between two steps: the same tests, in a process in which Triton takes its place."""
+    files = [f"tests/test_{name}.py" for name in ("refusals", "life", "known_defects", "fallback")]
+    # Triton's plan asks for addresses, which ends a lazy clone; it says that it has no kernels where it has none.
+    others = "not (forked or threads or compiled_training or lazily or meta or mixed_dtypes_for_what_torch_steps)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.triton_as_native"]
+    run = subprocess.run([*command, *files, "-k", others], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+
+
 def test_rules_have_the_references_names() -> None:
     for name, rule in rules.RULES.items():
         assert rule.group_keys == hyperparameters(name)
@@ -108,9 +120,16 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(found) == len(variants(complete))
     assert Counter(variant["target"] for variant in found).keys() == TARGETS.keys()
+    sources = "".join((ROOT / "csrc" / name).read_text() for name in ("core/math.h", "rules/nadam.h"))
+    numbers = {float.fromhex(text) for text in re.findall(r"-?0x1\.[0-9a-f]+p[+-]?\d+", sources)}
+    assert len(numbers) == 6
+    square_root_is_exact = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
     for variant in found:
         assert variant["stack"] == 0, variant
-        assert variant["inexact"] == [], variant
+        if variant["target"].startswith("sm_") or square_root_is_exact:  # see why_no_triton
+            assert variant["inexact"] == [], variant
+        if variant["rule"] == "nadam":  # that no constant was rounded to fp32
+            assert numbers <= set(variant["constants"]), variant
         elements = 4 if "fp64" in variant["dtypes"] else 8  # of a thread
         vectors = [BYTES[dtype] * elements // 16 for dtype in variant["dtypes"]]
         loads, stores = sum(vectors), sum(vectors) - vectors[1]
@@ -158,6 +177,17 @@ def parameters(count: int) -> list[nn.Parameter]:
     for p in params:
         p.grad = torch.full_like(p, 0.5)
     return params
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is asked for, tensors on the CPU go to Triton, and what it does not serve to torch."""
+    monkeypatch.setattr("dracopt_ext.optim._base.GPU", "cpu")
+    monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
+    monkeypatch.setattr(backend_module, "_C", None)
+    make = plan.StepPlan
+    monkeypatch.setattr(
+        backend_module, "step_plan", lambda name, rule, optimizer, asked_for: make(rule, optimizer, on_cpu=True)
+    )
 
 
 @interpreting
@@ -211,17 +241,91 @@ def test_gradients_that_change_between_steps() -> None:
             found += [t.detach().clone() for t in (p, q, z)]
         return found
 
-    with pytest.raises(RuntimeError, match="does not serve lazily transformed tensors: parameter 2"):
+    with pytest.raises(RuntimeError, match="does not serve tensors that share memory: parameter 0"):
         run(dracopt_ext.SGD, backend="triton")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "GPU", "cpu")
-        patch.setattr("dracopt_ext.optim._base.GPU", "cpu")
-        patch.setattr(backend_module, "triton_serves_gpus", lambda: True)
-        patch.setattr(backend_module, "_C", None)
+        as_on_a_gpu(patch)
         with pytest.warns(RuntimeWarning, match="leaves (lazily transformed tensors|tensors that share memory) to"):
             ours = run(dracopt_ext.SGD)
     expected = run(torch.optim.SGD, foreach=False)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+def test_freed_gradient() -> None:
+    p, q = parameters(2)
+    optimizer = dracopt_ext.AdamW([p, q], backend="triton")
+    optimizer.step()
+    before = snapshot(optimizer)
+    q.grad.untyped_storage().resize_(0)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"the gradient of parameter 1 .* lies in a storage that is too small for it"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+@every_rule
+def test_inference_mode(case: Case) -> None:
+    """States and parameters that were made in it, and steps out of it."""
+    results = []
+    for backend in ("triton", "native"):
+        p = parameters(1)[0]
+        optimizer = case.ours([p], **case.options, backend=backend)
+        with torch.inference_mode():
+            optimizer.step()
+            made_there = nn.Parameter(torch.ones(3), requires_grad=False)
+            made_there.grad = torch.ones(3)
+            of_inference = case.ours([made_there], **case.options, backend=backend)
+            of_inference.step()
+        optimizer.step()
+        results.append({**snapshot(optimizer), **{f"i{k}": v for k, v in snapshot(of_inference).items()}})
+    assert_same_bits(*results)
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+def test_default_device() -> None:
+    p = parameters(1)[0]
+    optimizer = dracopt_ext.AdamW([p], backend="triton")
+    with torch.device("meta"):
+        optimizer.step()
+    assert not torch.equal(p, torch.ones(3, 4))
+
+
+@interpreting
+def test_foreign_parameters_do_not_move_the_table(uploads: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that torch steps beside it."""
+    as_on_a_gpu(monkeypatch)
+    p, q = parameters(2)
+    q.grad = q.grad.to_sparse()  # type: ignore[union-attr]
+    optimizer = dracopt_ext.SGD([p, q], lr=0.1)
+    with pytest.warns(RuntimeWarning, match="leaves sparse tensors to torch"):
+        optimizer.step()
+    assert len(uploads) == 2
+    uploads.clear()
+    for _ in range(3):
+        optimizer.step()
+    assert len(uploads) == 3
+
+
+@interpreting
+@pytest.mark.usefixtures("interpreter")
+def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = dracopt_ext.AdamW(parameters(1), backend="triton")
+    run = step.Launch.run
+    refused = []
+
+    def run_and_step(*arguments: Any) -> Any:
+        with pytest.raises(RuntimeError, match="already running in another thread") as caught:
+            optimizer.step()
+        refused.append(caught)
+        return run(*arguments)
+
+    monkeypatch.setattr(step.Launch, "run", run_and_step)
+    optimizer.step()
+    assert refused
 
 
 @interpreting
@@ -248,6 +352,10 @@ def test_what_a_graph_refers_to_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     stepper = plan.StepPlan("sgd", "SGD", on_cpu=True)
     optimizer = dracopt_ext.SGD(params, lr=0.1)
     monkeypatch.setattr(plan, "GPU", "cpu")
+    monkeypatch.setattr(step, "_launched", set())
+    monkeypatch.setattr(plan, "is_capturing", lambda _: True)
+    with pytest.raises(RuntimeError, match="Triton has yet to compile its kernel"):
+        stepper.step(optimizer.param_groups, optimizer.state)
     for capturing, tables in ((False, 0), (True, 1), (False, 1), (True, 2)):
         if tables == 1:
             params[0].data = params[0].data.clone()
@@ -289,7 +397,7 @@ def test_failure_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """But in the interpreter."""
-    monkeypatch.setattr(backend_module, "INTERPRETING", False)
+    monkeypatch.setattr(plan, "INTERPRETED", False)
     monkeypatch.setattr(backend_module, "why_no_triton", lambda: None)
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
@@ -306,7 +414,7 @@ def test_no_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _reasons_anew() -> Any:
-    cached = (backend_module.why_no_triton, backend_module.why_no_triton_on, backend_module.triton_serves_gpus)
+    cached = (backend_module.why_no_triton, backend_module.why_no_triton_on, backend_module._triton_is_needed)
     for function in cached:
         function.cache_clear()
     yield
@@ -335,13 +443,20 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     backend_module.why_no_triton_on.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + 2 * device, 0))
     assert reason() is None
-    backend_module.triton_serves_gpus.cache_clear()
+    backend_module._triton_is_needed.cache_clear()
+    assert not backend_module.triton_serves_gpus()  # as long as nothing is on a GPU
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert backend_module.triton_serves_gpus()  # this build of torch has no CUDA, so there are no CUDA kernels
 
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     assert reason() == "triton 3.5.1 is older than 3.6"
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert reason() == "triton 3.6.0 is older than 3.7"
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert (reason() or "").startswith("triton does not load: ")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else name)
     assert reason() == "triton is not installed: pip install 'triton>=3.6'"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert reason() == "not installed: run `pip install .` in the source tree"

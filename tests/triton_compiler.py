@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -57,8 +58,19 @@ def compile_one(variant: Variant) -> dict[str, Any]:
     signature = {"table": "*i64", "arguments": "*i64", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(step.step, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=step.options(backend))
-    found = {"rule": name, "dtypes": [param, grad, *[state] * len(rule.state_keys)], "target": target}
+    constants_of = re.findall(r"arith\.constant (\S+) : f64", compiled.asm["ttir"])
+    found = {
+        "constants": [number(text) for text in constants_of],
+        "rule": name,
+        "dtypes": [param, grad, *[state] * len(rule.state_keys)],
+        "target": target,
+    }
     return {**found, **(of_amd(compiled.asm) if target == "gfx942" else of_nvidia(compiled.asm))}
+
+
+def number(text: str) -> float:
+    """As MLIR writes it: in decimals, or its bits."""
+    return struct.unpack("<d", int(text, 16).to_bytes(8, "little"))[0] if text.startswith("0x") else float(text)
 
 
 def of_nvidia(asm: Any) -> dict[str, Any]:
@@ -88,7 +100,10 @@ def of_amd(asm: Any) -> dict[str, Any]:
         "vector_stores": len(re.findall(r"\b(?:global|flat|buffer)_store_(?:dwordx4|b128)", text)),
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),  # type: ignore[index]
         "stack": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))),
-        "inexact": [],
+        "inexact": re.findall(
+            r"\bf(?:add|sub|mul|div) (?:fast|afn|arcp|contract|reassoc)\b|llvm\.amdgcn\.(?:rsq|rcp|sqrt)", asm["llir"]
+        )
+        + ([] if '"denormal-fp-math-f32"="ieee"' in asm["llir"] else ["flushes subnormal numbers"]),
     }
 
 

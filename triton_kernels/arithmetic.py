@@ -61,7 +61,7 @@ def power(x, n):
 @triton.jit
 def exponential(x, correction):
     """e^(x + correction) in fp64 for x <= 0 and a tiny correction; as csrc/core/math.h has it."""
-    # A number that is written in a call would be rounded to fp32.
+    # A number that is given a name or is written in a call would be rounded to fp32.
     ln2 = tl.full((), 0.6931471805599453, tl.float64)
     ln2_rest = tl.full((), 2.3190468138462996e-17, tl.float64)
     round_to_integer = 6755399441055744.0

@@ -15,9 +15,7 @@ def fma(a: float, b: float, c: float) -> float:
 
 
 def exponential(x: float, correction: float) -> float:
-    """e^(x + correction) for x <= 0 and a tiny correction."""
-    if x <= -708.0:
-        return 0.0
+    """e^(x + correction) for -708 < x <= 0 and a tiny correction."""
     round_to_integer = 6755399441055744.0
     n = (x * 1.4426950408889634 + round_to_integer) - round_to_integer
     rest = fma(-n, 0.6931471805599453, x)
@@ -34,4 +32,6 @@ def momentum(step: float, beta1: float, momentum_decay: float) -> float:
     ln, ln_rest = -0.040821994520255166, -8.893492737632459e-19  # of 0.96
     decays = step * momentum_decay
     x = decays * ln
+    if x <= -708.0:  # or infinite
+        return beta1
     return beta1 * (1 - 0.5 * exponential(x, fma(decays, ln, -x) + decays * ln_rest))

@@ -46,11 +46,12 @@ def extent_of(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def make_layout(streams: list[Tensor]) -> list[int] | None:
+def make_layout(streams: list[Tensor], count: int) -> list[int] | None:
     """The words by which the kernel finds the elements of tensors of one shape; None if all of them lie alike.
 
     The elements are numbered in the order of the first one's memory, the last dimension running fastest. Dimensions
-    that all streams traverse as one are one. A complex number is two real ones.
+    that all streams traverse as one are one. A complex number is two real ones. There are strides for ``count``
+    streams, those of absent ones zero.
     """
     strides = [tensor.stride() for tensor in streams]
     param = streams[0]
@@ -73,4 +74,5 @@ def make_layout(streams: list[Tensor]) -> list[int] | None:
     if not dims:
         dims = [(1, [1] * len(streams))]
     columns = [[of_d[k] for _, of_d in dims] for k in range(len(streams))]
+    columns += [[0] * len(dims)] * (count - len(streams))
     return [len(dims), *(size for size, _ in dims), *(stride for column in columns for stride in column)]

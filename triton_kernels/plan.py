@@ -1,15 +1,17 @@
 """One optimizer step by the Triton kernel: reads what Python holds now, refuses what is wrong, and updates the rest.
 
-What csrc/bindings/step_plan.cpp does for the compiled kernels, with the same answers in the same words, but in Python,
-so that it needs no compiler. Every step compares the facts about all tensors (addresses, dtypes, shapes, strides) with
-those of the step before, and makes the kernel's tables anew when they differ. No tensor is held from step to step.
+What csrc/bindings/step_plan.cpp does for the compiled kernels, with the same answers, but in Python, so that it needs
+no compiler. Every step compares the facts about all tensors (addresses, dtypes, shapes, strides) with those of the step
+before, and makes the kernel's tables anew when they differ. No tensor is held from step to step.
 """
 
 from __future__ import annotations
 
 import math
+import struct
+import threading
 from bisect import bisect_left
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
-from .step import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, MAX_CARRIED, Launch, number_bits
+from .step import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, INTERPRETED, MAX_CARRIED, MAX_STATES, Launch, number_bits
 
 Index = tuple[int, int]
 Scaler = tuple[Tensor | None, Tensor | None]
@@ -27,6 +29,8 @@ Todo = tuple[list[Index], list[tuple[int, int, str]], bool]
 
 GPU = "cuda"
 """The type of the devices that Triton compiles for, NVIDIA's and AMD's alike."""
+IN_MEMORY = ("cpu",)
+"""The types of the devices whose memory Triton's interpreter reaches."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE = (*DTYPES, torch.complex64, torch.complex128)
@@ -47,6 +51,8 @@ class Group:
     def __init__(self, index: int, values: dict[str, Any], rule: Rule) -> None:
         self.index = index
         self.values = values
+        if not isinstance(values.get("params"), list):
+            raise TypeError(f"{self._name('params')} must be a list of tensors")
         self.params: list[Tensor] = values["params"]
         self.maximize = bool(values.get("maximize"))
         self.fused = bool(values.get("fused"))
@@ -77,13 +83,16 @@ class Group:
         return f"param_groups[{self.index}][{key!r}]"
 
     def _append(self, key: str, number: Any, is_decay_rate: bool) -> None:
+        value = number
         if isinstance(number, Tensor):
-            number = self._number_in(key, number)
-            if number is None:
+            value = self._number_in(key, number)
+            if value is None:
                 return
         try:
-            value = float(number)
-        except (TypeError, ValueError):
+            if isinstance(value, (str, bytes)):
+                raise TypeError
+            value = float(value)
+        except (TypeError, ValueError, OverflowError):
             raise TypeError(f"{self._name(key)} must be a number, not {type(number).__name__}") from None
         if not math.isfinite(value) or (is_decay_rate and not 0 <= value < 1):
             must = "at least 0 and less than 1" if is_decay_rate else "finite"
@@ -94,7 +103,7 @@ class Group:
         """The number that the host is to read; None if the kernel does."""
         if tensor.numel() != 1:
             raise ValueError(f"{self._name(key)} must be a tensor of one element, not of shape {list(tensor.shape)}")
-        is_plain = type(tensor) in _PLAIN and tensor.layout is torch.strided and tensor.dtype in DTYPES
+        is_plain = _why_not_plain(tensor) is None and tensor.dtype in DTYPES
         if is_plain and _lacks_memory(tensor):
             raise ValueError(f"{self._name(key)} is a tensor whose storage was freed")
         if is_plain and tensor.device.type == "cpu":
@@ -156,7 +165,7 @@ def _why_not_plain(tensor: Tensor) -> str | None:
         return "tensor subclasses"
     if tensor.layout is not torch.strided:
         return "sparse tensors"
-    if tensor.is_conj() or tensor.is_neg():
+    if tensor.is_conj() or tensor.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "lazily transformed tensors"
     return None
 
@@ -171,6 +180,14 @@ def _numbers_on_host(located: Located) -> Numbers:
 
 def _is_step(number: float | None) -> bool:
     return number is None or (0 <= number < _MAX_STEP and number.is_integer())
+
+
+def _address_of(tensor: Tensor) -> int:
+    """-1 where functorch hides it."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return -1
 
 
 def _range_of(tensor: Tensor) -> tuple[int, int]:
@@ -190,6 +207,11 @@ def _real(tensor: Tensor) -> torch.dtype:
 _ADVICE_ON_STATES = "Delete this parameter's state to start it afresh"
 
 
+def _dtype_of(tensor: Tensor) -> str:
+    """As torch's own errors have it: Long, ComplexFloat."""
+    return tensor.type().split(".")[-1].removesuffix("Tensor")
+
+
 def _check_tensor(tensor: Tensor, param: Tensor, name: str, advice: str) -> None:
     """Raise for what cannot be the gradient or a moment of a parameter, which is plain."""
     if type(tensor) not in _PLAIN:
@@ -199,7 +221,7 @@ def _check_tensor(tensor: Tensor, param: Tensor, name: str, advice: str) -> None
     if tensor.shape != param.shape:
         raise ValueError(f"{name} has another shape, {list(tensor.shape)}. {advice}")
     if tensor.dtype not in _NATIVE or tensor.is_complex() != param.is_complex():
-        raise ValueError(f"{name} has a dtype that does not fit, {tensor.dtype}. {advice}")
+        raise ValueError(f"{name} has a dtype that does not fit, {_dtype_of(tensor)}. {advice}")
 
 
 def _check_scalar(tensor: Tensor, param: Tensor, name: str, advice: str) -> None:
@@ -251,18 +273,27 @@ class StepPlan:
     Args:
         rule: a name in :data:`dracopt_ext.triton_kernels.rules.RULES`.
         optimizer: the name of the class, for errors.
-        on_cpu: whether parameters on the CPU are served as well, which only Triton's interpreter can.
+        on_cpu: whether Triton's interpreter, if the kernels are in it, is to serve parameters on the CPU as well.
+        unavailable: why kernels cannot run on the GPU of an index; None if they can.
     """
 
-    def __init__(self, rule: str, optimizer: str, on_cpu: bool = False) -> None:
+    def __init__(
+        self,
+        rule: str,
+        optimizer: str,
+        on_cpu: bool = False,
+        unavailable: Callable[[int], str | None] = lambda index: None,
+    ) -> None:
         self._rule = RULES[rule]
         self._optimizer = optimizer
-        self._devices = (GPU, "cpu") if on_cpu else (GPU,)
+        self._devices = {GPU} if not INTERPRETED else set(IN_MEMORY) - (set() if on_cpu else {"cpu"})
+        self._unavailable = unavailable
+        self._running = threading.Lock()
         self._forms: dict[tuple[Any, ...], int] = {}  # all that were met, numbered
         self._known: list[int] | None = None  # the facts for which `_launches` are right, if nothing was left out
         self._launches: list[tuple[Launch, list[int]]] = []  # with the places of their tensors in the list of all
         self._written = WrittenMemory(())
-        self._harmless: list[int] = []  # addresses of gradients that share no written memory
+        self._harmless: list[int] = []  # addresses of gradients that were found to be in order
         self._captured: list[Any] = []  # what graphs refer to
         self.updated: dict[str, int] = {}
         """How many parameters the last call updated, by type of device."""
@@ -279,6 +310,25 @@ class StepPlan:
         stepped: Collection[Index] = (),
     ) -> Todo | None:
         """Step every parameter that has a gradient; the contract is that of csrc/bindings/step_plan.h."""
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                "step() of this optimizer is already running in another thread; give each thread an optimizer of its "
+                "own"
+            )
+        try:
+            return self._step(param_groups, state, grad_scale, scaler, created, set(stepped))
+        finally:
+            self._running.release()
+
+    def _step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: float,
+        scaler: Scaler,
+        created: Collection[Index] | None,
+        stepped: set[Index],
+    ) -> Todo | None:
         self.updated, self.launches = {}, 0
         groups = [Group(index, values, self._rule) for index, values in enumerate(param_groups)]
         located, facts = self._locate(groups, state, stepped)
@@ -291,7 +341,6 @@ class StepPlan:
             numbers = [_numbers_on_host(p) for p in located]
             known = self._is_as_before(located, numbers)
         if not known:
-            self._known = None
             ready, missing, foreign = self._examine(located)
             numbers = [_numbers_on_host(p) for p in ready]
         capturing = self._check_capture(ready, missing, foreign)
@@ -300,12 +349,20 @@ class StepPlan:
             if created is not None:
                 raise RuntimeError("parameters or states have changed while step() was creating states")
             return [p.where for p in missing], [(*p.where, reason) for p, reason in foreign], host_decides
-        if self._known is None:
+        factors = self._factors(ready, numbers)
+        if not known:
+            self._known = None
             self._launches = self._arrange(ready)
-            # A graph writes the tables of its capture when it is replayed: no other step may count on them.
-            self._known = None if capturing else facts
-        self._run(ready, numbers, grad_scale, scaler, created or (), capturing)
-        self._record(ready, numbers)
+        if capturing and not all(launch.is_loaded for launch, _ in self._launches):
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph: Triton has yet to compile its kernel. Take a step before "
+                "the capture"
+            )
+        self._run(ready, numbers, grad_scale, scaler, set(created or ()), capturing)
+        # A graph writes the tables of its capture when it is replayed: no other step may count on them.
+        if not capturing:
+            self._known = facts
+        self._record(ready, numbers, factors)
         return None
 
     def _locate(
@@ -315,8 +372,11 @@ class StepPlan:
         rule = self._rule
         located: list[Located] = []
         # Numbers only: what is kept as tuples is visited by Python's garbage collector, again and again.
-        facts: list[int] = []
+        facts: list[int] = [torch.is_inference_mode_enabled()]
         forms = self._forms
+        if len(forms) > 10_000:  # shapes that never come again
+            forms.clear()
+            self._known = None
         for group in groups:
             of_group = forms.setdefault(group.facts, len(forms))
             state_keys = rule.state_keys[: group.states]
@@ -339,15 +399,17 @@ class StepPlan:
                     form = _form(tensor)
                     facts.append(forms.setdefault(form, len(forms)))
                     if len(form) > 1:
-                        facts.append(tensor.data_ptr())
+                        facts.append(_address_of(tensor))
         return located, facts
 
     def _is_as_before(self, located: list[Located], numbers: list[Numbers]) -> bool:
         """Is what the facts do not tell in order, too: gradients' addresses and step counts?"""
         if not all(_is_step(of_p[0]) for of_p in numbers if of_p):
             return False
-        gradients = [p.grad.data_ptr() for p in located]
+        gradients = [_address_of(p.grad) for p in located]
         if gradients != self._harmless:
+            if any(_why_not_plain(p.grad) is not None or _lacks_memory(p.grad) for p in located):
+                return False
             if any(self._written.shared_with(_range_of(p.grad), i) for i, p in enumerate(located)):
                 return False
             self._harmless = gradients
@@ -378,6 +440,8 @@ class StepPlan:
             return group.foreign
         if (reason := _why_not_plain(p)) is not None:
             return reason
+        if p.device.type == "cuda" and (why := self._unavailable(p.device.index)) is not None:
+            return f"tensors on a GPU without Triton kernels ({why})"
         if p.device.type not in self._devices:
             return "tensors on the CPU" if p.device.type == "cpu" else "tensors on a device without Triton kernels"
         if group.device not in (None, p.device):
@@ -393,7 +457,7 @@ class StepPlan:
             return "these dtypes"
         if p.is_complex() and group.fused:
             return "complex parameters with fused=True"
-        if p.is_inference():
+        if p.is_inference() and not torch.is_inference_mode_enabled():
             return "inference tensors"
         advice = "Set .grad to None, or to a tensor like the parameter"
         _check_tensor(grad, p, f"the gradient of {located.describe()}", advice)
@@ -525,7 +589,7 @@ class StepPlan:
             members.append(i)
             launch.add(
                 p.param.numel() * (2 if p.param.is_complex() else 1),
-                make_layout(streams),
+                make_layout(streams, 2 + MAX_STATES),
                 p.group.maximize,
                 p.carried,
                 [tensor.data_ptr() for tensor in (p.param, *p.states)],
@@ -560,18 +624,33 @@ class StepPlan:
             device = ready[members[0]].param.device.type
             self.updated[device] = self.updated.get(device, 0) + len(members)
 
-    def _record(self, ready: list[Located], numbers: list[Numbers]) -> None:
+    def _factors(self, ready: list[Located], numbers: list[Numbers]) -> list[tuple[float, ...]]:
+        """What the host multiplies carried scalars after the step count by; nothing for those of a GPU."""
+        if len(self._rule.carried_keys) < 2:
+            return []
+        factors: list[tuple[float, ...]] = []
+        for p, (step, *others) in zip(ready, numbers, strict=True):
+            if step is None or None in others:
+                factors.append(())
+                continue
+            step += 1
+            if p.carried[0].dtype == torch.float32:
+                (step,) = struct.unpack("f", struct.pack("f", step))
+            factors.append(self._rule.factors(step, p.group.numbers))
+        return factors
+
+    def _record(self, ready: list[Located], numbers: list[Numbers], factors: list[tuple[float, ...]]) -> None:
         """What a step leaves beside the data: versions, as torch's in-place operations count them, and the host's."""
-        increment_version([tensor for p in ready for tensor in (p.param, *p.states)])
+        updated = [tensor for p in ready for tensor in (p.param, *p.states)]
         for k in range(len(self._rule.carried_keys)):
-            on_gpu = [p.carried[k] for p, of_p in zip(ready, numbers, strict=True) if of_p[k] is None]
-            increment_version(on_gpu)
-            on_host = [(p, of_p) for p, of_p in zip(ready, numbers, strict=True) if of_p[k] is not None]
+            updated += [p.carried[k] for p, of_p in zip(ready, numbers, strict=True) if of_p[k] is None]
+            on_host = [i for i, of_p in enumerate(numbers) if of_p[k] is not None]
             if not on_host:
                 continue
-            tensors = [p.carried[k] for p, _ in on_host]
-            if k == 0:
-                torch._foreach_add_(tensors, 1)
-            else:
-                factors = [self._rule.factors((of_p[0] or 0) + 1, p.group.numbers)[k - 1] for p, of_p in on_host]
-                torch._foreach_mul_(tensors, factors)
+            tensors = [ready[i].carried[k] for i in on_host]
+            with torch.inference_mode():  # in which tensors of both kinds may be changed
+                if k == 0:
+                    torch._foreach_add_(tensors, 1)
+                else:
+                    torch._foreach_mul_(tensors, [factors[i][k - 1] for i in on_host])
+        increment_version([tensor for tensor in updated if not tensor.is_inference()])

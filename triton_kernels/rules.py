@@ -119,7 +119,7 @@ def update_adam(c, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, states):
 def momentum(step, beta1, momentum_decay):
     """Of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2)."""
     ln = tl.full((), -0.040821994520255166, tl.float64)  # of 0.96
-    ln_rest = -8.893492737632459e-19
+    ln_rest = tl.full((), -8.893492737632459e-19, tl.float64)
     decays = step * momentum_decay
     x = decays * ln
     return beta1 * (1 - 0.5 * exponential(x, fma(decays, ln, -x) + decays * ln_rest))

@@ -165,14 +165,10 @@ def store(address, offsets, x, mask, dtype: tl.constexpr, in_vectors: tl.constex
 
 
 @triton.jit
-def place(layout, is_strided, stream: tl.constexpr, elements, in_vectors: tl.constexpr):
-    if in_vectors:
-        offsets = elements
-    elif is_strided:
-        offsets = offset_of(layout, stream, elements)
-    else:
-        offsets = elements
-    return offsets
+def place(layout, is_strided, stream: tl.constexpr, elements):
+    if is_strided:
+        elements = offset_of(layout, stream, elements)
+    return elements
 
 
 @triton.jit
@@ -202,11 +198,11 @@ def update_block(
     mask0 = elements < tl.where(at_state0 != 0, limit, limit * 0)
     mask1 = elements < tl.where(at_state1 != 0, limit, limit * 0)
     mask2 = elements < tl.where(at_state2 != 0, limit, limit * 0)
-    in_param = place(layout, is_strided, 0, elements, in_vectors)
-    in_grad = place(layout, is_strided, 1, elements, in_vectors)
-    in_state0 = place(layout, is_strided, 2, elements, in_vectors)
-    in_state1 = place(layout, is_strided, 3, elements, in_vectors)
-    in_state2 = place(layout, is_strided, 4, elements, in_vectors)
+    in_param = place(layout, is_strided, 0, elements)
+    in_grad = place(layout, is_strided, 1, elements)
+    in_state0 = place(layout, is_strided, 2, elements)
+    in_state1 = place(layout, is_strided, 3, elements)
+    in_state2 = place(layout, is_strided, 4, elements)
 
     p = load(at_param, in_param, mask, param, in_vectors, T)
     g = load(at_grad, in_grad, mask, grad, in_vectors, T)
@@ -385,12 +381,14 @@ def upload(words: list[int], device: torch.device, referred: list[Any]) -> Tenso
 
     Appends to ``referred`` what must live as long as a graph in which the copy is captured.
     """
-    source = torch.tensor(words, dtype=torch.int64)
-    if device.type == "cuda":
-        source = source.pin_memory()
+    source = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     copy = source.to(device, non_blocking=True)
     referred += (source, copy)
     return copy
+
+
+INTERPRETED = not isinstance(step, triton.runtime.JITFunction)
+_launched: set[Any] = set()  # for which the kernel has been compiled and loaded
 
 
 class Launch:
@@ -405,7 +403,6 @@ class Launch:
         self._layouts: list[tuple[int, list[int]]] = []  # with the row
         self._programs = 0
         self._table: Tensor | None = None
-        self._referred: list[Any] = []  # by every run
         self._stream: Any = None  # in which the table was written
 
     def add(
@@ -449,10 +446,9 @@ class Launch:
         on_gpu = self.device.type == "cuda"
         referred: list[Any] = []
         with torch.cuda.device(self.device) if on_gpu else nullcontext():
-            table = self._placed_table()
+            table = self._placed_table(referred)
             if on_gpu and self._stream != torch.cuda.current_stream():
                 table.record_stream(torch.cuda.current_stream())
-            referred += self._referred
             numbers = []
             for number in (found_inf, grad_scale):
                 here = None if number is None else number.to(self.device, non_blocking=True)
@@ -472,11 +468,22 @@ class Launch:
             words = [*header, *pairs, *(word for recipe in places for word in recipe)]
             arguments = upload(words, self.device, referred)
             step[(self._programs,)](table, arguments, **specialization(self.rule, self.dtypes), **options())
+            _launched.add(self._compiled_for)
         return referred
 
-    def _placed_table(self) -> Tensor:
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the kernel is on the device, which it cannot be brought to while a graph is captured."""
+        return self._compiled_for in _launched
+
+    @property
+    def _compiled_for(self) -> Any:
+        return self.device, self.rule, self.dtypes
+
+    def _placed_table(self, referred: list[Any]) -> Tensor:
+        referred.append(self._table)
         if self._table is None:
-            self._table = upload(self._words(), self.device, self._referred)
+            self._table = upload(self._words(), self.device, referred)
             self._stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
         return self._table
 

@@ -192,30 +192,26 @@ class FusedOptimizer(torch.optim.Optimizer):
             return None
         parts: list[Part] = []
         foreign: list[Foreign] = []
-        stepped: list[Index] = []
         for name in backends:
-            todo = self._plan(name).step(self.param_groups, self.state, grad_scale, scaler, None, stepped)
+            # It runs only if it serves all parameters.
+            todo = self._plan(name).step(self.param_groups, self.state, grad_scale, scaler)
             if todo is None:
                 self._plans_ran.append(name)
-                break
+                return None
             missing, others, host_decides = todo
             if host_decides:
                 return len(others)
-            parts.append(Part(name, missing, stepped + [(group, index) for group, index, _ in others]))
-            if name == backends[-1]:
-                foreign += others
+            parts.append(Part(name, missing, [(group, index) for group, index, _ in others]))
+            # Triton has a GPU's parameters, the native backend beside it the CPU's.
+            mine = [other for other in others if name == backends[-1] or self._is_on_gpu(*other[:2])]
+            foreign += mine if len(parts) == 1 else [other for other in mine if not self._is_on_gpu(*other[:2])]
+            if len(mine) == len(others):
                 break
-            # Triton has a GPU's parameters. The next backend has those of the CPU, if there are any.
-            foreign += [other for other in others if self._is_on_gpu(*other[:2])]
-            if len(foreign) == len(others):
-                break
-            stepped = [where for where in self._indices() if self._is_on_gpu(*where)]
-        if parts:
-            self._update_in_parts(parts, foreign, grad_scale, scaler)
+        self._update_in_parts(parts, foreign, grad_scale, scaler)
         return None
 
     def _backends(self) -> list[str]:
-        """The backends with plans that this step is to ask, in this order."""
+        """The backends with plans that this step is to ask, in this order: one, or Triton's and the native one."""
         if self.backend is not None:
             return [self.backend]
         native = [] if backend_module._C is None else ["native"]
@@ -228,7 +224,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
 
     def _is_on_gpu(self, group_index: int, index: int) -> bool:
-        return bool(self.param_groups[group_index]["params"][index].device.type == GPU)
+        p = self.param_groups[group_index]["params"][index]
+        return isinstance(p, Tensor) and p.device.type == GPU
 
     def _plan(self, name: str) -> StepPlan:
         if name not in self._plans:
