@@ -552,16 +552,37 @@ MUTANTS = [
     Mutant(
         "Triton: strides are no fact",
         TRITON_PLAN,
-        "tensor.shape, tensor.stride(), tensor.is_conj()",
-        "tensor.shape, tensor.is_conj()",
+        "        if facts != self._facts or not self._guards.check(*tensors):\n",
+        "        if facts != self._facts:\n",
         "test_triton::test_table_is_made_once",
     ),
     Mutant(
         "Triton: conjugation is no fact",
         TRITON_PLAN,
-        "tensor.is_conj(), tensor.is_neg()\n\n\ndef _facts",
-        "tensor.is_neg()\n\n\ndef _facts",
+        "        if facts != self._facts or not self._guards.check(*tensors):\n",
+        "        if facts != self._facts:\n",
         "test_triton::test_gradients_that_change_between_steps",
+    ),
+    Mutant(
+        "Triton: addresses are no fact",
+        TRITON_PLAN,
+        "for tensor in p.written] != self._addresses:",
+        "for tensor in p.written] == [0]:",
+        "test_triton::test_table_is_made_once",
+    ),
+    Mutant(
+        "Triton: freed gradients are taken",
+        TRITON_PLAN,
+        "            if any(_lacks_memory(p.grad) for p in located):\n",
+        "            if not gradients:\n",
+        "test_triton::test_freed_gradient",
+    ),
+    Mutant(
+        "Triton: a constant in fp32",
+        "triton_kernels/rules.py",
+        "ln_rest = tl.full((), -8.893492737632459e-19, tl.float64)",
+        "ln_rest = -8.893492737632459e-19",
+        "test_triton::test_compiled_for_gpus_that_are_not_here",
     ),
     Mutant(
         "Triton: gradients' memory is searched once",
@@ -580,8 +601,8 @@ MUTANTS = [
     Mutant(
         "Triton: tables of a capture are anyone's",
         TRITON_PLAN,
-        "self._known = None if capturing else facts",
-        "self._known = facts",
+        "        if not known and not capturing:\n",
+        "        if not known:\n",
         "test_triton::test_what_a_graph_refers_to_is_kept",
     ),
     Mutant(

@@ -364,7 +364,7 @@ def test_what_a_graph_refers_to_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
         (launch, _), *_ = stepper._launches
         assert len(stepper._captured) == tables
         assert all(any(kept is launch._table for kept in referred) == capturing for referred in stepper._captured[-1:])
-        assert (stepper._known is None) == (capturing and tables == 1)
+        assert (stepper._facts is None) == (capturing and tables == 1)
 
 
 @interpreting

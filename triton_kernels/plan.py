@@ -1,8 +1,8 @@
 """One optimizer step by the Triton kernel: reads what Python holds now, refuses what is wrong, and updates the rest.
 
 What csrc/bindings/step_plan.cpp does for the compiled kernels, with the same answers, but in Python, so that it needs
-no compiler. Every step compares the facts about all tensors (addresses, dtypes, shapes, strides) with those of the step
-before, and makes the kernel's tables anew when they differ. No tensor is held from step to step.
+no compiler. Every step compares all tensors (addresses, dtypes, shapes, strides) with those of the step before, and
+makes the kernel's tables anew when they differ. No tensor is held from step to step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd.graph import increment_version
 
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
@@ -135,23 +136,14 @@ class Located(NamedTuple):
     def where(self) -> Index:
         return self.group.index, self.number
 
+    @property
+    def written(self) -> tuple[Any, ...]:
+        return self.param, *self.carried, *self.states
+
     def describe(self) -> str:
         names = self.group.values.get("param_names")
         name = f"{names[self.number]!r}, " if names else ""
         return f"parameter {self.number} of group {self.group.index} ({name}shape {list(self.param.shape)})"
-
-
-_STRIDED = torch.strided
-
-
-def _form(tensor: Any) -> tuple[Any, ...]:
-    """What a table depends on, but for the address."""
-    if type(tensor) not in _PLAIN:
-        return (type(tensor),)
-    layout = tensor.layout
-    if layout is not _STRIDED:
-        return (layout,)
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def _lacks_memory(tensor: Tensor) -> bool:
@@ -175,19 +167,11 @@ Numbers = tuple[float | None, ...]
 
 def _numbers_on_host(located: Located) -> Numbers:
     """The carried scalars that the host holds, None in the place of the others."""
-    return tuple(value.item() if value.is_cpu else None for value in located.carried)
+    return tuple([value.item() if value.is_cpu else None for value in located.carried])
 
 
 def _is_step(number: float | None) -> bool:
     return number is None or (0 <= number < _MAX_STEP and number.is_integer())
-
-
-def _address_of(tensor: Tensor) -> int:
-    """-1 where functorch hides it."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return -1
 
 
 def _range_of(tensor: Tensor) -> tuple[int, int]:
@@ -289,8 +273,11 @@ class StepPlan:
         self._devices = {GPU} if not INTERPRETED else set(IN_MEMORY) - (set() if on_cpu else {"cpu"})
         self._unavailable = unavailable
         self._running = threading.Lock()
-        self._forms: dict[tuple[Any, ...], int] = {}  # all that were met, numbered
-        self._known: list[int] | None = None  # the facts for which `_launches` are right, if nothing was left out
+        # The groups, tensors and addresses for which the launches are right. torch's guards keep dtypes, devices,
+        # shapes, strides and whatever else tells tensors apart, but no tensor.
+        self._facts: list[tuple[Any, ...]] | None = None
+        self._guards: Any = None
+        self._addresses: list[int] = []
         self._launches: list[tuple[Launch, list[int]]] = []  # with the places of their tensors in the list of all
         self._written = WrittenMemory(())
         self._harmless: list[int] = []  # addresses of gradients that were found to be in order
@@ -331,15 +318,15 @@ class StepPlan:
     ) -> Todo | None:
         self.updated, self.launches = {}, 0
         groups = [Group(index, values, self._rule) for index, values in enumerate(param_groups)]
-        located, facts = self._locate(groups, state, stepped)
+        located, tensors, facts = self._locate(groups, state, stepped)
         ready = located
         missing: list[Located] = []
         foreign: list[tuple[Located, str]] = []
         numbers: list[Numbers] = []
-        known = facts == self._known
+        known = self._are_as_before(located, tensors, facts)
         if known:
             numbers = [_numbers_on_host(p) for p in located]
-            known = self._is_as_before(located, numbers)
+            known = all(_is_step(of_p[0]) for of_p in numbers if of_p)
         if not known:
             ready, missing, foreign = self._examine(located)
             numbers = [_numbers_on_host(p) for p in ready]
@@ -351,7 +338,7 @@ class StepPlan:
             return [p.where for p in missing], [(*p.where, reason) for p, reason in foreign], host_decides
         factors = self._factors(ready, numbers)
         if not known:
-            self._known = None
+            self._facts = None
             self._launches = self._arrange(ready)
         if capturing and not all(launch.is_loaded for launch, _ in self._launches):
             raise RuntimeError(
@@ -360,55 +347,50 @@ class StepPlan:
             )
         self._run(ready, numbers, grad_scale, scaler, set(created or ()), capturing)
         # A graph writes the tables of its capture when it is replayed: no other step may count on them.
-        if not capturing:
-            self._known = facts
+        if not known and not capturing:
+            self._facts = facts
+            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            self._addresses = [tensor.data_ptr() for p in located for tensor in p.written]
         self._record(ready, numbers, factors)
         return None
 
     def _locate(
         self, groups: list[Group], state: dict[Tensor, Any], stepped: Collection[Index]
-    ) -> tuple[list[Located], list[int]]:
-        """The parameters that have a gradient and were not stepped yet, and the facts about them."""
+    ) -> tuple[list[Located], list[Any], list[tuple[Any, ...]]]:
+        """The parameters that have a gradient and were not stepped yet, all their tensors, and where they stand."""
         rule = self._rule
         located: list[Located] = []
-        # Numbers only: what is kept as tuples is visited by Python's garbage collector, again and again.
-        facts: list[int] = [torch.is_inference_mode_enabled()]
-        forms = self._forms
-        if len(forms) > 10_000:  # shapes that never come again
-            forms.clear()
-            self._known = None
+        tensors: list[Any] = []
+        facts: list[tuple[Any, ...]] = []
         for group in groups:
-            of_group = forms.setdefault(group.facts, len(forms))
             state_keys = rule.state_keys[: group.states]
-            for index, p in enumerate(group.params):
+            numbers = []
+            for number, p in enumerate(group.params):
                 if not isinstance(p, Tensor):
-                    name = f"param_groups[{group.index}]['params'][{index}]"
+                    name = f"param_groups[{group.index}]['params'][{number}]"
                     raise TypeError(f"{name} must be a Tensor, not {type(p).__name__}")
                 grad = p.grad
-                if grad is None or (stepped and (group.index, index) in stepped):
+                if grad is None or (stepped and (group.index, number) in stepped):
                     continue
                 entries = state.get(p)
                 known = entries if isinstance(entries, dict) else {}
                 carried = [known.get(key) for key in rule.carried_keys]
                 states = [known.get(key) for key in state_keys]
-                located.append(Located(group, index, p, grad, entries, carried, states))
-                form = _form(grad)
-                facts += (of_group, index, forms.setdefault(form, len(forms)))
-                tensors: tuple[Any, ...] = (p, *carried, *states)
-                for tensor in tensors:
-                    form = _form(tensor)
-                    facts.append(forms.setdefault(form, len(forms)))
-                    if len(form) > 1:
-                        facts.append(_address_of(tensor))
-        return located, facts
+                located.append(Located(group, number, p, grad, entries, carried, states))
+                tensors += (p, grad, *carried, *states)
+                numbers.append(number)
+            facts.append((*group.facts, *numbers))
+        return located, tensors, facts
 
-    def _is_as_before(self, located: list[Located], numbers: list[Numbers]) -> bool:
-        """Is what the facts do not tell in order, too: gradients' addresses and step counts?"""
-        if not all(_is_step(of_p[0]) for of_p in numbers if of_p):
+    def _are_as_before(self, located: list[Located], tensors: list[Any], facts: list[tuple[Any, ...]]) -> bool:
+        """Are the launches right, and the gradients in order?"""
+        if facts != self._facts or not self._guards.check(*tensors):
             return False
-        gradients = [_address_of(p.grad) for p in located]
+        if [tensor.data_ptr() for p in located for tensor in p.written] != self._addresses:
+            return False
+        gradients = [p.grad.data_ptr() for p in located]
         if gradients != self._harmless:
-            if any(_why_not_plain(p.grad) is not None or _lacks_memory(p.grad) for p in located):
+            if any(_lacks_memory(p.grad) for p in located):
                 return False
             if any(self._written.shared_with(_range_of(p.grad), i) for i, p in enumerate(located)):
                 return False
