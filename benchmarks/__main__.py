@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if missing is not None:
             left_out.add("DeepSpeed CPUAdam")
             say(f"DeepSpeed CPUAdam is left out: {missing}")
+    without_triton = dracopt_ext.backends()["triton"]
+    if any(SUITES[name].device == "cuda" for name in suites) and without_triton is not None:
+        left_out |= {"dracopt triton", *BANDWIDTHS}
+        say(f"our Triton kernels and the streams are left out: {without_triton}")
     results: list[Result] = []
     for name in suites:
         for case in (case for case in SUITES[name].cases if args.case in case.name):
