@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import triton
-from dracopt_ext.triton_kernels.plan import StepPlan
-from dracopt_ext.triton_kernels.step import step
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
 import dracopt_ext
+from dracopt_ext.triton_kernels.plan import StepPlan
+from dracopt_ext.triton_kernels.step import step
 
 launched: list[Any] = []
 
