@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
 import dracopt_ext
-from dracopt_ext.triton_kernels.plan import StepPlan
+from dracopt_ext.triton_kernels import plan as triton_plan
 from dracopt_ext.triton_kernels.step import step
 
 launched: list[Any] = []
@@ -61,7 +61,7 @@ def take_steps(sizes: list[int], dtype: torch.dtype = torch.float32, **options: 
         p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.AdamW(params, **options)
     optimizer._create_state(optimizer.param_groups[0])
-    plan = StepPlan("adam", "AdamW", on_cpu=True)
+    plan = triton_plan.StepPlan("adam", "AdamW")
     for _ in range(2):
         optimizer.param_groups[0]["lr"] *= 0.9
         assert plan.step(optimizer.param_groups, optimizer.state) is None
@@ -74,6 +74,7 @@ def report() -> None:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
+    triton_plan.GPU = "cpu"
     take_steps([3])
     report()
     for sizes in ([1], [16], [1, 16, 17], [8192], [100_000, 5], [16] * 16, [2] * 100):
