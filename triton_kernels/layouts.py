@@ -7,12 +7,9 @@ from torch import Tensor
 
 def is_dense(tensor: Tensor) -> bool:
     """Do the elements lie side by side, in whatever order and without gaps?"""
-    return tensor.is_contiguous() or is_dense_by(tensor.shape, tensor.stride())
-
-
-def is_dense_by(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, sizes, strict=True) if size != 1):
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted((stride, size) for stride, size in strides if size != 1):
         if stride != expected:
             return False
         expected *= size

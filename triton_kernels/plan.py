@@ -138,6 +138,7 @@ class Located(NamedTuple):
 
     @property
     def written(self) -> tuple[Any, ...]:
+        """What a step changes; None in the place of what is absent."""
         return self.param, *self.carried, *self.states
 
     def describe(self) -> str:
@@ -177,11 +178,6 @@ def _is_step(number: float | None) -> bool:
 def _range_of(tensor: Tensor) -> tuple[int, int]:
     """The addresses over which a tensor extends."""
     return tensor.data_ptr(), tensor.data_ptr() + extent_of(tensor) * tensor.itemsize
-
-
-def _tensors(located: Located) -> Iterable[Tensor]:
-    """Of the state, as far as they are there."""
-    return (value for value in (*located.carried, *located.states) if value is not None)
 
 
 def _real(tensor: Tensor) -> torch.dtype:
@@ -514,7 +510,7 @@ class StepPlan:
         """Element for element in parallel is wrong for tensors that share memory: torch is to take them one by one."""
         searched = [*ready, *missing]
         others = [p for p, _ in foreign if _why_not_plain(p.param) is None]
-        ranges = [(*_range_of(t), i) for i, p in enumerate(searched) for t in (p.param, *_tensors(p))]
+        ranges = [(*_range_of(t), i) for i, p in enumerate(searched) for t in p.written if t is not None]
         ranges += [(*_range_of(p.param), len(searched)) for p in others]
         written = self._written = WrittenMemory(ranges)
         shared = written.shared()
