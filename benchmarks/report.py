@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import dracopt_ext
-from dracopt_ext.backend import _C
+from dracopt_ext.backend import isa
 
 from .cases import ONE_LARGE, SUITES
 from .measure import DEVICE, END_TO_END, Result
@@ -164,7 +164,7 @@ def device(device_type: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {_C.isa() if _C is not None else 'no kernels'}"
+    return f"{models[0] if models else platform.machine()}, {isa() or 'no kernels'}"
 
 
 def _commit() -> str:

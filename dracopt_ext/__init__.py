@@ -13,8 +13,8 @@ import torch.optim
 from torch.optim import lr_scheduler as lr_scheduler
 from torch.optim import swa_utils as swa_utils
 
-from .backend import NATIVE_REASON
 from .backend import backends as backends
+from .backend import notice as _notice
 from .optim import SGD as SGD
 from .optim import Adam as Adam
 from .optim import AdamW as AdamW
@@ -45,8 +45,8 @@ __all__ = [*torch.optim.__all__, "backends"]
 sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler
 sys.modules[f"{__name__}.swa_utils"] = swa_utils
 
-if NATIVE_REASON is not None:
-    warnings.warn(f"dracopt_ext runs without its compiled kernels: {NATIVE_REASON}", RuntimeWarning, stacklevel=2)
+if (_to_know := _notice()) is not None:
+    warnings.warn(_to_know, RuntimeWarning, stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,15 @@ import platform
 import torch
 
 from . import __version__, backends
-from .backend import _C, BUILD_INFO
+from .backend import _C, BUILD_INFO, isa
 
 
 def main() -> None:
     print(f"dracopt_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    built_for = f"torch {BUILD_INFO['torch']}, {BUILD_INFO['compiler']}" if BUILD_INFO.get("compiler") else "nothing"
-    print(f"compiled    {built_for}")
-    print(f"CPU ISA     {_C.isa() if _C is not None else 'none'}, {torch.get_num_threads()} threads")
+    built = ", ".join(BUILD_INFO.get("torch", ()))
+    print("compiled    " + (f"by {BUILD_INFO['compiler']}, with bindings to torch {built}" if built else "nothing"))
+    print(f"commit      {BUILD_INFO.get('commit') or 'unknown'}")
+    print(f"CPU ISA     {isa() or 'none'}, {torch.get_num_threads()} threads")
     if _C is not None and _C.cuda_architectures():
         kernels = ", ".join(f"sm_{architecture // 10}" for architecture in _C.cuda_architectures())
         print(f"CUDA        {kernels} by {BUILD_INFO.get('nvcc')}")

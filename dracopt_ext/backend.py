@@ -6,11 +6,17 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
+import sys
 import warnings
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from .portable import compiled
 
 NAMES = ("native", "triton", "reference")
 
@@ -27,26 +33,72 @@ def _minor(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _load_native() -> tuple[ModuleType | None, str | None]:
-    """The compiled module, or the reason why there is none."""
-    if _minor(torch.__version__) < (2, 10):
-        return None, f"torch {torch.__version__} is older than 2.10"
-    if importlib.util.find_spec("dracopt_ext._C") is None:
-        return None, BUILD_INFO.get("reason") or "not compiled: run `pip install .` in the source tree"
-    built_for = BUILD_INFO.get("torch") or torch.__version__
-    if _minor(built_for) != _minor(torch.__version__):
-        return (
-            None,
-            f"compiled for torch {built_for}, not for the installed {torch.__version__}: install dracopt_ext anew",
-        )
+def _is_release(version: str) -> bool:
+    return re.fullmatch(r"[\d.]+(\+.*)?", version) is not None
+
+
+def _built_for(version: str) -> bool:
+    """Is there a binding for this version of torch?
+
+    Releases of one minor version have one ABI. What comes before a release has that of its own build.
+    """
+    built = [other for other in BUILD_INFO.get("torch", ()) if _minor(other) == _minor(version)]
+    return version in built or any(_is_release(other) and _is_release(version) for other in built)
+
+
+def _load_native() -> tuple[ModuleType | None, compiled.Library | None, str | None]:
+    """The compiled module ``dracopt_ext._C``; else the kernels without it; and why there is no module for this torch.
+
+    A module that is there and does not load is a mistake to be mended, and nothing takes its place.
+    """
+    installed, built = torch.__version__, BUILD_INFO.get("torch")
+    if _minor(installed) < (2, 10):
+        return None, None, f"torch {installed} is older than 2.10"
+    if not built:
+        return None, None, BUILD_INFO.get("reason") or "not compiled: run `pip install .` in the source tree"
+    folder = NATIVE / "torch_{}_{}".format(*_minor(installed))
+    spec = PathFinder.find_spec("dracopt_ext._C", [str(folder)])
     try:
-        return importlib.import_module("dracopt_ext._C"), None
-    except ImportError as error:
-        return None, f"the compiled module does not load: {error}"
+        if spec is not None and spec.loader is not None and _built_for(installed):
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            sys.modules["dracopt_ext._C"] = module
+            return module, None, None
+        reason = f"compiled for torch {', '.join(built)}, not for the installed {installed}"
+        return None, compiled.load(NATIVE / "libdracopt_kernels.so"), reason
+    except (ImportError, OSError) as error:
+        return None, None, f"what was compiled does not load: {error}"
 
 
 BUILD_INFO = _build_info()
-_C, NATIVE_REASON = _load_native()
+NATIVE = Path(__file__).parent / "native"
+"""What was compiled: the kernels, and their bindings to versions of torch."""
+_C, _LIBRARY, _REASON = _load_native()
+
+NATIVE_REASON = None if _LIBRARY is not None else _REASON
+"""Why the compiled kernels cannot run at all; None if they can."""
+
+BUILD_FROM_SOURCE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary dracopt-ext dracopt-ext"
+
+
+def notice() -> str | None:
+    """What a user is to know when the package is imported; None if there is nothing."""
+    if NATIVE_REASON is not None:
+        return f"dracopt_ext runs without its compiled kernels: {NATIVE_REASON}"
+    if _LIBRARY is not None:
+        return (
+            f"dracopt_ext was {_REASON}: its kernels run on the CPU all the same, with more work for the host in each "
+            f"step. For less, build it for this torch: {BUILD_FROM_SOURCE}"
+        )
+    return None
+
+
+def isa() -> str | None:
+    """The instruction set of the CPU's kernels; None if there are none."""
+    if _C is not None:
+        return str(_C.isa())
+    return _LIBRARY.isa if _LIBRARY is not None else None
+
 
 GPU = "cuda"
 """The type of the devices that the CUDA kernels serve."""
@@ -62,7 +114,7 @@ def backends() -> dict[str, str | None]:
 
 def _why_no_cuda() -> str | None:
     if _C is None:
-        return NATIVE_REASON
+        return _REASON
     if BUILD_INFO.get("no_cuda"):
         return f"compiled without CUDA kernels: {BUILD_INFO['no_cuda']}"
     if torch.version.cuda is None:
@@ -142,11 +194,17 @@ def resolve(backend: str | None) -> str | None:
 
 def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) -> Any:
     """What steps an optimizer of this class name by the rule, with the kernels of a backend that can run here."""
-    if backend == "triton":
-        plan = importlib.import_module("dracopt_ext.triton_kernels.plan")
-        return plan.StepPlan(rule, optimizer, on_cpu=asked_for == "triton", unavailable=why_no_triton_on)
-    assert _C is not None
-    return _C.StepPlan(rule, optimizer)
+    if backend == "native" and _C is not None:
+        return _C.StepPlan(rule, optimizer)
+    plan = importlib.import_module("dracopt_ext.portable.plan")
+    kernels: Any
+    if backend == "native":
+        assert _LIBRARY is not None
+        kernels = compiled.Kernels(_LIBRARY)
+    else:
+        step = importlib.import_module("dracopt_ext.triton_kernels.step")
+        kernels = step.Kernels(on_cpu=asked_for == "triton", unavailable=why_no_triton_on)
+    return plan.StepPlan(rule, optimizer, kernels)
 
 
 _warned: set[str] = set()

@@ -14,8 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
 import dracopt_ext
-from dracopt_ext.triton_kernels import plan as triton_plan
-from dracopt_ext.triton_kernels.step import step
+from dracopt_ext.portable.plan import StepPlan
+from dracopt_ext.triton_kernels import step as triton_step
 
 launched: list[Any] = []
 
@@ -61,20 +61,20 @@ def take_steps(sizes: list[int], dtype: torch.dtype = torch.float32, **options: 
         p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.AdamW(params, **options)
     optimizer._create_state(optimizer.param_groups[0])
-    plan = triton_plan.StepPlan("adam", "AdamW")
+    plan = StepPlan("adam", "AdamW", triton_step.Kernels())
     for _ in range(2):
         optimizer.param_groups[0]["lr"] *= 0.9
         assert plan.step(optimizer.param_groups, optimizer.state) is None
 
 
 def report() -> None:
-    compiled = sum(len(caches[0]) for caches in step.device_caches.values())
+    compiled = sum(len(caches[0]) for caches in triton_step.step.device_caches.values())
     print(f"{compiled} compilations for {len(launched)} launches")
 
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    triton_plan.GPU = "cpu"
+    triton_step.GPU = "cpu"
     take_steps([3])
     report()
     for sizes in ([1], [16], [1, 16, 17], [8192], [100_000, 5], [16] * 16, [2] * 100):

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from dracopt_ext import _C
+from dracopt_ext.backend import isa
 
 from .cases import CASES, SIZES, STORAGE, inputs, train
 
@@ -26,4 +26,4 @@ def digest() -> str:
 
 
 if __name__ == "__main__":
-    print(_C.isa(), digest())
+    print(isa(), digest())

@@ -16,9 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutants"
-IGNORED = shutil.ignore_patterns(
-    "__pycache__", "_C*.so", "triton_kernels"
-)  # the last is a link to the folder beside it
+# The last is a link to the folder beside it.
+IGNORED = shutil.ignore_patterns("__pycache__", "native", "_build_info.py", "triton_kernels")
 COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "dracopt_ext", "triton_kernels", "tests"]
 
 
@@ -38,7 +37,7 @@ class Mutant:
         return self.file.startswith("csrc/")
 
 
-TRITON_STEP, TRITON_PLAN = "triton_kernels/step.py", "triton_kernels/plan.py"
+TRITON_STEP, TRITON_PLAN = "triton_kernels/step.py", "dracopt_ext/portable/plan.py"
 TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
 ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
@@ -601,9 +600,38 @@ MUTANTS = [
     Mutant(
         "Triton: tables of a capture are anyone's",
         TRITON_PLAN,
-        "        if not known and not capturing:\n",
-        "        if not known:\n",
+        "if not known and not capturing and",
+        "if not known and",
         "test_triton::test_what_a_graph_refers_to_is_kept",
+    ),
+    # What takes the binding's place
+    Mutant(
+        "words: no layout",
+        "csrc/cpu/words.cpp",
+        "segment.layout == nullptr || segment.layout->dense(k)",
+        "true",
+        "test_portable::test_what_holds_for_the_native_backend",
+    ),
+    Mutant(
+        "words: ascent for descent",
+        "csrc/cpu/words.cpp",
+        "(row.flags & kMaximize) != 0",
+        "false",
+        "test_portable::test_bits",
+    ),
+    Mutant(
+        "words: one arithmetic for all",
+        "csrc/cpu/words.cpp",
+        "arithmetic_ = Arithmetic::fp64;",
+        "",
+        "test_portable::test_bits",
+    ),
+    Mutant(
+        "bindings fit what comes before a release",
+        "dracopt_ext/backend.py",
+        "_is_release(other) and _is_release(version)",
+        "True",
+        "test_backend::test_bindings_fit_their_minor_version",
     ),
     Mutant(
         "Triton: state stays after a failure",

@@ -33,18 +33,16 @@ CPP_MAY_INCLUDE = {
 }
 PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
-    "backend": set(),
+    "backend": {"portable"},
     "optim": {"backend", "reference"},
     "__init__": {"optim", "backend"},
     "__main__": {"backend"},
     "_build_info": set(),
+    "portable": set(),
     # of triton_kernels, which backend imports when it is needed
-    "layouts": set(),
-    "host": set(),
     "arithmetic": set(),
-    "rules": {"arithmetic", "host"},
+    "rules": {"arithmetic"},
     "step": {"arithmetic", "rules"},
-    "plan": {"layouts", "rules", "step"},
 }
 
 
@@ -85,6 +83,9 @@ def test_python_imports_run_one_way() -> None:
                 names = [node.module] if node.module else [alias.name for alias in node.names]
                 modules = [name for name in names if (package / name).exists() or (package / f"{name}.py").exists()]
                 assert set(modules) <= PYTHON_MAY_IMPORT[own], f"{source.name} imports {modules}"
+            elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("dracopt_ext"):
+                assert package == kernels, f"{source.name} imports {node.module}"
+                assert str(node.module).startswith("dracopt_ext.portable"), f"{source.name} imports {node.module}"
 
 
 def test_mutants_fit_the_sources() -> None:

@@ -22,30 +22,56 @@ def test_backends_that_can_run() -> None:
 
 def test_torch_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert backend._load_native() == (None, "torch 2.9.1+cu128 is older than 2.10")
+    assert backend._load_native() == (None, None, "torch 2.9.1+cu128 is older than 2.10")
+
+
+@pytest.mark.parametrize(
+    ("installed", "fits"),
+    [
+        ("2.13.0", True),
+        ("2.13.1+cu130", True),  # of one minor version, whatever it was built with
+        ("2.13.0+cpu", True),
+        ("2.14.0", False),
+        ("2.13.0.dev20260401+cpu", False),  # before the release anything may change
+        ("2.13.0a0+git1234567", False),
+        ("2.12.0a0+git7654321", True),  # the very build that was compiled against
+        ("2.12.0", False),
+    ],
+)
+def test_bindings_fit_their_minor_version(installed: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend.BUILD_INFO, "torch", ["2.12.0a0+git7654321", "2.13.0+cpu"])
+    assert backend._built_for(installed) == fits
 
 
 def test_compiled_for_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backend.BUILD_INFO, "torch", "2.12.0")
-    module, reason = backend._load_native()
+    """The kernels are used without binding."""
+    monkeypatch.setitem(backend.BUILD_INFO, "torch", ["2.11.0", "2.12.0"])
+    module, library, reason = backend._load_native()
     assert module is None
-    assert str(reason).startswith("compiled for torch 2.12.0, not for the installed ")
+    assert library is not None
+    assert library.isa == backend.isa()
+    assert reason == f"compiled for torch 2.11.0, 2.12.0, not for the installed {torch.__version__}"
 
 
 def test_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert backend._build_info() == {}
+    monkeypatch.setitem(backend.BUILD_INFO, "torch", [])
     for reason in ("no C++ compiler was found (c++)", None):
         monkeypatch.setitem(backend.BUILD_INFO, "reason", reason)
-        assert backend._load_native() == (None, reason or "not compiled: run `pip install .` in the source tree")
+        expected = reason or "not compiled: run `pip install .` in the source tree"
+        assert backend._load_native() == (None, None, expected)
 
 
 def test_the_module_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> Any:
+    """What is broken is not papered over."""
+
+    def broken(spec: Any) -> Any:
         raise ImportError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setattr(importlib, "import_module", broken)
-    assert backend._load_native() == (None, "the compiled module does not load: undefined symbol: _ZN3c10")
+    monkeypatch.setattr(importlib.util, "module_from_spec", broken)
+    expected = "what was compiled does not load: undefined symbol: _ZN3c10"
+    assert backend._load_native() == (None, None, expected)
 
 
 def test_the_overview(capsys: pytest.CaptureFixture[str]) -> None:

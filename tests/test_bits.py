@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dracopt_ext import _C
+from dracopt_ext import backend
 from dracopt_ext.reference import MOMENTS
 
 from .cases import (
@@ -228,4 +228,4 @@ def test_instruction_sets(isa: str) -> None:
         pytest.skip(f"this machine does not run {isa}")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [isa, digest()]
-    assert _C.isa() in ("baseline", "avx2", "avx512")
+    assert backend.isa() in ("baseline", "avx2", "avx512")

@@ -1,4 +1,4 @@
-"""What nvcc made of the update kernel, read from the compiled module itself. No GPU is needed."""
+"""What nvcc made of the update kernel, read from the compiled library itself. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dracopt_ext import _C
-from dracopt_ext.backend import BUILD_INFO
+from dracopt_ext.backend import BUILD_INFO, NATIVE
 
-MODULE = Path(_C.__file__)
+MODULE = NATIVE / "libdracopt_kernels.so"
 ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 
 pytestmark = pytest.mark.skipif(not _C.cuda_architectures(), reason=f"no CUDA kernels: {BUILD_INFO.get('no_cuda')}")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
-import importlib
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import dracopt_ext
 from dracopt_ext import backend as backend_module
 from dracopt_ext.optim import _base
+from dracopt_ext.portable import plan
 from dracopt_ext.reference import MOMENTS
 
 from . import interpreted, simulated_gpu
@@ -122,13 +122,12 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     simulation = load_simulation()
     monkeypatch.setattr(_base, "GPU", simulated_gpu.DEVICE)
     if backend == "triton":
-        triton_plan = pytest.importorskip("dracopt_ext.triton_kernels.plan")
+        triton_step = pytest.importorskip("dracopt_ext.triton_kernels.step")
         interpreted.set_up(monkeypatch)
-        monkeypatch.setattr(triton_plan, "GPU", simulated_gpu.DEVICE)
-        monkeypatch.setattr(triton_plan, "IN_MEMORY", ("cpu", simulated_gpu.DEVICE))
-        triton_step = importlib.import_module("dracopt_ext.triton_kernels.step")
+        monkeypatch.setattr(plan, "GPU", simulated_gpu.DEVICE)
+        monkeypatch.setattr(triton_step, "IN_MEMORY", ("cpu", simulated_gpu.DEVICE))
         monkeypatch.setattr(triton_step, "upload", interpreted.upload)
-        monkeypatch.setattr(triton_plan, "is_capturing", lambda device: simulation.read("capturing") == 1)
+        monkeypatch.setattr(plan, "is_capturing", lambda device: simulation.read("capturing") == 1)
         monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
         yield Interpreted(simulation)
     else:

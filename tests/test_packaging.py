@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from dracopt_ext import _C
 
@@ -28,10 +30,13 @@ SOURCES = [
     "MANIFEST.in",
 ]
 
+COMPILER = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
 NO_COMPILER = {"CXX": "/nowhere/c++"}
 
 # The tests' own editable installation must not help out.
 ALONE = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+
+OVERVIEW = "import runpy; runpy.run_module('dracopt_ext', run_name='__main__')"
 
 INTERPRET = "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
 
@@ -57,7 +62,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the sources, without what was built in them."""
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__", "triton_kernels")
+            ignored = shutil.ignore_patterns("native", "_build_info.py", "__pycache__", "triton_kernels")
             shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, tmp_path / "tree" / name)
@@ -95,9 +100,10 @@ def install(wheel: Path) -> Path:
     return target
 
 
-def use(target: Path, program: str = USE) -> tuple[list[str], list[str]]:
+def use(target: Path, program: str = USE, env: dict[str, str] | None = None) -> tuple[list[str], list[str]]:
     """Lines of output and of errors of a program run with the installed package."""
-    run = python("-c", ALONE + program, cwd=target.parent, env={"PYTHONPATH": str(target), "PYTHONWARNINGS": "default"})
+    env = {"PYTHONPATH": str(target), "PYTHONWARNINGS": "default", **(env or {})}
+    run = python("-c", ALONE + program, cwd=target.parent, env=env)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines(), run.stderr.splitlines()
 
@@ -123,6 +129,7 @@ def test_compiled_wheel(tree: Path) -> None:
     assert "any" not in wheel.name
     assert {"dracopt_ext/py.typed", "dracopt_ext/_C.pyi", "dracopt_ext/optim/_base.py"} <= set(names)
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks", "triton_kernels"))]
+    assert len([name for name in names if name.startswith("dracopt_ext/native/")]) == 2  # the kernels, one binding
     assert "dracopt_ext/triton_kernels/step.py" in names
     assert wheel.stat().st_size < (2 if _C.cuda_architectures() else 1) * 2**20
 
@@ -132,19 +139,59 @@ def test_compiled_wheel(tree: Path) -> None:
     assert output[1:] == ["{'cpu': frozenset({'native'})} 0.798"]
     assert errors == []
 
-    info = target / "dracopt_ext/_build_info.py"
-    built = info.read_text()
-    info.write_text(built.replace("'torch': '2.", "'torch': '1."))
-    _, errors = use(target)
-    assert "compiled for torch 1." in errors[0]
-    assert "install dracopt_ext anew" in errors[0]
 
-    info.write_text(built)
-    (module,) = (target / "dracopt_ext").glob("_C*.so")
-    module.write_bytes(b"no ELF file")
-    output, errors = use(target)
-    assert "the compiled module does not load: " in errors[0]
+def test_wheel_for_versions_of_torch(tree: Path, tmp_path: Path) -> None:
+    """As wheels.py builds it, from headers; and what a user of it then sees."""
+    headers = tmp_path / "headers/torch"
+    headers.mkdir(parents=True)
+    for name in ("include", "version.py"):
+        (headers / name).symlink_to(Path(torch.__file__).parent / name)
+    target = install(build(tree, {"DRACOPT_TORCH_HEADERS": str(headers.parent), "CUDA_HOME": "/nowhere"}))
+    native = target / "dracopt_ext/native"
+    (module,) = native.glob("torch_*/_C*.so")
+    assert module.parent.name == "torch_{}_{}".format(*torch.__version__.split(".")[:2])
+
+    without_compiler = {"PATH": "/nowhere", **NO_COMPILER}
+    output, errors = use(target, env=without_compiler)
+    assert output[0].startswith(str(target))
+    assert output[1:] == ["{'cpu': frozenset({'native'})} 0.798"]
+    assert errors == []
+    assert "CPU ISA     baseline" in use(target, OVERVIEW, {"DRACOPT_ISA": "baseline"})[0][3]
+
+    # torch was upgraded, and no compiler is there to build for it
+    other = "import torch; torch.__version__ = '{}'\n"
+    output, errors = use(target, other.format("2.99.0") + USE, without_compiler)
+    assert output[1] == "{'cpu': frozenset({'native'})} 0.798"
+    (warning,) = (line for line in errors if "Warning" in line)
+    assert (
+        f"compiled for torch {torch.__version__}, not for the installed 2.99.0: its kernels run on the CPU" in warning
+    )
+    assert "build it for this torch: pip install --force-reinstall" in warning
+
+    # or is older than any that is served
+    output, errors = use(target, other.format("2.9.1") + USE)
     assert output[1] == "{'cpu': frozenset({'torch'})} 0.798"
+    (warning,) = (line for line in errors if "Warning" in line)
+    assert warning.endswith("runs without its compiled kernels: torch 2.9.1 is older than 2.10")
+
+    # The binding does not load.
+    source = tmp_path / "broken.c"
+    source.write_text("extern int nowhere(void); void* PyInit__C(void) { nowhere(); return 0; }\n")
+    subprocess.run([COMPILER, "-x", "c", "-shared", "-fPIC", "-Wl,-z,now", source, "-o", module], check=True)
+    output, errors = use(target)
+    assert output[1] == "{'cpu': frozenset({'torch'})} 0.798"
+    (warning,) = (line for line in errors if "Warning" in line)
+    assert "what was compiled does not load: " in warning
+    assert "undefined symbol: nowhere" in warning
+    assert "undefined symbol: nowhere" in use(target, "import dracopt_ext; print(dracopt_ext.backends())")[0][0]
+
+    # Nor is there one for this Python, or the kernels themselves are gone.
+    module.unlink()
+    assert use(target)[0][1] == "{'cpu': frozenset({'native'})} 0.798"
+    (native / "libdracopt_kernels.so").unlink()
+    output, errors = use(target)
+    assert output[1] == "{'cpu': frozenset({'torch'})} 0.798"
+    assert "cannot open shared object file" in errors[0]
 
 
 def test_nvcc_fails(tree: Path, tmp_path: Path) -> None:
@@ -169,7 +216,7 @@ def test_nvcc_fails(tree: Path, tmp_path: Path) -> None:
 
 def test_no_compiler(tree: Path) -> None:
     target = assert_pure(build(tree, NO_COMPILER), "no C++ compiler was found (/nowhere/c++)")
-    output, _ = use(target, "import runpy; runpy.run_module('dracopt_ext', run_name='__main__')")
+    output, _ = use(target, OVERVIEW)
     assert "compiled    nothing" in output
     assert "native:cpu  not available: no C++ compiler was found (/nowhere/c++)" in output
 
@@ -189,10 +236,10 @@ def test_no_torch(tree: Path, without_torch: dict[str, str]) -> None:
 
 def test_compilation_fails(tree: Path) -> None:
     """Nor is a module of an earlier build shipped."""
-    (tree / "dracopt_ext/_C.cpython-old.so").write_bytes(b"")
-    stale = tree / "build/lib" / "dracopt_ext"
-    stale.mkdir(parents=True)
-    (stale / "_C.stale.so").write_bytes(b"")
+    for folder in (tree, tree / "build/lib"):
+        stale = folder / "dracopt_ext/native/torch_2_13"
+        stale.mkdir(parents=True)
+        (stale / "_C.stale.so").write_bytes(b"")
     with (tree / "csrc/cpu/kernels.cpp").open("a") as source:
         source.write("no C++\n")
     wheel = build(tree)

@@ -17,16 +17,16 @@ from torch import nn
 
 import dracopt_ext
 from dracopt_ext import backend as backend_module
-from dracopt_ext.reference import CARRIED, MOMENTS, hyperparameters
+from dracopt_ext.portable import plan
+from dracopt_ext.portable.words import HEADER_WORDS, MAX_CARRIED
+from dracopt_ext.reference import CARRIED
 
 from . import interpreted
 from .cases import FAULTS, RULES, Case, NoOp, assert_same_bits, inputs, snapshot, train
 from .triton_compiler import TARGETS, variants
 
 triton = pytest.importorskip("triton")
-rules = pytest.importorskip("dracopt_ext.triton_kernels.rules")
 step = pytest.importorskip("dracopt_ext.triton_kernels.step")
-plan = pytest.importorskip("dracopt_ext.triton_kernels.plan")
 
 ROOT = Path(__file__).parents[1]
 BYTES = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
@@ -90,16 +90,10 @@ def test_what_holds_for_the_native_backend() -> None:
     files = [f"tests/test_{name}.py" for name in ("refusals", "life", "known_defects", "fallback")]
     # Triton's plan asks for addresses, which ends a lazy clone; it says that it has no kernels where it has none.
     others = "not (forked or threads or compiled_training or lazily or meta or mixed_dtypes_for_what_torch_steps)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.triton_as_native"]
-    run = subprocess.run([*command, *files, "-k", others], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.as_native"]
+    env = {**os.environ, "AS_NATIVE": "triton"}
+    run = subprocess.run([*command, *files, "-k", others], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
-
-
-def test_rules_have_the_references_names() -> None:
-    for name, rule in rules.RULES.items():
-        assert rule.group_keys == hyperparameters(name)
-        assert set(rule.carried_keys) <= set(CARRIED)
-        assert set(rule.state_keys) <= set(MOMENTS)
 
 
 # ---- what it is compiled to
@@ -168,7 +162,7 @@ def uploads(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> list[list[int
     """What was brought to the device."""
     made: list[list[int]] = []
     upload = step.upload
-    monkeypatch.setattr(step, "upload", lambda words, *more: made.append(words) or upload(words, *more))
+    monkeypatch.setattr(step, "upload", lambda array, *more: made.append(array) or upload(array, *more))
     return made
 
 
@@ -183,10 +177,11 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is asked for, tensors on the CPU go to Triton, and what it does not serve to torch."""
     monkeypatch.setattr("dracopt_ext.optim._base.GPU", "cpu")
     monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
-    monkeypatch.setattr(backend_module, "_C", None)
-    make = plan.StepPlan
+    monkeypatch.setattr(backend_module, "NATIVE_REASON", "switched off")
     monkeypatch.setattr(
-        backend_module, "step_plan", lambda name, rule, optimizer, asked_for: make(rule, optimizer, on_cpu=True)
+        backend_module,
+        "step_plan",
+        lambda name, rule, optimizer, asked_for: plan.StepPlan(rule, optimizer, step.Kernels(on_cpu=True)),
     )
 
 
@@ -344,8 +339,8 @@ def test_arguments_hold_a_recipe_for_each_group_and_step(uploads: list[list[int]
         )
         optimizer.step()
         words.append(len(uploads[-1]))
-    recipe = 1 + 7 + step.MAX_CARRIED
-    assert words == [step.HEADER_WORDS.value + 2 * 10 + groups * recipe for groups in (1, 2, 5)]
+    recipe = 1 + 7 + MAX_CARRIED
+    assert words == [HEADER_WORDS + 2 * 10 + groups * recipe for groups in (1, 2, 5)]
 
 
 @interpreting
@@ -353,7 +348,7 @@ def test_arguments_hold_a_recipe_for_each_group_and_step(uploads: list[list[int]
 def test_what_a_graph_refers_to_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a table that a graph is yet to write is no other step's."""
     params = parameters(2)
-    stepper = plan.StepPlan("sgd", "SGD", on_cpu=True)
+    stepper = plan.StepPlan("sgd", "SGD", step.Kernels(on_cpu=True))
     optimizer = dracopt_ext.SGD(params, lr=0.1)
     monkeypatch.setattr(plan, "GPU", "cpu")
     monkeypatch.setattr(step, "_launched", set())
@@ -401,7 +396,7 @@ def test_failure_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """But in the interpreter."""
-    monkeypatch.setattr(plan, "INTERPRETED", False)
+    monkeypatch.setattr(step, "INTERPRETED", False)
     monkeypatch.setattr(backend_module, "why_no_triton", lambda: None)
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)

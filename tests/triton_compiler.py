@@ -48,8 +48,8 @@ def compile_one(variant: Variant) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from dracopt_ext.portable.rules import RULES
     from dracopt_ext.triton_kernels import step
-    from dracopt_ext.triton_kernels.rules import RULES
 
     name, (param, grad, state), target = variant
     rule = RULES[name]

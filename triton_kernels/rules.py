@@ -8,33 +8,12 @@ the states anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from . import host
 from .arithmetic import divide, exponential, fma, maximum, sqrt
-
-
-class Rule(NamedTuple):
-    """What the driver knows of a rule; its names are those of csrc/rules."""
-
-    group_keys: tuple[str, ...]
-    """Of the parameter group; a tuple there counts as its items."""
-    hyperparameters: int
-    """Numbers that ``group_keys`` yield."""
-    carried_keys: tuple[str, ...]
-    """Scalars of the parameter's state; the step count is the first."""
-    state_keys: tuple[str, ...]
-    """Streams of the parameter's state."""
-    states: Callable[[Sequence[float]], int]
-    """How many of them there are, by the hyperparameters."""
-    prepare: Any
-    update: Any
-    factors: Callable[..., tuple[float, ...]] = lambda step, hyperparameters: ()
-    """What the carried scalars after the step count are multiplied by, where the host holds them."""
 
 
 @triton.jit
@@ -177,38 +156,9 @@ def update_sgd(c, p, g, buffer, none1, none2, states):
     return p, buffer, none1, none2
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay")
-_NADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay")
-_SGD_KEYS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
-
-RULES = {
-    "adam": Rule(
-        _ADAM_KEYS,
-        7,
-        ("step",),
-        (*_MOMENTS, "max_exp_avg_sq"),
-        lambda h: 3 if h[5] != 0 else 2,
-        prepare_adam,
-        update_adam,
-    ),
-    "nadam": Rule(
-        _NADAM_KEYS,
-        7,
-        ("step", "mu_product"),
-        _MOMENTS,
-        lambda h: 2,
-        prepare_nadam,
-        update_nadam,
-        lambda step, h: (host.momentum(step, h[1], h[5]),),
-    ),
-    "sgd": Rule(
-        _SGD_KEYS,
-        5,
-        (),
-        ("momentum_buffer",),
-        lambda h: 1 if h[1] != 0 else 0,
-        prepare_sgd,
-        update_sgd,
-    ),
+FUNCTIONS: dict[str, tuple[Any, Any]] = {
+    "adam": (prepare_adam, update_adam),
+    "nadam": (prepare_nadam, update_nadam),
+    "sgd": (prepare_sgd, update_sgd),
 }
+"""``prepare`` and ``update`` of each of :data:`dracopt_ext.portable.rules.RULES`."""

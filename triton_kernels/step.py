@@ -1,12 +1,11 @@
 """One kernel for a whole step: every tensor of every group whose streams are stored alike.
 
-Its input are two arrays of 64-bit words. The table holds what stays the same from step to step, the arguments what is
-new in each. See the constants for what lies where.
+Its input are the two arrays of words of :mod:`dracopt_ext.portable.words`, which also says what lies where.
 """
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any
@@ -16,47 +15,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import divide, narrow, power, widen
-from .rules import Rule
+from dracopt_ext.portable import words
+from dracopt_ext.portable.rules import Rule
 
-TILE = tl.constexpr(8192)  # elements that a program updates
+from .arithmetic import divide, narrow, power, widen
+from .rules import FUNCTIONS
+
 ROWS = tl.constexpr(128)  # of the table that a program moves on at once
 WARPS = 4
 VECTOR_BYTES = tl.constexpr(16)  # the widest access there is
 VECTOR = tl.constexpr(16)  # elements: a multiple of every dtype's in such a vector
 
-MAX_STATES = 3
-MAX_CARRIED = 2
-
-# The table: rows, then layouts, then a counter of finished programs.
-NUMEL, FIRST_TILE, LAYOUT, FLAGS, CARRIED, PARAM, STATES = map(tl.constexpr, (0, 1, 2, 3, 4, 6, 7))
-ROW_WORDS = tl.constexpr(7 + MAX_STATES)
-"""Of a row: elements; its first tile's number; where its layout lies, 0 if every stream is dense; flags; addresses of
-the carried scalars, 0 for those on the host; of the parameter; and of the states, 0 where there is none.
-
-A layout: the number of dimensions, their sizes, and for each stream (parameter, gradient, states) their strides.
-"""
-MAXIMIZE, CARRIED_FP32 = map(
-    tl.constexpr, (1, 2)
-)  # flags; the second is of the first carried scalar, the third follows
-
-# The arguments: a header, a pair of words for each row (its gradient's address, its recipe's place), then recipes.
-FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED, COUNT, PROGRAMS = map(tl.constexpr, range(6))
-HEADER_WORDS = tl.constexpr(6)
-"""Addresses of GradScaler's numbers, 0 if there are none; what gradients are divided by, if the second is 0; address of
-a counter of finished programs, 0 if no carried scalar lies on the device; the number of rows; the number of programs.
-
-A recipe is what scalars are prepared from: flags, the hyperparameters, the carried scalars of the host; each number as
-the bits of an fp64 number or as an address.
-"""
-FP32_ADDRESS, FP64_ADDRESS, FIRST = map(
-    tl.constexpr, (0, 16, 32)
-)  # bits of a recipe's flags; the first two of number 0
+NUMEL, FIRST_TILE, LAYOUT, FLAGS, CARRIED, PARAM, STATES = map(tl.constexpr, words.ROW)
+FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED, COUNT, PROGRAMS = map(tl.constexpr, words.HEADER)
+FP32_ADDRESS, FP64_ADDRESS, FIRST = map(tl.constexpr, words.RECIPE_FLAGS)
+TILE, ROW_WORDS, HEADER_WORDS = map(tl.constexpr, (words.TILE, words.ROW_WORDS, words.HEADER_WORDS))
+MAXIMIZE, CARRIED_FP32 = map(tl.constexpr, (words.MAXIMIZE, words.CARRIED_FP32))
 
 
 @triton.jit
-def word(words, at, mask):
-    return tl.load(words + at, mask=mask, other=0)
+def word(base, at, mask):
+    return tl.load(base + at, mask=mask, other=0)
 
 
 @triton.jit
@@ -344,17 +323,17 @@ def step(
 # ---- the launcher
 
 TARGET = "cuda" if torch.version.hip is None else "hip"
-DTYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def specialization(rule: Rule, dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
     """All that the kernel is compiled anew for: the rule, and the dtypes of parameter, gradient and states."""
-    streams = ("param", "grad", *(f"state{k}" for k in range(MAX_STATES)))
+    streams = ("param", "grad", *(f"state{k}" for k in range(words.MAX_STATES)))
     fp64 = "fp64" in dtypes
     threads = WARPS * (32 if target == "cuda" else 64)
+    prepare, update = FUNCTIONS[rule.name]
     return {
-        "rule": rule.prepare,
-        "update": rule.update,
+        "rule": prepare,
+        "update": update,
         "numbers": rule.hyperparameters,
         "carries": len(rule.carried_keys),
         **dict(zip_longest(streams, dtypes)),
@@ -371,65 +350,31 @@ def options(target: str = TARGET) -> dict[str, Any]:
     return chosen
 
 
-def number_bits(*numbers: float) -> tuple[int, ...]:
-    """The words in which the kernel finds these."""
-    return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
-
-
-def upload(words: list[int], device: torch.device, referred: list[Any]) -> Tensor:
+def upload(array: list[int], device: torch.device, referred: list[Any]) -> Tensor:
     """These words on a device. Nobody waits: the copy is made in the current stream, from pinned memory.
 
     Appends to ``referred`` what must live as long as a graph in which the copy is captured.
     """
-    source = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    source = torch.tensor(array, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     copy = source.to(device, non_blocking=True)
     referred += (source, copy)
     return copy
 
 
 INTERPRETED = not isinstance(step, triton.runtime.JITFunction)
+GPU = "cuda"
+"""The type of the devices that Triton compiles for, NVIDIA's and AMD's alike."""
+IN_MEMORY = ("cpu",)
+"""The types of the devices whose memory Triton's interpreter reaches."""
+
 _launched: set[Any] = set()  # for which the kernel has been compiled and loaded
 
 
-class Launch:
-    """The tensors that one launch updates: those of one device whose streams are stored alike."""
+class Launch(words.Launch):
+    """One by Triton."""
 
-    def __init__(self, rule: Rule, device: torch.device, dtypes: tuple[str, ...]) -> None:
-        self.rule = rule
-        self.device = device
-        self.dtypes = dtypes
-        self.counts_steps = False  # some carried scalar lies on the device
-        self._rows: list[list[int]] = []
-        self._layouts: list[tuple[int, list[int]]] = []  # with the row
-        self._programs = 0
-        self._table: Tensor | None = None
-        self._stream: Any = None  # in which the table was written
-
-    def add(
-        self, numel: int, layout: list[int] | None, maximize: bool, carried: list[Tensor], streams: list[int]
-    ) -> None:
-        """Append a tensor.
-
-        Args:
-            numel: of real numbers.
-            layout: its words; None if every stream is dense.
-            maximize: whether the gradient is to be negated.
-            carried: the scalars of the state, on the device or on the CPU.
-            streams: addresses of the parameter and its states.
-        """
-        flags = MAXIMIZE.value * maximize
-        addresses = [0] * MAX_CARRIED
-        for k, scalar in enumerate(carried):
-            flags |= (scalar.dtype == torch.float32) * CARRIED_FP32.value << k
-            if scalar.device.type != "cpu":
-                self.counts_steps = True
-                addresses[k] = scalar.data_ptr()
-        streams = streams + [0] * (1 + MAX_STATES - len(streams))
-        if layout is not None:
-            self._layouts.append((len(self._rows), layout))
-        self._rows.append([numel, self._programs, 0, flags, *addresses, *streams])
-        # An empty tensor has a tile, too: a launch must have a program to count its step.
-        self._programs += max(1, -(-numel // TILE.value))
+    _table: Tensor | None = None
+    _stream: Any = None  # in which the table was written
 
     def run(
         self,
@@ -439,41 +384,27 @@ class Launch:
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
     ) -> list[Any]:
-        """Update the tensors, given the address of each one's gradient and its recipe.
-
-        Returns what the kernel refers to, which must live as long as a graph in which this is captured.
-        """
         on_gpu = self.device.type == "cuda"
         referred: list[Any] = []
         with torch.cuda.device(self.device) if on_gpu else nullcontext():
             table = self._placed_table(referred)
             if on_gpu and self._stream != torch.cuda.current_stream():
                 table.record_stream(torch.cuda.current_stream())
-            numbers = []
+            scaler = []
             for number in (found_inf, grad_scale):
                 here = None if number is None else number.to(self.device, non_blocking=True)
                 referred.append(here)
-                numbers.append(0 if here is None else here.data_ptr())
-            places: dict[tuple[int, ...], int] = {}
-            place = HEADER_WORDS.value + 2 * len(gradients)
-            pairs: list[int] = []
-            for gradient, recipe in zip(gradients, recipes, strict=True):
-                if recipe not in places:
-                    places[recipe] = place
-                    place += len(recipe)
-                pairs += (gradient, places[recipe])
+                scaler.append(0 if here is None else here.data_ptr())
             # The counter is behind the rows and layouts.
             finished = table.data_ptr() + 8 * (table.numel() - 1) if self.counts_steps else 0
-            header = [*numbers, *number_bits(divisor), finished, len(self._rows), self._programs]
-            words = [*header, *pairs, *(word for recipe in places for word in recipe)]
-            arguments = upload(words, self.device, referred)
+            array = self.arguments(gradients, recipes, divisor, scaler, finished)
+            arguments = upload(array, self.device, referred)
             step[(self._programs,)](table, arguments, **specialization(self.rule, self.dtypes), **options())
             _launched.add(self._compiled_for)
         return referred
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the kernel is on the device, which it cannot be brought to while a graph is captured."""
         return self._compiled_for in _launched
 
     @property
@@ -483,13 +414,29 @@ class Launch:
     def _placed_table(self, referred: list[Any]) -> Tensor:
         referred.append(self._table)
         if self._table is None:
-            self._table = upload(self._words(), self.device, referred)
+            self._table = upload(self.table(), self.device, referred)
             self._stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
         return self._table
 
-    def _words(self) -> list[int]:
-        words = [word for row in self._rows for word in row]
-        for row, layout in self._layouts:
-            words[row * ROW_WORDS.value + LAYOUT.value] = len(words)
-            words += layout
-        return [*words, 0]
+
+class Kernels:
+    """What a plan is to know of Triton: which devices it serves, and what a launch is.
+
+    Args:
+        on_cpu: whether its interpreter, if the kernels are in it, is to serve parameters on the CPU as well.
+        unavailable: why the kernels cannot run on the GPU of an index; None if they can.
+    """
+
+    launch = Launch
+
+    def __init__(self, on_cpu: bool = False, unavailable: Callable[[int], str | None] = lambda index: None) -> None:
+        self._devices = {GPU} if not INTERPRETED else set(IN_MEMORY) - (set() if on_cpu else {"cpu"})
+        self._unavailable = unavailable
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Which tensors a device's are that are not served; None if they are."""
+        if device.type == "cuda" and (why := self._unavailable(device.index)) is not None:
+            return f"tensors on a GPU without Triton kernels ({why})"
+        if device.type not in self._devices:
+            return "tensors on the CPU" if device.type == "cpu" else "tensors on a device without Triton kernels"
+        return None

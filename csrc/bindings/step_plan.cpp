@@ -1,11 +1,9 @@
 #include "bindings/step_plan.h"
 
-#include <pthread.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -21,9 +19,8 @@ namespace py = pybind11;
 namespace dracopt {
 namespace {
 
-// Below this many bytes of parameters a thread is not worth waking; and a step that is this short keeps the GIL, which
-// costs less than taking and dropping a reference to every tensor's memory.
-constexpr int64_t kGrainUnits = 32 * 1024 / kUnitBytes;
+// A step that is this short keeps the GIL, which costs less than taking and dropping a reference to every tensor's
+// memory.
 constexpr int64_t kShortStepUnits = 4 * 1024 * 1024 / kUnitBytes;
 
 constexpr int64_t kGrainTensors = 128;
@@ -37,15 +34,10 @@ constexpr size_t kMaxGroupKeys = kDriverKeys + kMaxHyperparameters;
 
 constexpr double kMaxStep = 9007199254740992.0;  // 2^53: beyond it a double no longer counts
 
-// torch's thread pool does not survive fork(): a child that enters it waits for threads that do not exist.
-std::atomic<bool> in_forked_child{false};
-const int at_fork = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
-
 void in_parallel(int64_t count, int64_t grain, ParallelFunc function, void* context) {
-  if (count == 0) return;
-  if (in_forked_child) return function(0, count, context);
-  if (torch_parallel_for(0, count, grain, function, context) != 0)
+  if (!cpu::in_parallel(torch_parallel_for, count, grain, function, context)) {
     throw std::runtime_error("torch_parallel_for failed");
+  }
 }
 
 bool is_true(PyObject* object) {
@@ -761,12 +753,7 @@ void StepPlan::run_on_cpu() {
   struct Step {
     cpu::Work work;
     const StepPlan* plan;
-  } step{{segments_.data(), count_, 0}, this};
-  for (size_t i = 0; i < count_; ++i) {
-    Segment& segment = segments_[i];
-    segment.first_unit = step.work.units;
-    step.work.units += units_of(segment.numel, segment.unit_numel);
-  }
+  } step{{segments_.data(), count_, number_units(segments_.data(), count_)}, this};
   if (step.work.units < kShortStepUnits) {
     in_parallel(
         step.work.units, kGrainUnits,

@@ -13,6 +13,9 @@
 #define DRACOPT_ISA host
 #endif
 
+// The kernels are a library of their own. What others call of it is marked by this; all else stays hidden.
+#define DRACOPT_EXPORT __attribute__((visibility("default")))
+
 // The next loop is short, and what it indexes must not be indexed at run time: registers cannot be.
 #if defined(__CUDACC__)
 #define DRACOPT_UNROLL _Pragma("unroll")

@@ -11,6 +11,9 @@ namespace dracopt {
 
 constexpr int kUnitBytes = 64;  // of the parameter: a cache line
 
+// Below this many of them a thread is not worth waking.
+constexpr int64_t kGrainUnits = 32 * 1024 / kUnitBytes;
+
 struct Segment;
 
 // Updates the elements [begin, end) of a segment.
@@ -40,6 +43,16 @@ struct Segment {
 // A tensor's length in units. At least one, so that many tiny tensors are shared between threads as well.
 inline int64_t units_of(int64_t numel, int32_t unit_numel) {
   return numel <= unit_numel ? 1 : numel / unit_numel + (numel % unit_numel != 0);
+}
+
+// Counts the units of a list, and gives each segment the number of its first.
+inline int64_t number_units(Segment* segments, size_t count) {
+  int64_t units = 0;
+  for (size_t i = 0; i < count; ++i) {
+    segments[i].first_unit = units;
+    units += units_of(segments[i].numel, segments[i].unit_numel);
+  }
+  return units;
 }
 
 // The segment that holds a unit: the last one whose first unit is not beyond it.

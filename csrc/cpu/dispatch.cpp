@@ -1,4 +1,7 @@
-// Picks the instruction set once and walks the segments of a range.
+// Picks the instruction set once, walks the segments of a range, and shares ranges between threads.
+#include <pthread.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -51,6 +54,10 @@ const Kernels& choose() {
   throw std::runtime_error("DRACOPT_ISA=" + std::string(wanted) + " is not among what this machine runs: " + available);
 }
 
+// torch's thread pool does not survive fork(): a child that enters it waits for threads that do not exist.
+std::atomic<bool> in_forked_child{false};
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -69,6 +76,13 @@ const RuleEntry* find_rule(const char* name) {
 void run(int64_t begin, int64_t end, void* context) {
   const Work& work = *static_cast<const Work*>(context);
   run_units(work.segments, work.count, begin, end);
+}
+
+bool in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, ParallelFunc function, void* context) {
+  if (count == 0) return true;
+  if (!in_forked_child && parallel_for != nullptr) return parallel_for(0, count, grain, function, context) == 0;
+  function(0, count, context);
+  return true;
 }
 
 }  // namespace cpu

@@ -17,10 +17,10 @@ struct Kernels {
 
 // The best this machine runs, or the one that the environment variable DRACOPT_ISA names. Chosen at the first call.
 // Throws std::runtime_error if DRACOPT_ISA names none that this machine can run.
-const Kernels& kernels();
+DRACOPT_EXPORT const Kernels& kernels();
 
 // The rule of that name in `kernels()`; null if there is none.
-const RuleEntry* find_rule(const char* name);
+DRACOPT_EXPORT const RuleEntry* find_rule(const char* name);
 
 struct Work {
   const Segment* segments;
@@ -29,7 +29,16 @@ struct Work {
 };
 
 // Updates the units [begin, end) of a Work. Never throws; threads may run disjoint ranges at once.
-void run(int64_t begin, int64_t end, void* work);
+DRACOPT_EXPORT void run(int64_t begin, int64_t end, void* work);
+
+// torch's torch_parallel_for, which these kernels are not linked to.
+using ParallelFunc = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, ParallelFunc function, void* context);
+
+// Shares [0, count) among torch's threads; in a forked child, which has none of them, the calling one does it all.
+// Returns false if torch fails.
+DRACOPT_EXPORT bool in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, ParallelFunc function,
+                                void* context);
 
 }  // namespace cpu
 }  // namespace dracopt

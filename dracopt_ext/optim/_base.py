@@ -27,7 +27,7 @@ Scaler = tuple[Tensor | None, Tensor | None]
 
 
 class StepPlan(Protocol):
-    """What steps an optimizer by one backend's kernels: see csrc/bindings/step_plan.h and triton_kernels/plan.py."""
+    """What steps an optimizer by one backend's kernels: see csrc/bindings/step_plan.h and portable/plan.py."""
 
     def step(
         self,
@@ -214,7 +214,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The backends with plans that this step is to ask, in this order: one, or Triton's and the native one."""
         if self.backend is not None:
             return [self.backend]
-        native = [] if backend_module._C is None else ["native"]
+        native = [] if backend_module.NATIVE_REASON is not None else ["native"]
         if backend_module.triton_serves_gpus() and any(self._is_on_gpu(*where) for where in self._indices()):
             return ["triton", *native]
         return native

@@ -1,8 +1,8 @@
-"""One optimizer step by the Triton kernel: reads what Python holds now, refuses what is wrong, and updates the rest.
+"""One optimizer step: reads what Python holds now, refuses what is wrong, and lets kernels update the rest.
 
-What csrc/bindings/step_plan.cpp does for the compiled kernels, with the same answers, but in Python, so that it needs
-no compiler. Every step compares all tensors (addresses, dtypes, shapes, strides) with those of the step before, and
-makes the kernel's tables anew when they differ. No tensor is held from step to step.
+What csrc/bindings/step_plan.cpp does, with the same answers, but in Python, so that it needs no compiler. Every step
+compares all tensors (addresses, dtypes, shapes, strides) with those of the step before, and makes the kernels' tables
+anew when they differ. No tensor is held from step to step.
 """
 
 from __future__ import annotations
@@ -11,27 +11,30 @@ import math
 import struct
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch.autograd.graph import increment_version
 
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
-from .step import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, INTERPRETED, MAX_CARRIED, MAX_STATES, Launch, number_bits
+from .words import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, MAX_CARRIED, MAX_STATES, Launch, number_bits
+
+TensorGuards: Any
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # torch may do without it: then every step looks at everything
+    TensorGuards = None
 
 Index = tuple[int, int]
 Scaler = tuple[Tensor | None, Tensor | None]
 Todo = tuple[list[Index], list[tuple[int, int, str]], bool]
 
 GPU = "cuda"
-"""The type of the devices that Triton compiles for, NVIDIA's and AMD's alike."""
-IN_MEMORY = ("cpu",)
-"""The types of the devices whose memory Triton's interpreter reaches."""
+"""The type of GPUs, NVIDIA's and AMD's alike."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE = (*DTYPES, torch.complex64, torch.complex128)
@@ -115,7 +118,7 @@ class Group:
             return 0.0
         self.device = tensor.device
         k = len(self.numbers)
-        self._flags |= 1 << k + (FP32_ADDRESS if tensor.dtype == torch.float32 else FP64_ADDRESS).value
+        self._flags |= 1 << k + (FP32_ADDRESS if tensor.dtype == torch.float32 else FP64_ADDRESS)
         self._addresses[k] = tensor.data_ptr()
         self.numbers.append(math.nan)  # only the kernel sees it
         return None
@@ -247,27 +250,28 @@ class WrittenMemory:
         return found
 
 
+class Kernels(Protocol):
+    """What a plan is for."""
+
+    launch: type[Launch]
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Which tensors a device's are that are not served; None if they are."""
+
+
 class StepPlan:
     """Belongs to one optimizer; called as the compiled module's class of this name is.
 
     Args:
-        rule: a name in :data:`dracopt_ext.triton_kernels.rules.RULES`.
+        rule: a name in :data:`dracopt_ext.portable.rules.RULES`.
         optimizer: the name of the class, for errors.
-        on_cpu: whether Triton's interpreter, if the kernels are in it, is to serve parameters on the CPU as well.
-        unavailable: why kernels cannot run on the GPU of an index; None if they can.
+        kernels: what updates the tensors.
     """
 
-    def __init__(
-        self,
-        rule: str,
-        optimizer: str,
-        on_cpu: bool = False,
-        unavailable: Callable[[int], str | None] = lambda index: None,
-    ) -> None:
+    def __init__(self, rule: str, optimizer: str, kernels: Kernels) -> None:
         self._rule = RULES[rule]
         self._optimizer = optimizer
-        self._devices = {GPU} if not INTERPRETED else set(IN_MEMORY) - (set() if on_cpu else {"cpu"})
-        self._unavailable = unavailable
+        self._kernels = kernels
         self._running = threading.Lock()
         # The groups, tensors and addresses for which the launches are right. torch's guards keep dtypes, devices,
         # shapes, strides and whatever else tells tensors apart, but no tensor.
@@ -343,7 +347,7 @@ class StepPlan:
             )
         self._run(ready, numbers, grad_scale, scaler, set(created or ()), capturing)
         # A graph writes the tables of its capture when it is replayed: no other step may count on them.
-        if not known and not capturing:
+        if not known and not capturing and TensorGuards is not None:
             self._facts = facts
             self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self._addresses = [tensor.data_ptr() for p in located for tensor in p.written]
@@ -418,10 +422,10 @@ class StepPlan:
             return group.foreign
         if (reason := _why_not_plain(p)) is not None:
             return reason
-        if p.device.type == "cuda" and (why := self._unavailable(p.device.index)) is not None:
-            return f"tensors on a GPU without Triton kernels ({why})"
-        if p.device.type not in self._devices:
-            return "tensors on the CPU" if p.device.type == "cpu" else "tensors on a device without Triton kernels"
+        if (reason := self._kernels.why_not(p.device)) is not None:
+            return reason
+        if p.device.type == "cpu" and group.capturable and not group.fused:
+            return "capturable=True"  # torch takes it there only together with fused, where it means nothing
         if group.device not in (None, p.device):
             return "hyperparameters on another device"
         if is_expanded(p):
@@ -562,7 +566,7 @@ class StepPlan:
             dtypes = (*(DTYPES[_real(tensor)] for tensor in streams), *absent)
             key = p.param.device, dtypes
             if key not in launches:
-                launches[key] = Launch(self._rule, p.param.device, dtypes), []
+                launches[key] = self._kernels.launch(self._rule, p.param.device, dtypes), []
             launch, members = launches[key]
             members.append(i)
             launch.add(
@@ -593,7 +597,7 @@ class StepPlan:
                     carried = number_bits(*(number or 0.0 for number in numbers[i]))
                     padding = [0] * (MAX_CARRIED - len(carried))
                     flags, *words = p.group.recipe
-                    recipes[key] = (flags | first << FIRST.value, *words, *carried, *padding)
+                    recipes[key] = (flags | first << FIRST, *words, *carried, *padding)
                 of_launch.append(recipes[key])
             referred = launch.run([ready[i].grad.data_ptr() for i in members], of_launch, grad_scale, *scaler)
             if capturing:

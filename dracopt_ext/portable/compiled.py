@@ -1,0 +1,88 @@
+"""The compiled kernels of the CPU without a binding to torch: called by address, through their C functions."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import words
+
+_CODES = {name: code for code, name in enumerate(words.DTYPES.values())}  # of csrc/core/dtype.h
+
+
+class Library(NamedTuple):
+    """The functions of csrc/cpu/words.cpp."""
+
+    isa: str
+    update: Any
+    parallel_for: Any
+
+
+def load(path: Path) -> Library:
+    """Load the kernels and choose an instruction set.
+
+    Raises:
+        OSError: if the library does not load, or ``DRACOPT_ISA`` names no instruction set of this machine.
+    """
+    library = ctypes.CDLL(str(path))
+    library.dracopt_isa.restype = ctypes.c_char_p
+    library.dracopt_update.restype = ctypes.c_char_p
+    library.dracopt_update.argtypes = [ctypes.c_char_p, ctypes.c_char_p, *[ctypes.c_void_p] * 3]
+    why_not = ctypes.c_char_p()
+    isa = library.dracopt_isa(ctypes.byref(why_not))
+    if isa is None:
+        raise OSError((why_not.value or b"").decode())
+    try:  # torch has loaded it: this finds it by its name
+        parallel_for = ctypes.cast(ctypes.CDLL("libtorch_cpu.so").torch_parallel_for, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        parallel_for = None  # one thread
+    return Library(isa.decode(), library.dracopt_update, parallel_for)
+
+
+class Launch(words.Launch):
+    """A call of the library."""
+
+    library: Library
+    _table: array[int] | None = None
+
+    def run(
+        self,
+        gradients: list[int],
+        recipes: list[tuple[int, ...]],
+        divisor: float,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> list[Any]:
+        assert found_inf is None  # the host has read them: see StepPlan._host_decides
+        assert grad_scale is None
+        if self._table is None:
+            self._table = array("q", self.table())
+        arguments = array("q", self.arguments(gradients, recipes, divisor, [0, 0], 0))
+        dtypes = bytes(_CODES[name] for name in self.dtypes).ljust(2 + words.MAX_STATES, b"\0")
+        error = self.library.update(
+            self.rule.name.encode(),
+            dtypes,
+            self._table.buffer_info()[0],
+            arguments.buffer_info()[0],
+            self.library.parallel_for,
+        )
+        if error is not None:
+            raise RuntimeError(f"the compiled kernels failed: {error.decode()}")
+        return []
+
+
+class Kernels:
+    """What a plan is to know of them."""
+
+    def __init__(self, library: Library) -> None:
+        self.launch = type("Launch", (Launch,), {"library": library})
+
+    def why_not(self, device: torch.device) -> str | None:
+        if device.type == "cuda":
+            return "tensors on a GPU without the native kernels (which need a binding to this torch there)"
+        return None if device.type == "cpu" else "tensors on a device without native kernels"

@@ -1,0 +1,117 @@
+"""A step planned in Python, by the compiled kernels without a binding to torch. test_triton.py has Triton's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dracopt_ext import backend as backend_module
+from dracopt_ext.portable import compiled, plan
+from dracopt_ext.portable.rules import RULES
+from dracopt_ext.reference import CARRIED, MOMENTS, hyperparameters
+
+from . import cases
+from .cases import FAULTS, Case, NoOp, assert_same_bits, inputs, train
+
+HERE = Path(__file__).parent
+SIZES = [0, 1, 15, 4099, 70_001]
+
+
+@pytest.fixture
+def library() -> compiled.Library:
+    return compiled.load(backend_module.NATIVE / "libdracopt_kernels.so")
+
+
+@pytest.fixture
+def without_binding(library: compiled.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a torch that the installed bindings do not know."""
+    monkeypatch.setattr(backend_module, "_C", None)
+    monkeypatch.setattr(backend_module, "_LIBRARY", library)
+    monkeypatch.setattr(backend_module, "_REASON", "compiled for torch 2.12.0, not for the installed 2.99.0")
+
+
+def test_rules_have_the_references_names() -> None:
+    for name, rule in RULES.items():
+        assert rule.group_keys == hyperparameters(name)
+        assert set(rule.carried_keys) <= set(CARRIED)
+        assert set(rule.state_keys) <= set(MOMENTS)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_bits(case: Case, dtype: torch.dtype, threads: int, request: pytest.FixtureRequest) -> None:
+    torch.set_num_threads(threads)
+    given = inputs(SIZES, dtype, 3)
+    expected = train(case.ours, {**case.options, "backend": "native"}, *given)
+    request.getfixturevalue("without_binding")
+    assert_same_bits(train(case.ours, {**case.options, "backend": "native"}, *given), expected)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("case", cases.RULES, ids=str)
+def test_bits_bites(case: Case, fault: type[NoOp], request: pytest.FixtureRequest) -> None:
+    given = inputs(SIZES, torch.float32, 3)
+    options = {**case.options, "backend": "native"}
+    expected = train(case.ours, options, *given)
+    request.getfixturevalue("without_binding")
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same_bits(train(fault(case.ours), options, *given), expected)
+
+
+def test_what_holds_for_the_native_backend() -> None:
+    """The same tests, in a process in which these kernels take its place."""
+    names = ("bits", "dtypes", "layouts", "refusals", "life", "known_defects", "fallback", "checkpoints", "dropin")
+    files = [HERE / f"test_{name}.py" for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.as_native"]
+    run = subprocess.run(
+        # Asking for an address ends a lazy clone.
+        [*command, *files, "-k", "not (lazily or mixed_dtypes_for_what_torch_steps)"],
+        cwd=HERE.parent,
+        env={**os.environ, "AS_NATIVE": "compiled"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.usefixtures("without_binding")
+def test_without_what_torch_may_take_away(library: compiled.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guards, which spare the next step most of its work, and its threads: nothing else is asked of it."""
+    case = cases.RULES[0]
+    given = inputs(SIZES, torch.float32, 3)
+    expected = train(case.ours, case.options, *given)
+    monkeypatch.setattr(plan, "TensorGuards", None)
+    monkeypatch.setattr(backend_module, "_LIBRARY", library._replace(parallel_for=None))
+    assert_same_bits(train(case.ours, case.options, *given), expected)
+    load, none = compiled.ctypes.CDLL, compiled.ctypes.CDLL(None)
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda name: none if "torch" in name else load(name))
+    assert compiled.load(backend_module.NATIVE / "libdracopt_kernels.so").parallel_for is None
+
+
+@pytest.mark.usefixtures("without_binding")
+def test_what_is_said() -> None:
+    notice = str(backend_module.notice())
+    assert notice.startswith("dracopt_ext was compiled for torch 2.12.0, not for the installed 2.99.0: its kernels run")
+    assert notice.endswith(backend_module.BUILD_FROM_SOURCE)
+    found = backend_module.backends()
+    assert found["native:cpu"] is None
+    assert found["native:cuda"] == "compiled for torch 2.12.0, not for the installed 2.99.0"
+
+
+def test_a_call_that_fails_is_reported(library: compiled.Library) -> None:
+    launch = compiled.Kernels(library).launch(RULES["sgd"]._replace(name="none"), torch.device("cpu"), ("fp32",) * 5)
+    with pytest.raises(RuntimeError, match="the compiled kernels failed: no compiled rule has this name"):
+        launch.run([], [], 1.0, None, None)
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    program = "from dracopt_ext import backend; backend.compiled.load(backend.NATIVE / 'libdracopt_kernels.so')"
+    env = {**os.environ, "DRACOPT_ISA": "avx1024"}
+    run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert "OSError: DRACOPT_ISA=avx1024 is not among what this machine runs: " in run.stderr
