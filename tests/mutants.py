@@ -606,6 +606,13 @@ MUTANTS = [
     ),
     # What takes the binding's place
     Mutant(
+        "a storage that shrank where it lay",
+        TRITON_PLAN,
+        "for tensor in tensors] != self._nbytes:",
+        "for tensor in tensors] == []:",
+        "test_portable::test_memory_that_shrinks_where_it_lies",
+    ),
+    Mutant(
         "words: no layout",
         "csrc/cpu/words.cpp",
         "segment.layout == nullptr || segment.layout->dense(k)",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dracopt_ext
 from dracopt_ext import backend as backend_module
 from dracopt_ext.portable import compiled, plan
 from dracopt_ext.portable.rules import RULES
@@ -92,6 +93,26 @@ def test_without_what_torch_may_take_away(library: compiled.Library, monkeypatch
     load, none = compiled.ctypes.CDLL, compiled.ctypes.CDLL(None)
     monkeypatch.setattr(compiled.ctypes, "CDLL", lambda name: none if "torch" in name else load(name))
     assert compiled.load(backend_module.NATIVE / "libdracopt_kernels.so").parallel_for is None
+
+
+@pytest.mark.usefixtures("without_binding")
+def test_memory_that_shrinks_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a storage which is freed and gets less at the same address."""
+    p = torch.nn.Parameter(torch.ones(10))
+    p.grad = torch.ones(10)
+    optimizer = dracopt_ext.AdamW([p])
+    optimizer.step()
+    storage_of = torch.Tensor.untyped_storage
+    for shrunk in (p, p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p]["step"]):
+        optimizer.step()
+        before = p.detach().clone()
+        smaller = torch.empty(storage_of(shrunk).nbytes() - 1, dtype=torch.uint8)
+        instead = {id(shrunk): smaller}
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "untyped_storage", lambda t, instead=instead: storage_of(instead.get(id(t), t)))
+            with pytest.raises(ValueError, match=f"of {smaller.numel()} bytes: it was freed or resized"):
+                optimizer.step()
+        assert torch.equal(p, before)
 
 
 @pytest.mark.usefixtures("without_binding")

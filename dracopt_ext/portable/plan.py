@@ -273,11 +273,12 @@ class StepPlan:
         self._optimizer = optimizer
         self._kernels = kernels
         self._running = threading.Lock()
-        # The groups, tensors and addresses for which the launches are right. torch's guards keep dtypes, devices,
-        # shapes, strides and whatever else tells tensors apart, but no tensor.
+        # The groups, tensors, addresses and sizes of storages for which the launches are right. torch's guards keep
+        # dtypes, devices, shapes, strides and whatever else tells tensors apart, but no tensor.
         self._facts: list[tuple[Any, ...]] | None = None
         self._guards: Any = None
         self._addresses: list[int] = []
+        self._nbytes: list[int] = []
         self._launches: list[tuple[Launch, list[int]]] = []  # with the places of their tensors in the list of all
         self._written = WrittenMemory(())
         self._harmless: list[int] = []  # addresses of gradients that were found to be in order
@@ -351,6 +352,7 @@ class StepPlan:
             self._facts = facts
             self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self._addresses = [tensor.data_ptr() for p in located for tensor in p.written]
+            self._nbytes = [tensor.untyped_storage().nbytes() for tensor in tensors]
         self._record(ready, numbers, factors)
         return None
 
@@ -387,6 +389,9 @@ class StepPlan:
         if facts != self._facts or not self._guards.check(*tensors):
             return False
         if [tensor.data_ptr() for p in located for tensor in p.written] != self._addresses:
+            return False
+        # A storage may have been freed, and come to lie where it was, but smaller.
+        if [tensor.untyped_storage().nbytes() for tensor in tensors] != self._nbytes:
             return False
         gradients = [p.grad.data_ptr() for p in located]
         if gradients != self._harmless:
