@@ -22,7 +22,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU its tests are left out, unless they are what was asked for."""
-    if config.option.markexpr or dracopt_ext.backends()["native:cuda"] is None:
+    if "gpu" in config.option.markexpr or dracopt_ext.backends()["native:cuda"] is None:
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=left_out)

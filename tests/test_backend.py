@@ -63,6 +63,7 @@ def test_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backend._load_native() == (None, None, expected)
 
 
+@pytest.mark.binding
 def test_the_module_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is broken is not papered over."""
 

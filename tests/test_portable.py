@@ -65,14 +65,14 @@ def test_bits_bites(case: Case, fault: type[NoOp], request: pytest.FixtureReques
         assert_same_bits(train(fault(case.ours), options, *given), expected)
 
 
+@pytest.mark.binding
 def test_what_holds_for_the_native_backend() -> None:
     """The same tests, in a process in which these kernels take its place."""
     names = ("bits", "dtypes", "layouts", "refusals", "life", "known_defects", "fallback", "checkpoints", "dropin")
     files = [HERE / f"test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.as_native"]
     run = subprocess.run(
-        # Asking for an address ends a lazy clone.
-        [*command, *files, "-k", "not (lazily or mixed_dtypes_for_what_torch_steps)"],
+        [*command, *files, "-m", "not binding"],
         cwd=HERE.parent,
         env={**os.environ, "AS_NATIVE": "compiled"},
         capture_output=True,
