@@ -12,11 +12,12 @@ import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .portable import compiled
+if TYPE_CHECKING:
+    from .portable import compiled
 
 NAMES = ("native", "triton", "reference")
 
@@ -65,7 +66,8 @@ def _load_native() -> tuple[ModuleType | None, compiled.Library | None, str | No
             sys.modules["dracopt_ext._C"] = module
             return module, None, None
         reason = f"compiled for torch {', '.join(built)}, not for the installed {installed}"
-        return None, compiled.load(NATIVE / "libdracopt_kernels.so"), reason
+        kernels = importlib.import_module("dracopt_ext.portable.compiled")
+        return None, kernels.load(NATIVE / "libdracopt_kernels.so"), reason
     except (ImportError, OSError) as error:
         return None, None, f"what was compiled does not load: {error}"
 
@@ -199,8 +201,7 @@ def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) ->
     plan = importlib.import_module("dracopt_ext.portable.plan")
     kernels: Any
     if backend == "native":
-        assert _LIBRARY is not None
-        kernels = compiled.Kernels(_LIBRARY)
+        kernels = importlib.import_module("dracopt_ext.portable.compiled").Kernels(_LIBRARY)
     else:
         step = importlib.import_module("dracopt_ext.triton_kernels.step")
         kernels = step.Kernels(on_cpu=asked_for == "triton", unavailable=why_no_triton_on)

@@ -608,8 +608,8 @@ MUTANTS = [
     Mutant(
         "a storage that shrank where it lay",
         TRITON_PLAN,
-        "for tensor in tensors] != self._nbytes:",
-        "for tensor in tensors] == []:",
+        "for storage in storages] != self._nbytes:",
+        "for storage in storages] == []:",
         "test_portable::test_memory_that_shrinks_where_it_lies",
     ),
     Mutant(

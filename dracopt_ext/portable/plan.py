@@ -324,12 +324,18 @@ class StepPlan:
         missing: list[Located] = []
         foreign: list[tuple[Located, str]] = []
         numbers: list[Numbers] = []
-        known = self._are_as_before(located, tensors, facts)
+        # Kept until the end: another thread may give the tensors other memory while kernels run.
+        storages: list[Any] = []
+        known = facts == self._facts and self._guards.check(*tensors)
+        if known:
+            storages = [tensor.untyped_storage() for tensor in tensors]
+            known = self._lie_as_before(located, storages)
         if known:
             numbers = [_numbers_on_host(p) for p in located]
             known = all(_is_step(of_p[0]) for of_p in numbers if of_p)
         if not known:
             ready, missing, foreign = self._examine(located)
+            storages = [tensor.untyped_storage() for p in ready for tensor in (p.grad, *p.written)]
             numbers = [_numbers_on_host(p) for p in ready]
         capturing = self._check_capture(ready, missing, foreign)
         host_decides = scaler != (None, None) and self._host_decides(ready, missing, foreign)
@@ -384,14 +390,12 @@ class StepPlan:
             facts.append((*group.facts, *numbers))
         return located, tensors, facts
 
-    def _are_as_before(self, located: list[Located], tensors: list[Any], facts: list[tuple[Any, ...]]) -> bool:
-        """Are the launches right, and the gradients in order?"""
-        if facts != self._facts or not self._guards.check(*tensors):
-            return False
+    def _lie_as_before(self, located: list[Located], storages: list[Any]) -> bool:
+        """The tensors are as before. Are the launches right, too, and the gradients in order?"""
         if [tensor.data_ptr() for p in located for tensor in p.written] != self._addresses:
             return False
         # A storage may have been freed, and come to lie where it was, but smaller.
-        if [tensor.untyped_storage().nbytes() for tensor in tensors] != self._nbytes:
+        if [storage.nbytes() for storage in storages] != self._nbytes:
             return False
         gradients = [p.grad.data_ptr() for p in located]
         if gradients != self._harmless:
