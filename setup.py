@@ -53,6 +53,8 @@ BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
 SHARED_KERNELS = sys.platform == "linux"
 TORCH_LIBRARIES = ["torch", "torch_cpu", "torch_python", "c10"]
 HEADERS = [Path(folder) for folder in os.environ.get("DRACOPT_TORCH_HEADERS", "").split(os.pathsep) if folder]
+if MODE == "pure":
+    HEADERS = []
 
 
 def compiler() -> str:
@@ -139,8 +141,8 @@ def why_not() -> str | None:
 
 
 def version_of(headers: Path) -> str:
-    """The version of torch that headers are of."""
-    found = re.search(r"__version__ = '([^']+)'", (headers / "torch" / "version.py").read_text())
+    """The version of torch that headers are of, whatever it was built with."""
+    found = re.search(r"__version__ = '([^'+]+)", (headers / "torch" / "version.py").read_text())
     assert found is not None
     return found.group(1)
 
@@ -202,10 +204,12 @@ class BuildNative(BuildExtension):
         self.remove_stale()
         reason = REASON
         if reason is None:
+            inplace = self.inplace
             try:
                 super().run()
             except Exception as error:  # distutils, ninja and torch each have their own
                 reason = f"compilation failed: {type(error).__name__}: {error}".split("\n")[0]
+            self.inplace = inplace  # which setuptools forgets if it fails
         if reason is not None:
             if MODE in ("force", "sanitize"):
                 raise SystemExit(f"DRACOPT_BUILD={MODE}: {reason}")
@@ -265,7 +269,7 @@ class BuildNative(BuildExtension):
         """The objects of the CUDA kernels and the libraries that they need; or, without nvcc, what says so."""
         self.cuda = NVCC.missing
         if self.cuda is None:
-            target = Path(self.build_temp) / "cuda" / "kernels.o"
+            target = Path(self.build_temp) / NVCC.version().replace(" ", "-") / "kernels.o"
             sources = [str(path) for folder in ("core", "rules", "cuda") for path in Path("csrc", folder).iterdir()]
             try:
                 if newer_group([*sources, "setup.py"], str(target)):
@@ -306,6 +310,8 @@ class BuildNative(BuildExtension):
         """Lest a failed compilation ships the module of an earlier one."""
         for folder in (self.package_dir() / "native", self.native_dir()):
             shutil.rmtree(folder, ignore_errors=True)
+        for module in self.package_dir().glob("_C*.so"):  # where it lay in earlier versions
+            module.unlink()
 
     def write_info(self, reason: str | None) -> None:
         info = {

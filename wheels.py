@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 WORK, DIST = ROOT / "build" / "wheels", ROOT / "dist"
 
+PYTHON = "{}.{}".format(*sys.version_info)
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 TORCHES = {"2.10.0": "3.10", "2.11.0": "3.10", "2.12.1": "3.10", "2.13.0": "3.10", "2.14.1": "3.10", "2.15.0": "3.11"}
 """For each minor version of torch that is served its newest release, and the oldest Python that this is for."""
@@ -71,7 +72,10 @@ def fetch_headers(torch: str) -> Path:
     if not folder.exists():
         partial = folder.with_name(f"{torch}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", partial,
+        # Any Python's will do; but there must be a wheel.
+        oldest = TORCHES.get(torch, PYTHONS[0])
+        python = f"--python-version={max(oldest, PYTHON, key=minor)}"
+        run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", python, "-d", partial,
             f"torch=={torch}")  # fmt: skip
         (wheel,) = partial.glob("*.whl")
         with zipfile.ZipFile(wheel) as opened:
@@ -80,6 +84,12 @@ def fetch_headers(torch: str) -> Path:
         wheel.unlink()
         partial.rename(folder)
     return folder
+
+
+def served(python: str, torches: Sequence[str]) -> list[str]:
+    """Those versions of torch that are for a version of Python."""
+    found = [torch for torch in torches if minor(TORCHES.get(torch, PYTHONS[0])) <= minor(python)]
+    return found or sys.exit(f"none of torch {', '.join(torches)} is for Python {python}")
 
 
 def build_sdist() -> Path:
@@ -128,7 +138,7 @@ def build(pythons: Sequence[str], torches: Sequence[str]) -> None:
     shutil.rmtree(DIST, ignore_errors=True)
     commit = run("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").strip()
     begin = time.monotonic()
-    headers = [fetch_headers(torch) for torch in torches]
+    headers = {torch: fetch_headers(torch) for torch in torches}
     print(f"headers of torch {', '.join(torches)}: {time.monotonic() - begin:.0f} s", flush=True)
     source = build_sdist()
     for version in pythons:
@@ -136,7 +146,7 @@ def build(pythons: Sequence[str], torches: Sequence[str]) -> None:
         if python is None:
             sys.exit(f"there is no Python {version} on the path")
         begin = time.monotonic()
-        wheel = build_wheel(python, source, headers, commit)
+        wheel = build_wheel(python, source, [headers[torch] for torch in served(version, torches)], commit)
         print(f"built in {time.monotonic() - begin:.0f} s", flush=True)
         report(wheel)
     files = sorted(DIST.iterdir())
@@ -179,8 +189,7 @@ def test(pythons: Sequence[str], torches: Sequence[str]) -> None:
     """Under every version of torch with the first Python, under the newest one with the others."""
     for i, python in enumerate(pythons):
         (wheel,) = DIST.glob(f"*-{tag(python)}-*.whl")
-        served = [torch for torch in torches if minor(TORCHES.get(torch, "3.10")) <= minor(python)]
-        for torch in served if i == 0 else served[-1:]:
+        for torch in served(python, torches)[0 if i == 0 else -1 :]:
             test_in(python, wheel, torch)
 
 

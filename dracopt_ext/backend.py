@@ -30,12 +30,12 @@ def _build_info() -> dict[str, Any]:
 
 
 def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _is_release(version: str) -> bool:
-    return re.fullmatch(r"[\d.]+(\+.*)?", version) is not None
+    return re.fullmatch(r"[\d.]+(\.post\d+)?(\+.*)?", version) is not None
 
 
 def _built_for(version: str) -> bool:
@@ -65,11 +65,13 @@ def _load_native() -> tuple[ModuleType | None, compiled.Library | None, str | No
             spec.loader.exec_module(module)
             sys.modules["dracopt_ext._C"] = module
             return module, None, None
-        reason = f"compiled for torch {', '.join(built)}, not for the installed {installed}"
-        kernels = importlib.import_module("dracopt_ext.portable.compiled")
-        return None, kernels.load(NATIVE / "libdracopt_kernels.so"), reason
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         return None, None, f"what was compiled does not load: {error}"
+    reason = f"compiled for torch {', '.join(built)}, not for the installed {installed}"
+    try:
+        return None, importlib.import_module("dracopt_ext.portable.compiled").load(NATIVE), reason
+    except (ImportError, OSError, AttributeError) as error:
+        return None, None, f"{reason}; and without binding it does not load: {error}"
 
 
 BUILD_INFO = _build_info()
@@ -80,7 +82,10 @@ _C, _LIBRARY, _REASON = _load_native()
 NATIVE_REASON = None if _LIBRARY is not None else _REASON
 """Why the compiled kernels cannot run at all; None if they can."""
 
-BUILD_FROM_SOURCE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary dracopt-ext dracopt-ext"
+# Forced, so that what is there stays if it fails.
+BUILD_FROM_SOURCE = (
+    "DRACOPT_BUILD=force pip install --force-reinstall --no-deps --no-cache-dir --no-binary dracopt-ext dracopt-ext"
+)
 
 
 def notice() -> str | None:
@@ -90,7 +95,7 @@ def notice() -> str | None:
     if _LIBRARY is not None:
         return (
             f"dracopt_ext was {_REASON}: its kernels run on the CPU all the same, with more work for the host in each "
-            f"step. For less, build it for this torch: {BUILD_FROM_SOURCE}"
+            f"step. For less, build it for this torch: {BUILD_FROM_SOURCE} (in a clone, `.` for the last two words)"
         )
     return None
 

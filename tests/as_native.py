@@ -24,7 +24,7 @@ def _planned_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
         interpreted.set_up(monkeypatch)
         kernels = step.Kernels(on_cpu=True)
     else:
-        kernels = compiled.Kernels(compiled.load(NATIVE / "libdracopt_kernels.so"))
+        kernels = compiled.Kernels(compiled.load(NATIVE))
     monkeypatch.setattr(
         "dracopt_ext.backend.step_plan", lambda name, rule, optimizer, asked_for: StepPlan(rule, optimizer, kernels)
     )

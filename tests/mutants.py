@@ -551,15 +551,15 @@ MUTANTS = [
     Mutant(
         "Triton: strides are no fact",
         TRITON_PLAN,
-        "        if facts != self._facts or not self._guards.check(*tensors):\n",
-        "        if facts != self._facts:\n",
+        "facts == self._facts and self._guards.check(*tensors)\n",
+        "facts == self._facts\n",
         "test_triton::test_table_is_made_once",
     ),
     Mutant(
         "Triton: conjugation is no fact",
         TRITON_PLAN,
-        "        if facts != self._facts or not self._guards.check(*tensors):\n",
-        "        if facts != self._facts:\n",
+        "facts == self._facts and self._guards.check(*tensors)\n",
+        "facts == self._facts\n",
         "test_triton::test_gradients_that_change_between_steps",
     ),
     Mutant(
@@ -586,7 +586,7 @@ MUTANTS = [
     Mutant(
         "Triton: gradients' memory is searched once",
         TRITON_PLAN,
-        "        if gradients != self._harmless:\n",
+        "        if gradients != self._gradients:\n",
         "        if not gradients:\n",
         "test_triton::test_gradients_that_change_between_steps",
     ),
@@ -600,11 +600,18 @@ MUTANTS = [
     Mutant(
         "Triton: tables of a capture are anyone's",
         TRITON_PLAN,
-        "if not known and not capturing and",
-        "if not known and",
+        "if not known and not capturing and self._guards",
+        "if not known and self._guards",
         "test_triton::test_what_a_graph_refers_to_is_kept",
     ),
     # What takes the binding's place
+    Mutant(
+        "a step that failed is forgotten",
+        TRITON_PLAN,
+        "            self._facts = None\n            ready, missing",
+        "            ready, missing",
+        "test_portable::test_memory_shared_after_a_step_that_failed",
+    ),
     Mutant(
         "a storage that shrank where it lay",
         TRITON_PLAN,

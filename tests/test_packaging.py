@@ -147,7 +147,7 @@ def test_wheel_for_versions_of_torch(tree: Path, tmp_path: Path) -> None:
     for name in ("include", "version.py"):
         (headers / name).symlink_to(Path(torch.__file__).parent / name)
     target = install(build(tree, {"DRACOPT_TORCH_HEADERS": str(headers.parent), "CUDA_HOME": "/nowhere"}))
-    native = target / "dracopt_ext/native"
+    native, version = target / "dracopt_ext/native", torch.__version__.split("+")[0]
     (module,) = native.glob("torch_*/_C*.so")
     assert module.parent.name == "torch_{}_{}".format(*torch.__version__.split(".")[:2])
 
@@ -166,7 +166,7 @@ def test_wheel_for_versions_of_torch(tree: Path, tmp_path: Path) -> None:
     assert (
         f"compiled for torch {torch.__version__}, not for the installed 2.99.0: its kernels run on the CPU" in warning
     )
-    assert "build it for this torch: pip install --force-reinstall" in warning
+    assert "build it for this torch: DRACOPT_BUILD=force pip install --force-reinstall" in warning
 
     # or is older than any that is served
     output, errors = use(target, other.format("2.9.1") + USE)
@@ -236,7 +236,8 @@ def test_no_torch(tree: Path, without_torch: dict[str, str]) -> None:
 
 def test_compilation_fails(tree: Path) -> None:
     """Nor is a module of an earlier build shipped."""
-    for folder in (tree, tree / "build/lib"):
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for folder in (tree, tree / f"build/lib.{tag}"):
         stale = folder / "dracopt_ext/native/torch_2_13"
         stale.mkdir(parents=True)
         (stale / "_C.stale.so").write_bytes(b"")
@@ -276,4 +277,5 @@ def test_source_distribution_is_complete(tree: Path) -> None:
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[-1] for name in opened.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
+    assert not [name for name in names if name.startswith("tests") or name.endswith(("_build_info.py", ".so"))]
     assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "triton_kernels/step.py"} <= names

@@ -1,6 +1,5 @@
 // A step from words, for callers that have no binding to their torch. dracopt_ext/portable/words.py makes them and says
 // what they are.
-#include <cstring>
 #include <deque>
 #include <exception>
 #include <map>

@@ -23,13 +23,13 @@ class Library(NamedTuple):
     parallel_for: Any
 
 
-def load(path: Path) -> Library:
-    """Load the kernels and choose an instruction set.
+def load(folder: Path) -> Library:
+    """Load the kernels that lie in a folder, and choose an instruction set.
 
     Raises:
         OSError: if the library does not load, or ``DRACOPT_ISA`` names no instruction set of this machine.
     """
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(folder / "libdracopt_kernels.so"))
     library.dracopt_isa.restype = ctypes.c_char_p
     library.dracopt_update.restype = ctypes.c_char_p
     library.dracopt_update.argtypes = [ctypes.c_char_p, ctypes.c_char_p, *[ctypes.c_void_p] * 3]
@@ -37,8 +37,8 @@ def load(path: Path) -> Library:
     isa = library.dracopt_isa(ctypes.byref(why_not))
     if isa is None:
         raise OSError((why_not.value or b"").decode())
-    try:  # torch has loaded it: this finds it by its name
-        parallel_for = ctypes.cast(ctypes.CDLL("libtorch_cpu.so").torch_parallel_for, ctypes.c_void_p)
+    try:  # this looks through the libraries that torch has loaded
+        parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, ctypes.c_void_p)
     except (OSError, AttributeError):
         parallel_for = None  # one thread
     return Library(isa.decode(), library.dracopt_update, parallel_for)

@@ -1,6 +1,7 @@
 """One optimizer step: reads what Python holds now, refuses what is wrong, and lets kernels update the rest.
 
-What csrc/bindings/step_plan.cpp does, with the same answers, but in Python, so that it needs no compiler. Every step
+What csrc/bindings/step_plan.cpp does, with the same answers (but that asking for an address ends a lazy clone, which
+that one leaves to torch), in Python, so that it needs no compiler. Every step
 compares all tensors (addresses, dtypes, shapes, strides) with those of the step before, and makes the kernels' tables
 anew when they differ. No tensor is held from step to step.
 """
@@ -23,12 +24,6 @@ from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
 from .words import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, MAX_CARRIED, MAX_STATES, Launch, number_bits
 
-TensorGuards: Any
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # torch may do without it: then every step looks at everything
-    TensorGuards = None
-
 Index = tuple[int, int]
 Scaler = tuple[Tensor | None, Tensor | None]
 Todo = tuple[list[Index], list[tuple[int, int, str]], bool]
@@ -39,6 +34,17 @@ GPU = "cuda"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE = (*DTYPES, torch.complex64, torch.complex128)
 _MAX_STEP = 2.0**53  # beyond it a double no longer counts
+
+
+def _guards_of(tensors: list[Any]) -> Any:
+    """What tells by its ``check`` whether tensors are as these; None if torch, whose own it is, has it no longer."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return guards if guards.check(*tensors) else None
+    except (ImportError, TypeError, AttributeError):
+        return None
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -281,7 +287,7 @@ class StepPlan:
         self._nbytes: list[int] = []
         self._launches: list[tuple[Launch, list[int]]] = []  # with the places of their tensors in the list of all
         self._written = WrittenMemory(())
-        self._harmless: list[int] = []  # addresses of gradients that were found to be in order
+        self._gradients: list[int] = []  # their addresses, found to be in order
         self._captured: list[Any] = []  # what graphs refer to
         self.updated: dict[str, int] = {}
         """How many parameters the last call updated, by type of device."""
@@ -326,14 +332,15 @@ class StepPlan:
         numbers: list[Numbers] = []
         # Kept until the end: another thread may give the tensors other memory while kernels run.
         storages: list[Any] = []
-        known = facts == self._facts and self._guards.check(*tensors)
+        known = self._facts is not None and facts == self._facts and self._guards.check(*tensors)
         if known:
-            storages = [tensor.untyped_storage() for tensor in tensors]
+            storages = [tensor.untyped_storage() for p in located for tensor in (p.grad, *p.written)]
             known = self._lie_as_before(located, storages)
         if known:
             numbers = [_numbers_on_host(p) for p in located]
             known = all(_is_step(of_p[0]) for of_p in numbers if of_p)
         if not known:
+            self._facts = None
             ready, missing, foreign = self._examine(located)
             storages = [tensor.untyped_storage() for p in ready for tensor in (p.grad, *p.written)]
             numbers = [_numbers_on_host(p) for p in ready]
@@ -345,8 +352,11 @@ class StepPlan:
             return [p.where for p in missing], [(*p.where, reason) for p, reason in foreign], host_decides
         factors = self._factors(ready, numbers)
         if not known:
-            self._facts = None
             self._launches = self._arrange(ready)
+            self._gradients = [p.grad.data_ptr() for p in ready]
+            self._guards = _guards_of(tensors)
+            self._addresses = [tensor.data_ptr() for p in located for tensor in p.written]
+            self._nbytes = [storage.nbytes() for storage in storages]
         if capturing and not all(launch.is_loaded for launch, _ in self._launches):
             raise RuntimeError(
                 "step() cannot be captured in a CUDA graph: Triton has yet to compile its kernel. Take a step before "
@@ -354,11 +364,8 @@ class StepPlan:
             )
         self._run(ready, numbers, grad_scale, scaler, set(created or ()), capturing)
         # A graph writes the tables of its capture when it is replayed: no other step may count on them.
-        if not known and not capturing and TensorGuards is not None:
+        if not known and not capturing and self._guards is not None:
             self._facts = facts
-            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            self._addresses = [tensor.data_ptr() for p in located for tensor in p.written]
-            self._nbytes = [tensor.untyped_storage().nbytes() for tensor in tensors]
         self._record(ready, numbers, factors)
         return None
 
@@ -398,12 +405,12 @@ class StepPlan:
         if [storage.nbytes() for storage in storages] != self._nbytes:
             return False
         gradients = [p.grad.data_ptr() for p in located]
-        if gradients != self._harmless:
+        if gradients != self._gradients:
             if any(_lacks_memory(p.grad) for p in located):
                 return False
             if any(self._written.shared_with(_range_of(p.grad), i) for i, p in enumerate(located)):
                 return False
-            self._harmless = gradients
+            self._gradients = gradients
         return True
 
     def _examine(self, located: list[Located]) -> tuple[list[Located], list[Located], list[tuple[Located, str]]]:
@@ -531,7 +538,6 @@ class StepPlan:
             if _why_not_plain(p.grad) is None:
                 owner = min(i, len(searched))
                 shared |= written.shared_with(_range_of(p.grad), owner)
-        self._harmless = [p.grad.data_ptr() for p in ready]
         return {searched[i].where for i in shared if i < len(searched)}
 
     def _check_capture(self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]) -> bool:
@@ -608,7 +614,7 @@ class StepPlan:
                     flags, *words = p.group.recipe
                     recipes[key] = (flags | first << FIRST, *words, *carried, *padding)
                 of_launch.append(recipes[key])
-            referred = launch.run([ready[i].grad.data_ptr() for i in members], of_launch, grad_scale, *scaler)
+            referred = launch.run([self._gradients[i] for i in members], of_launch, grad_scale, *scaler)
             if capturing:
                 self._captured.append(referred)
             self.launches += 1
