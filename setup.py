@@ -238,7 +238,8 @@ class BuildNative(BuildExtension):
         for extension in self.extensions:
             extension.extra_objects += [*objects, *cuda]
             extension.libraries += libraries
-            extension.library_dirs += [str(self.native_dir()), str(self.stubs_dir()), *NVCC.libraries]
+            folders = [self.native_dir(), self.stubs_dir(), *NVCC.libraries]
+            extension.extra_link_args += [f"-L{folder}" for folder in folders]
             if SHARED_KERNELS:
                 extension.runtime_library_dirs = ["$ORIGIN/.."]
         super().build_extensions()

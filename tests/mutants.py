@@ -637,7 +637,7 @@ MUTANTS = [
         "words: one arithmetic for all",
         "csrc/cpu/words.cpp",
         "arithmetic_ = Arithmetic::fp64;",
-        "",
+        "arithmetic_ = Arithmetic::fp32;",
         "test_portable::test_bits",
     ),
     Mutant(

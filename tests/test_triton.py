@@ -232,8 +232,8 @@ def test_gradients_that_change_between_steps() -> None:
         values = torch.arange(4.0)
         of_z = torch.complex(values, values)
         found = []
-        plain = values, values, of_z
-        putting_off = [(values, values, of_z.conj()), plain] if conjugated else []
+        plain = values, values.clone(), of_z
+        putting_off = [(*plain[:2], of_z.conj()), plain] if conjugated else []
         for gradients in (plain, *putting_off, (q.data, p.data.flip(0), of_z)):
             p.grad, q.grad, z.grad = gradients
             optimizer.step()

@@ -47,7 +47,7 @@ def load(folder: Path) -> Library:
 class Launch(words.Launch):
     """A call of the library."""
 
-    library: Library
+    functions: Library
     _table: array[int] | None = None
 
     def run(
@@ -64,12 +64,12 @@ class Launch(words.Launch):
             self._table = array("q", self.table())
         arguments = array("q", self.arguments(gradients, recipes, divisor, [0, 0], 0))
         dtypes = bytes(_CODES[name] for name in self.dtypes).ljust(2 + words.MAX_STATES, b"\0")
-        error = self.library.update(
+        error = self.functions.update(
             self.rule.name.encode(),
             dtypes,
             self._table.buffer_info()[0],
             arguments.buffer_info()[0],
-            self.library.parallel_for,
+            self.functions.parallel_for,
         )
         if error is not None:
             raise RuntimeError(f"the compiled kernels failed: {error.decode()}")
@@ -80,7 +80,7 @@ class Kernels:
     """What a plan is to know of them."""
 
     def __init__(self, library: Library) -> None:
-        self.launch = type("Launch", (Launch,), {"library": library})
+        self.launch = type("Launch", (Launch,), {"functions": library})
 
     def why_not(self, device: torch.device) -> str | None:
         if device.type == "cuda":
