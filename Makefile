@@ -18,7 +18,7 @@ study: $(VENV)/ready
 test: lint
 	$(BIN)/python -m pytest --cov=dracopt_ext --cov=triton_kernels --cov-fail-under=95
 
-# About 90 faults, built into a copy one after the other: each must fail the test that is named for it.
+# About 100 faults, built into a copy one after the other: each must fail the test that is named for it.
 mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants
 
