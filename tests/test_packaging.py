@@ -246,6 +246,11 @@ def test_compilation_fails(tree: Path) -> None:
     _, errors = use(install(wheel))
     assert "compilation failed: CompileError" in errors[0]
 
+    # In place, the outcome lies in the sources.
+    python("setup.py", "-q", "build_ext", "--inplace", cwd=tree)
+    assert "compilation failed: CompileError" in (tree / "dracopt_ext/_build_info.py").read_text()
+    assert not (tree / "dracopt_ext/native").exists()
+
 
 def test_pure_on_demand(tree: Path) -> None:
     assert_pure(build(tree, {"DRACOPT_BUILD": "pure"}), "DRACOPT_BUILD=pure")
