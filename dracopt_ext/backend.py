@@ -57,17 +57,19 @@ def _load_native() -> tuple[ModuleType | None, compiled.Library | None, str | No
         return None, None, f"torch {installed} is older than 2.10"
     if not built:
         return None, None, BUILD_INFO.get("reason") or "not compiled: run `pip install .` in the source tree"
-    folder = NATIVE / "torch_{}_{}".format(*_minor(installed))
-    spec = PathFinder.find_spec("dracopt_ext._C", [str(folder)])
-    try:
-        if spec is not None and spec.loader is not None and _built_for(installed):
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            sys.modules["dracopt_ext._C"] = module
-            return module, None, None
-    except ImportError as error:
-        return None, None, f"what was compiled does not load: {error}"
     reason = f"compiled for torch {', '.join(built)}, not for the installed {installed}"
+    if _built_for(installed):
+        folder = NATIVE / "torch_{}_{}".format(*_minor(installed))
+        reason = f"{folder} has no module for this Python"
+        spec = PathFinder.find_spec("dracopt_ext._C", [str(folder)])
+        try:
+            if spec is not None and spec.loader is not None:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                sys.modules["dracopt_ext._C"] = module
+                return module, None, None
+        except ImportError as error:
+            return None, None, f"what was compiled does not load: {error}"
     try:
         return None, importlib.import_module("dracopt_ext.portable.compiled").load(NATIVE), reason
     except (ImportError, OSError, AttributeError) as error:
@@ -94,8 +96,9 @@ def notice() -> str | None:
         return f"dracopt_ext runs without its compiled kernels: {NATIVE_REASON}"
     if _LIBRARY is not None:
         return (
-            f"dracopt_ext was {_REASON}: its kernels run on the CPU all the same, with more work for the host in each "
-            f"step. For less, build it for this torch: {BUILD_FROM_SOURCE} (in a clone, `.` for the last two words)"
+            f"dracopt_ext has no binding to this torch: {_REASON}. Its kernels run on the CPU all the same, with more "
+            f"work for the host in each step. For less, build it for this torch: {BUILD_FROM_SOURCE} (in a clone, `.` "
+            "for the last two words)"
         )
     return None
 
