@@ -261,6 +261,7 @@ def test_distributed_checkpoints_of_one_process(case: Case) -> None:
 
 
 @every_class
+@pytest.mark.skipif(not hasattr(torch.optim, "swap_in_optimizer_params_and_state"), reason="this torch lacks it")
 def test_swapping_in_parameters_and_states(case: Case) -> None:
     optimizer, other = trained(case.ours, **case.options), trained(case.ours, steps=2, **case.options)
     before = snapshot(optimizer)

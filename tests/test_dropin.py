@@ -445,6 +445,7 @@ def test_compiled_training_step_gives_the_eager_result() -> None:
 
 
 @every_class
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.10 says it once
 def test_profiler_sees_the_step_under_torchs_name(name: str) -> None:
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
