@@ -608,8 +608,8 @@ MUTANTS = [
     Mutant(
         "a step that failed is forgotten",
         TRITON_PLAN,
-        "            self._facts = None\n            ready, missing",
-        "            ready, missing",
+        "        written = WrittenMemory(ranges)\n",
+        "        written = self._written = WrittenMemory(ranges)\n",
         "test_portable::test_memory_shared_after_a_step_that_failed",
     ),
     Mutant(

@@ -340,8 +340,7 @@ class StepPlan:
             numbers = [_numbers_on_host(p) for p in located]
             known = all(_is_step(of_p[0]) for of_p in numbers if of_p)
         if not known:
-            self._facts = None
-            ready, missing, foreign = self._examine(located)
+            ready, missing, foreign, written = self._examine(located)
             storages = [tensor.untyped_storage() for p in ready for tensor in (p.grad, *p.written)]
             numbers = [_numbers_on_host(p) for p in ready]
         capturing = self._check_capture(ready, missing, foreign)
@@ -352,7 +351,9 @@ class StepPlan:
             return [p.where for p in missing], [(*p.where, reason) for p, reason in foreign], host_decides
         factors = self._factors(ready, numbers)
         if not known:
+            self._facts = None
             self._launches = self._arrange(ready)
+            self._written = written
             self._gradients = [p.grad.data_ptr() for p in ready]
             self._guards = _guards_of(tensors)
             self._addresses = [tensor.data_ptr() for p in located for tensor in p.written]
@@ -413,7 +414,9 @@ class StepPlan:
             self._gradients = gradients
         return True
 
-    def _examine(self, located: list[Located]) -> tuple[list[Located], list[Located], list[tuple[Located, str]]]:
+    def _examine(
+        self, located: list[Located]
+    ) -> tuple[list[Located], list[Located], list[tuple[Located, str]], WrittenMemory]:
         """Sorts what was found: in order, without a state as yet, none for the kernel; raises for what is wrong."""
         ready: list[Located] = []
         missing: list[Located] = []
@@ -426,10 +429,10 @@ class StepPlan:
                 missing.append(p)
             else:
                 ready.append(p)
-        shared = self._sharing_memory(ready, missing, foreign)
+        shared, written = self._sharing_memory(ready, missing, foreign)
         foreign += [(p, "tensors that share memory") for p in (*ready, *missing) if p.where in shared]
         ready, missing = ([p for p in part if p.where not in shared] for part in (ready, missing))
-        return ready, missing, foreign
+        return ready, missing, foreign, written
 
     def _why_foreign(self, located: Located) -> str | None:
         """Why the kernel does not serve a parameter; raises for what is wrong."""
@@ -526,19 +529,19 @@ class StepPlan:
 
     def _sharing_memory(
         self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]
-    ) -> set[Index]:
+    ) -> tuple[set[Index], WrittenMemory]:
         """Element for element in parallel is wrong for tensors that share memory: torch is to take them one by one."""
         searched = [*ready, *missing]
         others = [p for p, _ in foreign if _why_not_plain(p.param) is None]
         ranges = [(*_range_of(t), i) for i, p in enumerate(searched) for t in p.written if t is not None]
         ranges += [(*_range_of(p.param), len(searched)) for p in others]
-        written = self._written = WrittenMemory(ranges)
+        written = WrittenMemory(ranges)
         shared = written.shared()
         for i, p in enumerate([*searched, *others]):
             if _why_not_plain(p.grad) is None:
                 owner = min(i, len(searched))
                 shared |= written.shared_with(_range_of(p.grad), owner)
-        return {searched[i].where for i in shared if i < len(searched)}
+        return {searched[i].where for i in shared if i < len(searched)}, written
 
     def _check_capture(self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]) -> bool:
         """A graph does again in every replay what the device did, but not what the host did."""
