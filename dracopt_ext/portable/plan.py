@@ -1,9 +1,9 @@
 """One optimizer step: reads what Python holds now, refuses what is wrong, and lets kernels update the rest.
 
 What csrc/bindings/step_plan.cpp does, with the same answers (but that asking for an address ends a lazy clone, which
-that one leaves to torch), in Python, so that it needs no compiler. Every step
-compares all tensors (addresses, dtypes, shapes, strides) with those of the step before, and makes the kernels' tables
-anew when they differ. No tensor is held from step to step.
+that one leaves to torch), in Python, so that it needs no compiler. Every step compares all tensors (addresses, dtypes,
+shapes, strides, sizes of storages) with those of the step before, and makes the kernels' tables anew when they differ.
+No tensor is held from step to step.
 """
 
 from __future__ import annotations
