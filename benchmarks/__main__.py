@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ NAMES = {"cpu": "cpu", "cuda": "gpu"}
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="default: all that this machine can run")
-    parser.add_argument("--case", default="", help="only cases that have this in their names")
+    parser.add_argument("--case", nargs="+", default=[""], help="only cases that have one of these in their names")
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, help="besides dracopt and each case's baseline; default: all"
     )
@@ -30,6 +30,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (2)")
     parser.add_argument("--out", type=Path, help="folder of the CSV file and the plot (benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="tiny tensors and few rounds, to see that everything runs")
+    parser.add_argument("--show", type=Path, help="measure nothing: print and draw the last run in this CSV file")
     args = parser.parse_args(argv)
     if args.quick and args.out is None:
         parser.error("--quick measures nothing worth keeping: give it an --out of its own")
@@ -47,6 +48,9 @@ def say(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.show is not None:
+        show(args.show)
+        return
     reasons = {device: dracopt_ext.backends()[f"native:{device}"] for device in ("cpu", "cuda")}
     suites = args.suite or [name for name, suite in SUITES.items() if reasons[suite.device] is None]
     for device in {SUITES[name].device for name in suites}:
@@ -65,38 +69,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(SUITES[name].device == "cuda" for name in suites) and without_triton is not None:
         left_out |= {"dracopt triton", *BANDWIDTHS}
         say(f"our Triton kernels and the streams are left out: {without_triton}")
+    runs = {device: report.environment(device) for device in {SUITES[name].device for name in suites}}
     results: list[Result] = []
+    failed = False
     for name in suites:
-        for case in (case for case in SUITES[name].cases if args.case in case.name):
+        for case in (case for case in SUITES[name].cases if any(part in case.name for part in args.case)):
             say(f"{name}: {case.name}")
-            measured = measure(name, SUITES[name], case.shrunk() if args.quick else case, args.rounds, left_out)
-            for result in measured:
-                say(f"  {result.peer:18} {result.median:10.4f} ms {result.clock}")
-            others = measured[0].others
-            if others is not None and others > 0.05:
-                say(f"  WARNING: other processes took {others:.0%} of the processors: do not trust these numbers")
+            try:
+                measured = measure(name, SUITES[name], case.shrunk() if args.quick else case, args.rounds, left_out)
+            except Exception as error:
+                failed = True
+                say(f"  FAILED: {type(error).__name__}: {error}")
+                continue
             results += measured
+            write(args.out, report.compare(results)[-len(measured) :], runs)
+    for device in runs:
+        show(args.out / f"{NAMES[device]}.csv")
+    sys.exit(failed)
 
-    rows = report.compare(results)
+
+def write(out: Path, rows: Sequence[report.Row], runs: Mapping[str, Mapping[str, object]]) -> None:
+    """Keep what was measured of a case at once: what comes later may take too long, or fail."""
+    for row in rows:
+        say(f"  {row.result.peer:18} {row.result.median:10.4f} ms {row.result.clock}")
+    device, others = SUITES[rows[0].result.suite].device, rows[0].result.others
+    if others is not None and others > 0.05:
+        say(f"  WARNING: other processes took {others:.0%} of the processors: do not trust these numbers")
+    report.append_csv(out / f"{NAMES[device]}.csv", rows, runs[device])
+
+
+def show(path: Path) -> None:
+    """Print the last run in a CSV file, and draw its plot beside it."""
+    if not path.exists():
+        return
+    rows, run = report.read_csv(path)
     print(report.markdown(rows))
-    for device, plotted in (("cpu", "cpu"), ("cuda", "gpu")):
-        of_device = [row for row in rows if SUITES[row.result.suite].device == device]
-        if of_device:
-            path = args.out / f"{NAMES[device]}.csv"
-            report.append_csv(path, of_device, device)
-            say(f"appended {len(of_device)} rows to {path}")
-        in_plot = [row for row in rows if row.result.suite == plotted]
-        if in_plot:
-            draw(args.out / f"{NAMES[device]}.png", in_plot, device)
-
-
-def draw(path: Path, rows: list[report.Row], device: str) -> None:
     try:
-        report.plot(path, rows, device)
+        report.plot(path.with_suffix(".png"), [row for row in rows if row.result.suite == path.stem], run)
     except ImportError as error:
         say(f"no plot: {error}")
-    else:
-        say(f"drew {path}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class Case:
     groups: int = 1
     """Parameter groups of as many tensors each, with learning rates of their own."""
     storage: Storage = PLAIN
+    zero_gradients: bool = False
+    """Else they are random. Zeros take the slow paths of square root and division."""
     baseline: str | None = "torch fused"
     """The peer that the others are compared with; None if no other does this work."""
     peers: Sequence[str] | None = None
@@ -83,9 +85,10 @@ class Suite:
 FP32_BYTES = {"AdamW": 28, "NAdam": 28, "SGD": 20}  # the latter with momentum
 
 
-def adamw(name: str, shapes: Sequence[Shape], **more: Any) -> Case:
+def adamw(name: str, shapes: Sequence[Shape], options: Mapping[str, Any] | None = None, **more: Any) -> Case:
     bytes_per_parameter = more.pop("bytes_per_parameter", FP32_BYTES["AdamW"])
-    return Case(name, "AdamW", {"lr": 1e-3, "weight_decay": 1e-2}, bytes_per_parameter, shapes, **more)
+    options = {"lr": 1e-3, "weight_decay": 1e-2, **(options or {})}
+    return Case(name, "AdamW", options, bytes_per_parameter, shapes, **more)
 
 
 def sgd(name: str, shapes: Sequence[Shape], nesterov: bool = True, **more: Any) -> Case:
@@ -124,7 +127,7 @@ RESNET50 = _resnet50()
 SQUARE: list[Shape] = [(8192, 8192)]
 
 ONE_LARGE = adamw("AdamW, 1 tensor of 64M", [(64 * 2**20,)])
-"""As close to the memory's speed as a step gets: what the other cases' bandwidth is compared with."""
+"""As close to the memory's speed as a step gets: what the bandwidth of the cases after it is compared with."""
 
 # The shapes of a detector: many small tensors, some large, in groups by the depth of the layer.
 DETECTOR: list[Shape] = [
@@ -135,14 +138,19 @@ DETECTOR: list[Shape] = [
 ]
 BILLION: list[Shape] = [(4096, 813)] * 300
 
+CAPTURABLE, FUSED = {"capturable": True}, {"fused": True}
+"""Options by which the step counts lie on the GPU."""
+COUNTING = ["dracopt", "dracopt triton", "torch fused"]
+"""Peers that take these options."""
+
 SUITES = {
     "cpu": Suite(
         cases=[
+            ONE_LARGE,
             adamw("AdamW, 1000 tensors of 256", [(256,)] * 1000),
             adamw("AdamW, 1000 of 256, a group each", [(256,)] * 1000, groups=1000),
             adamw("AdamW, 256 LoRA matrices", [(8, 1024), (1024, 8)] * 128),
             adamw("AdamW, GPT-2 small", GPT2_SMALL),
-            ONE_LARGE,
             sgd("SGD Nesterov, 1000 of 256", [(256,)] * 1000),
         ],
         peers=["dracopt", "torch fused", "torch foreach", "torch for-loop", "DeepSpeed CPUAdam"],
@@ -199,18 +207,14 @@ SUITES = {
     ),
     "gpu": Suite(
         cases=[
-            adamw(
-                "AdamW, 1B in 300 tensors",
-                BILLION,
-                peers=["dracopt", "dracopt triton", "torch fused", "stream", "copy"],
-            ),
+            adamw("AdamW, 1B in 300 tensors", BILLION, peers=["dracopt", "dracopt triton", "torch fused", "stream"]),
             adamw(
                 "AdamW, 1B in bf16 with fp32 states",
                 BILLION,
                 storage=replace(BF16, state="float32"),
                 bytes_per_parameter=22,
                 baseline=None,  # torch's kernels refuse it
-                peers=["dracopt", "dracopt triton", "stream", "copy"],
+                peers=["dracopt", "dracopt triton", "stream"],
             ),
             adamw(
                 "AdamW, 1B in bf16",
@@ -219,11 +223,25 @@ SUITES = {
                 bytes_per_parameter=14,
                 peers=["dracopt", "dracopt triton", "torch fused", "stream"],
             ),
-            adamw("AdamW, 1000 tensors of 1024", [(1024,)] * 1000),
-            adamw("AdamW, detector, a group for each of 465", DETECTOR, groups=len(DETECTOR)),
-            adamw("AdamW, ResNet-50", RESNET50),
-            adamw("AdamW, 3900 tensors in 30 groups", [(1024,)] * 3900, groups=30),
+            adamw(
+                "AdamW, 1B, gradients of zeros",
+                BILLION,
+                zero_gradients=True,
+                peers=["dracopt", "dracopt triton", "torch fused", "stream"],
+            ),
+            *[adamw(f"AdamW, {count} tensors of 1024", [(1024,)] * count) for count in (1, 10, 100, 1000)],
+            adamw("AdamW, 1000 of 1024, capturable", [(1024,)] * 1000, options=CAPTURABLE, peers=COUNTING),
             adamw("AdamW, 1000 tensors of 1", [(1,)] * 1000),
+            adamw("AdamW, detector, a group for each of 465", DETECTOR, groups=len(DETECTOR)),
+            adamw(
+                "AdamW, detector, a group each, fused=True",
+                DETECTOR,
+                groups=len(DETECTOR),
+                options=FUSED,
+                peers=COUNTING,
+            ),
+            adamw("AdamW, 3900 tensors in 30 groups", [(1024,)] * 3900, groups=30),
+            adamw("AdamW, ResNet-50", RESNET50),
             sgd("SGD Nesterov, ResNet-50", RESNET50),
             Case(
                 "NAdam, ResNet-50",

@@ -1,67 +1,122 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in less than ten minutes: builds the kernels, runs the tests and the benchmarks, and
-# measures what exact arithmetic costs. Writes into the folder that OUT names; summary.txt says what passed.
-# Needs a Python with torch (built for CUDA), triton, ninja, pytest, hypothesis, matplotlib; and nvcc. Installs nothing.
+# Answers on one GPU what only a GPU can. Each part has a limit and writes what it finds at once; the table comes last.
+#
+#   OUT=results benchmarks/gpu.sh smoke   150 s: is it right, and which shape of the kernel is the fastest?
+#   OUT=results benchmarks/gpu.sh full    400 s: all tests, all benchmarks, the profiler, the sanitizer
+#
+# Needs Python with torch (built for CUDA), triton, pytest, hypothesis; takes pytest-xdist, matplotlib, ncu and
+# compute-sanitizer where they are. Installs nothing. Uses the build that lies in the tree, else builds for this card.
+# Exit status: 1 if a part failed, 2 if one could not run, and summary.txt says why.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-: "${OUT:?names the folder for the results}"
-PYTHON=${PYTHON:-python3}
-mkdir -p "$OUT"
-failed=0
+PYTHON=${PYTHON:-python3} WORKERS=${WORKERS:-12}
+PROGRAMS=${PROGRAMS:-build/kernels}  # where benchmarks/kernels/build.py leaves them
+status=0
 
-# stage NAME SECONDS COMMAND...: its output goes to NAME.log
-stage() {
-  local name=$1 seconds=$2 begin=$SECONDS verdict=passed
-  shift 2
-  timeout "$seconds" "$@" >"$OUT/$name.log" 2>&1 || { verdict="FAILED with $?"; failed=1; }
-  printf '%-12s %s, %s s\n' "$name" "$verdict" $((SECONDS - begin)) | tee -a "$OUT/summary.txt"
+usage() {
+  echo "usage: OUT=folder benchmarks/gpu.sh smoke|full${1:+: $1}" >&2
+  exit 2
 }
 
-build() { DRACOPT_BUILD=force "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m dracopt_ext; }
+# part NAME SECONDS LOG COMMAND...: what ends with 2 could not run, and its last line says why.
+part() {
+  local name=$1 seconds=$2 log=$OUT/$3 begin=$SECONDS verdict code=0
+  shift 3
+  echo "$name: at most $seconds s"
+  echo "==== $name" >>"$log"
+  timeout "$seconds" bash -c '"$@"' bash "$@" >>"$log" 2>&1 || code=$?
+  case $code in
+    0) verdict=passed ;;
+    2) verdict="cannot run: $(tail -n 1 "$log")" ;;
+    124) verdict="FAILED: not done after $seconds s" ;;
+    *) verdict="FAILED with $code: $(tail -n 1 "$log")" ;;
+  esac
+  if [ $code = 2 ]; then [ $status = 0 ] && status=2; elif [ $code != 0 ]; then status=1; fi
+  printf '%-12s %s, %s s\n' "$name" "$verdict" $((SECONDS - begin)) >>"$OUT/summary.txt"
+}
 
-available() { "$PYTHON" -c 'import sys, dracopt_ext; sys.exit(dracopt_ext.backends()["native:cuda"])'; }
+# The kernels are there if only the GPU is missing.
+build() {
+  local capability
+  if "$PYTHON" -c 'import sys; from dracopt_ext import _C; sys.exit(not _C.cuda_architectures())' 2>/dev/null; then
+    echo "uses the build that lies in the tree"
+  else
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1) || { echo "no GPU: $capability"; return 2; }
+    DRACOPT_CUDA_ARCHITECTURES=$(echo "$capability" | head -n 1 | tr -d .) DRACOPT_BUILD=force \
+      "$PYTHON" setup.py -q build_ext --inplace || return
+  fi
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu --format=csv,noheader
+  "$PYTHON" -m dracopt_ext
+}
+
+programs() { [ -x "$PROGRAMS/sweep" ] || "$PYTHON" benchmarks/kernels/build.py --out "$PROGRAMS"; }
+
+available() {
+  "$PYTHON" -c 'import sys, dracopt_ext as d; why = d.backends()["native:cuda"]; why and print(why); sys.exit(2 if why else 0)'
+}
 
 # In one process a single wrong access lets all later tests fail.
 tests() {
   local workers=()
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
-  "$PYTHON" -m pytest -v -W default -p no:cacheprovider --continue-on-collection-errors --tb=short --maxfail=40 \
-    -o faulthandler_timeout=60 "${workers[@]}" -m gpu --deselect tests/test_benchmarks.py::test_gpu_suite
+  available || return
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$WORKERS"); fi
+  "$PYTHON" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors --tb=short --maxfail=60 \
+    -o faulthandler_timeout=60 "${workers[@]}" --durations=10 -m gpu "$@"
 }
 
-# Without torch's cache every tensor is an allocation of its own, so that an access beyond it is seen.
-checked() {
-  local tool status=0
-  if ! compute-sanitizer "$PYTHON" -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then
-    echo "skipped: compute-sanitizer does not work on this machine"
-    return
-  fi
+benchmarks() { available && "$PYTHON" -m benchmarks --suite gpu --out "$OUT" "$@"; }
+
+needs() { command -v "$1" >/dev/null || { echo "$1 is not on the path"; return 2; }; }
+
+# Where a kernel's time goes, for each mix of dtypes. A small problem, because every pass of ncu restores the memory.
+profile() {
+  needs ncu && [ -x "$PROGRAMS/sweep" ] || return 2
+  ncu --clock-control none --csv --page details --kernel-name regex:step \
+    --section SpeedOfLight --section WarpStateStats --section SchedulerStats --section Occupancy \
+    --section LaunchStats --section InstructionStats --section MemoryWorkloadAnalysis \
+    "$PROGRAMS/sweep" --only project --tensors 40 --rounds 1 >"$OUT/profile.csv"
+}
+
+sanitize() {
+  local tool
+  needs compute-sanitizer || return
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
-      "$PYTHON" -m pytest -q -W default -p no:cacheprovider -m gpu tests/test_gpu.py \
-      -k "cuda and (steps_of_different or complex or (misaligned and float32-float32)) and not AdamW" || status=$?
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PROGRAMS/check" || return
   done
-  return $status
 }
 
-# The same kernels with contracted multiply-adds, which do not give the CPU's bits; against the stream of the same run.
-contracted() {
-  local copy
-  copy=$(mktemp -d) && cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext triton_kernels benchmarks "$copy" && cd "$copy" &&
-    NVCC_APPEND_FLAGS=--fmad=true build && "$PYTHON" -m benchmarks --suite gpu --case 1B --peers --out "$copy/results"
-  local status=$?
-  rm -rf "$copy"
-  return $status
+sweep() {
+  [ -x "$PROGRAMS/sweep" ] || { echo "there is no $PROGRAMS/sweep: nvcc was not found"; return 2; }
+  "$PROGRAMS/sweep" "$@" >"$OUT/sweep.csv"
 }
 
-export -f build tests contracted checked
-export PYTHON
-: >"$OUT/summary.txt"
-stage build 90 bash -c build
-available || exit
-stage tests 220 bash -c tests
-# Triton compiles in the first steps, which are measured, too.
-stage benchmarks 150 env TRITON_CACHE_DIR="$(mktemp -d)" "$PYTHON" -m benchmarks --suite gpu --out "$OUT"
-stage contracted 60 bash -c contracted
-stage sanitizer 70 bash -c checked
-exit $failed
+smoke() {
+  part build 90 log.txt build
+  part programs 120 log.txt programs
+  part check 20 log.txt "$PROGRAMS/check"
+  part capture 40 log.txt tests -k first_step_of_a_process_is_captured
+  part sweep 40 log.txt sweep
+  part tests 80 tests.log tests -k "cuda and not triton"
+  part benchmarks 70 benchmarks.log benchmarks --rounds 40 --peers --case "1B in 300" "1B in bf16" "1000 of 1024" "465"
+}
+
+full() {
+  part build 90 log.txt build
+  part programs 120 log.txt programs
+  part tests 170 tests.log tests
+  part benchmarks 150 benchmarks.log benchmarks --rounds 60
+  part profile 60 log.txt profile
+  part sanitizer 60 log.txt sanitize
+}
+
+[ $# = 1 ] || usage "one stage"
+[ -n "${OUT:-}" ] || usage "OUT names the folder for the results"
+case $1 in smoke | full) ;; *) usage "there is no stage '$1'" ;; esac
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || usage "$OUT cannot be made"
+export OUT PYTHON WORKERS PROGRAMS
+export -f available build programs tests benchmarks needs profile sanitize sweep
+"$1"
+echo
+cat "$OUT/summary.txt"
+if [ -e "$OUT/gpu.csv" ]; then "$PYTHON" -m benchmarks --show "$OUT/gpu.csv"; fi
+exit $status

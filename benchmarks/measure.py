@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,6 +72,8 @@ class Result:
 
 def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: set[str]) -> list[Result]:
     """Time all peers of a suite in one case."""
+    if suite.device != "cpu":
+        torch.cuda.empty_cache()  # which the case before left in pieces
     peers = suite.peers if case.peers is None else case.peers
     names = [name for name in peers if (name not in left_out or name == case.baseline) and runs(name, case)]
     stepped = {name: Stepped(name, case, suite.device) for name in names}
@@ -166,8 +169,13 @@ class Stepped:
                 self.optimizer.step()
                 torch.cuda.synchronize()
         self._restore()
-        kernels = [event.name for event in profile.events() or [] if event.device_type.name == "CUDA"]
-        return round(sum(not name.startswith(("Memcpy", "Memset")) for name in kernels) / steps)
+        return round(sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu(profile)) / steps)
+
+
+def on_gpu(profile: Any) -> list[str]:
+    """The names of the kernels and copies that ran. torch marks there what the host calls its step, too."""
+    events = profile.events() or []
+    return [event.name for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
 
 
 def _in_turn(stepped: Mapping[str, Stepped], rounds: int, every: Mapping[str, int]) -> dict[str, list[Times]]:

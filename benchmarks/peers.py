@@ -36,6 +36,8 @@ def make_groups(case: Case, device: str) -> Groups:
     params = [torch.nn.Parameter(tensor(shape, storage.param)) for shape in case.shapes]
     for p in params:
         p.grad = tensor(tuple(p.shape), storage.grad, storage.layout == "transposed gradient")
+        if case.zero_gradients:
+            p.grad.zero_()
     lr, size = case.options["lr"], len(params) // case.groups
     return [{"params": params[i : i + size], "lr": lr * (1 + i / len(params))} for i in range(0, len(params), size)]
 
@@ -54,7 +56,7 @@ def _dracopt(backend: str | None = None) -> Make:
 def _torch(**implementation: bool) -> Make:
     def make(case: Case, groups: Groups) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = getattr(torch.optim, case.optimizer)(
-            groups, **case.options, **implementation
+            groups, **{**case.options, **implementation}
         )
         return optimizer
 
@@ -74,12 +76,6 @@ def _stream(case: Case, groups: Groups) -> torch.optim.Optimizer:
     return Stream(case, groups)
 
 
-def _copy(case: Case, groups: Groups) -> torch.optim.Optimizer:
-    from .stream import Copy
-
-    return Copy(case, groups)
-
-
 PEERS: dict[str, Make] = {
     "dracopt": _dracopt(),
     "dracopt triton": _dracopt("triton"),
@@ -89,10 +85,9 @@ PEERS: dict[str, Make] = {
     "torch for-loop": _torch(foreach=False, fused=False),
     "DeepSpeed CPUAdam": _deepspeed,
     "stream": _stream,
-    "copy": _copy,
 }
 
-BANDWIDTHS = {"stream", "copy"}
+BANDWIDTHS = {"stream"}
 """Those that only move bytes: as many as the optimizer has to."""
 
 

@@ -6,7 +6,7 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 import dracopt_ext
-from dracopt_ext.backend import isa
+from dracopt_ext.backend import BUILD_INFO, isa
 
 from .cases import ONE_LARGE, SUITES
-from .measure import DEVICE, END_TO_END, Result
+from .measure import DEVICE, END_TO_END, HOST, Result
 from .peers import BANDWIDTHS, OURS
 
 if TYPE_CHECKING:
@@ -101,16 +101,41 @@ def check_csv(path: Path) -> None:
         raise ValueError(f"{path} has other columns than this version writes; move it away or choose another --out")
 
 
-def append_csv(path: Path, rows: Iterable[Row], device_type: str) -> None:
+def append_csv(path: Path, rows: Iterable[Row], run: Mapping[str, object]) -> None:
+    """Append rows of a run, which ``environment`` describes."""
     check_csv(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    run = _environment(device_type)
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows({**run, **_cells(row)} for row in rows)
+
+
+def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
+    """The rows of the last run in a file, as far as its cases are still known, and what ``environment`` said of it."""
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    found = [row for row in found if row["utc"] == found[-1]["utc"]]
+    cases = {(name, case.name): case for name, suite in SUITES.items() for case in suite.cases}
+    results = [
+        Result(
+            suite=row["suite"],
+            case=cases[row["suite"], row["case"]],
+            peer=row["peer"],
+            clock=row["clock"],
+            launches=int(row["launches"]) if row["launches"] else None,
+            rounds=int(row["rounds"]),
+            median=float(row["median_ms"]),
+            p10=float(row["p10_ms"]),
+            p90=float(row["p90_ms"]),
+            others=float(row["others_cpu_share"]) if row["others_cpu_share"] else None,
+        )
+        for row in found
+        if (row["suite"], row["case"]) in cases
+    ]
+    return compare(results), found[-1]
 
 
 def _cells(row: Row) -> dict[str, object]:
@@ -145,7 +170,8 @@ def _backend(peer: str) -> str:
     return "torch" if peer.startswith("torch") else f"deepspeed {metadata.version('deepspeed')}"
 
 
-def _environment(device_type: str) -> dict[str, object]:
+def environment(device_type: str) -> dict[str, object]:
+    """What a run is measured with, and when."""
     return {
         "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
@@ -158,23 +184,31 @@ def _environment(device_type: str) -> dict[str, object]:
 
 
 def device(device_type: str) -> str:
-    """The GPU; or the processor, and the instruction set that our kernels use on it."""
+    """The GPU and its driver; or the processor, and the instruction set that our kernels use on it."""
     if device_type != "cpu":
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}{_driver()}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {isa() or 'no kernels'}"
 
 
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return ", driver " + subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return ""
+
+
 def _commit() -> str:
-    """The commit that was measured, marked if the tree differs from it; empty outside of a repository."""
+    """The commit that was measured, marked if the tree differs from it; outside of a repository that of the build."""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         # Else the results of one run would mark the next one.
         changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return str(BUILD_INFO.get("commit") or "")
     return f"{commit}+dirty" if changes else commit
 
 
@@ -186,8 +220,43 @@ def _git(*arguments: str) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for each suite."""
-    return "\n\n".join(_table([row for row in rows if row.result.suite == suite]) for suite in _suites(rows))
+    """One table for each suite; and for those on a GPU a short one, which the README shows."""
+    tables = []
+    for suite in _suites(rows):
+        of_suite = [row for row in rows if row.result.suite == suite]
+        tables.append(_table(of_suite))
+        if SUITES[suite].device != "cpu":
+            tables.append(_short_table(of_suite))
+    return "\n\n".join(tables)
+
+
+def _short_table(rows: Sequence[Row]) -> str:
+    """Each case beside its baseline, from end to end."""
+    lines = [
+        "| Work | ours (p90) | torch (p90) | torch over ours | share of stream | Triton's | launches | host |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case in {row.result.case.name: row.result.case for row in rows}.values():
+        found = {(row.result.peer, row.result.clock): row for row in rows if row.result.case.name == case.name}
+        ours = found["dracopt", END_TO_END]
+        theirs = found.get((case.baseline or "", END_TO_END))
+        on_gpu, by_triton = (found.get((peer, DEVICE)) for peer in ("dracopt", "dracopt triton"))
+        cells = [
+            case.name,
+            _with_p90(ours.result),
+            f"{theirs.result.peer.removeprefix('torch ')} {_with_p90(theirs.result)}" if theirs else "",
+            f"**{_short(ours.ratio)}x**" if ours.ratio else "",
+            "" if on_gpu is None or on_gpu.share is None else f"{on_gpu.share:.1%}",
+            "" if by_triton is None or by_triton.share is None else f"{by_triton.share:.1%}",
+            str(ours.result.launches),
+            f"{1e3 * found['dracopt', HOST].result.median:.0f} µs",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_p90(result: Result) -> str:
+    return f"{_short(result.median)} ms ({_short(result.p90)})"
 
 
 def _suites(rows: Sequence[Row]) -> list[str]:
@@ -224,13 +293,14 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
-def plot(path: Path, rows: Sequence[Row], device_type: str) -> None:
+def plot(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
     """The speed-up over torch's fused implementation and, where known, the share of bandwidth. Of one suite."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    on_cpu = all(SUITES[row.result.suite].device == "cpu" for row in rows)
     cases = list(dict.fromkeys(row.result.case.name for row in rows))
     rows = [row for row in rows if row.result.peer not in BANDWIDTHS]
     shares = [(row, 100 * row.share) for row in rows if row.share is not None]
@@ -252,13 +322,13 @@ def plot(path: Path, rows: Sequence[Row], device_type: str) -> None:
         _panel(right, cases, shares, 0, " %")
         right.set_xlim(0, right.get_xlim()[1] * 1.08)
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        of = "ours on 64M" if device_type == "cpu" else "a stream that reads and writes as much"
+        of = "ours on 64M" if on_cpu else "a stream that reads and writes as much"
         right.set_title(f"bandwidth, in % of {of}")
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     peers = [peer for peer in COLORS if peer in handles]
     figure.legend([handles[peer] for peer in peers], peers, loc="outside lower center", ncols=len(peers), frameon=False)
-    threads = f", {torch.get_num_threads()} threads" if device_type == "cpu" else ""
-    title = f"{device(device_type)}{threads}, torch {torch.__version__}"
+    threads = f", {run['threads']} threads" if on_cpu else ""
+    title = f"{run['device']}{threads}, torch {run['torch']}"
     figure.suptitle(title, fontsize=9, color=COLORS[FUSED])
     figure.savefig(path, dpi=180)
     plt.close(figure)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.__main__ import main
 from benchmarks.cases import SUITES
 from benchmarks.measure import DEVICE, END_TO_END, FIRST, HOST, Result
 
@@ -62,7 +63,7 @@ def test_gpu_suite(tmp_path: Path) -> None:
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
-def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What becomes of figures that only a GPU could have given."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -73,7 +74,6 @@ def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "torch fused": 4.0,
         "torch foreach": 8.0,
         "stream": 1.5,
-        "copy": 1.0,
     }
     results = [
         Result.of("gpu", case, peer, clock, 1, [milliseconds[peer] / 1e3] * 3, None)
@@ -89,12 +89,17 @@ def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert row.share is None or row.result.clock == DEVICE
         if large and row.result.clock == DEVICE:
             assert row.share == 0.75
-    report.append_csv(tmp_path / "gpu.csv", rows, "cuda")
-    report.plot(tmp_path / "gpu.png", rows, "cuda")
+    for index in range(0, len(rows), 10):
+        report.append_csv(tmp_path / "gpu.csv", rows[index : index + 10], {**report.environment("cuda"), "utc": "once"})
+    main(["--show", str(tmp_path / "gpu.csv")])
+    table = capsys.readouterr().out
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
-    table = report.markdown(rows)
     assert table.count("| **dracopt** |") == len(suite.cases)
     assert "| AdamW, 1B in 300 tensors | **dracopt** | host | 1 | 2.00 |" in table
+    assert (
+        "| AdamW, 1B in 300 tensors | 2.00 ms (2.00) | fused 4.00 ms (4.00) | **2.00x** | 75.0% | 71.4% | 1 | 2000 µs |"
+        in table
+    )
 
 
 def test_training_on_digits(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ namespace cuda {
 namespace {
 
 template <typename Rule, typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) step(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
+    step(const __grid_constant__ Arguments arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
   const int thread = static_cast<int>(threadIdx.x);
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;

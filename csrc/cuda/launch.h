@@ -14,9 +14,21 @@
 namespace dracopt {
 namespace cuda {
 
-constexpr int kThreads = 256;     // of a block
-constexpr int64_t kTile = 8192;   // elements that a block updates
-constexpr int kVectorBytes = 16;  // the widest access there is
+// The shape of the kernel, which benchmarks/kernels compiles in others to find the fastest.
+#if !defined(DRACOPT_THREADS)
+#define DRACOPT_THREADS 256
+#endif
+#if !defined(DRACOPT_TILE)
+#define DRACOPT_TILE 8192
+#endif
+#if !defined(DRACOPT_BLOCKS)
+#define DRACOPT_BLOCKS 2
+#endif
+
+constexpr int kThreads = DRACOPT_THREADS;  // of a block
+constexpr int kBlocks = DRACOPT_BLOCKS;    // that a multiprocessor has room for, at least
+constexpr int64_t kTile = DRACOPT_TILE;    // elements that a block updates
+constexpr int kVectorBytes = 16;           // the widest access there is
 
 // One tensor, as far as it stays the same from step to step. Zeroed before it is filled, so that equal rows are equal
 // byte for byte.

@@ -4,6 +4,14 @@
 #include "core/math.h"
 #include "cuda/launch.h"
 
+// How the caches are told of a vector that is read or written: once and not again.
+#if !defined(DRACOPT_LOAD)
+#define DRACOPT_LOAD ""
+#endif
+#if !defined(DRACOPT_STORE)
+#define DRACOPT_STORE ""
+#endif
+
 namespace dracopt {
 namespace cuda {
 inline namespace DRACOPT_ISA {
@@ -58,7 +66,7 @@ struct Lanes {
 DRACOPT_HD Vector read(const Vector* from) {
   Vector x;
 #if defined(__CUDA_ARCH__)
-  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm("ld.global" DRACOPT_LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(x.words[0]), "=r"(x.words[1]), "=r"(x.words[2]), "=r"(x.words[3])
       : "l"(__cvta_generic_to_global(from)));
 #else
@@ -69,7 +77,7 @@ DRACOPT_HD Vector read(const Vector* from) {
 
 DRACOPT_HD void write(Vector* to, const Vector& x) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+  asm volatile("st.global" DRACOPT_STORE ".v4.u32 [%0], {%1, %2, %3, %4};"
                :
                : "l"(__cvta_generic_to_global(to)), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]), "r"(x.words[3])
                : "memory");

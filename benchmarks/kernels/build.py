@@ -1,0 +1,103 @@
+"""Compiles the programs that run the kernels without torch: ``check`` and, with nvcc, ``sweep``.
+
+Without nvcc, or with ``--host``, ``check`` gets the launcher that the tests simulate a GPU with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+
+NO_ALLOCATE = {"LOAD": '".L1::no_allocate"'}
+STREAMING = {"LOAD": '".cs"', "STORE": '".cs"'}
+VARIANTS: dict[str, Mapping[str, str | int]] = {
+    "project": {},
+    "contracted": {"FMAD": "true"},
+    "no_allocate": NO_ALLOCATE,
+    "no_allocate_cs": {**NO_ALLOCATE, "STORE": '".cs"'},
+    "streaming": STREAMING,
+    "tile_4k": {"TILE": 4096},
+    "tile_16k": {"TILE": 16384},
+    "tile_32k": {"TILE": 32768},
+    "blocks_3": {"BLOCKS": 3},
+    "threads_128": {"THREADS": 128, "BLOCKS": 4},
+    "threads_128_6": {"THREADS": 128, "BLOCKS": 6},
+    "threads_128_tile_4k": {"THREADS": 128, "BLOCKS": 4, "TILE": 4096},
+    "threads_512": {"THREADS": 512, "BLOCKS": 1},
+    "threads_512_tile_16k": {"THREADS": 512, "BLOCKS": 1, "TILE": 16384},
+}
+"""By name, the macros in which a variant differs from the kernel as it is, without their prefix DRACOPT_. FMAD is
+nvcc's option: with it the compiler contracts a multiplication and an addition, which does not give the CPU's bits."""
+
+FLAGS = ["-std=c++20", "-O3", "-Icsrc", "-DDRACOPT_ISA=device"]
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run([*map(str, command)], cwd=ROOT, check=True)
+
+
+def nvcc(architecture: str, *arguments: str | Path, fmad: str = "false") -> None:
+    # Relaxed, because the programs' host code calls the rules with lambdas of its own.
+    exact = [f"--fmad={fmad}", "-Xcompiler=-ffp-contract=off", "--expt-relaxed-constexpr"]
+    run("nvcc", *FLAGS, *exact, f"-arch=sm_{architecture}", *arguments)
+
+
+def compile_variant(name: str, architecture: str, out: Path) -> Path:
+    macros = dict(VARIANTS[name])
+    fmad = str(macros.pop("FMAD", "false"))
+    about = " ".join(f"{macro}={value}".replace('"', "") for macro, value in macros.items())
+    defines = [f"-DDRACOPT_{macro}={value}" for macro, value in macros.items()]
+    about = "contracted" if fmad == "true" else about
+    target = out / f"{name}.o"
+    nvcc(architecture, f"-Ddracopt={name}", f'-DDRACOPT_ABOUT="{about}"', *defines, "-c", HERE / "variant.cu",
+         "-o", target, fmad=fmad)  # fmt: skip
+    return target
+
+
+def architecture_of_this_machine() -> str:
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    return found[0].replace(".", "") if found else "90"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "kernels")
+    parser.add_argument("--architecture", default=architecture_of_this_machine(), help="90 for sm_90")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--host", action="store_true", help="only check, for the host")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = args.out.resolve()
+    if args.host or shutil.which("nvcc") is None:
+        if not args.host:
+            print("nvcc was not found: the programs are for the host, and there is no sweep", file=sys.stderr)
+        compiler = os.environ.get("CXX", "c++")
+        run(compiler, "-std=c++20", "-O1", "-ffp-contract=off", "-DDRACOPT_ISA=host", "-Icsrc", HERE / "check.cpp",
+            ROOT / "tests/simulated_gpu/launcher.cpp", "-o", args.out / "check")  # fmt: skip
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        check = pool.submit(
+            nvcc, args.architecture, "-x", "cu", HERE / "check.cpp", "csrc/cuda/kernels.cu", "-o", args.out / "check"
+        )
+        compiled = [pool.submit(compile_variant, name, args.architecture, args.out) for name in args.variants]
+        nvcc(
+            args.architecture, HERE / "sweep.cu", *(variant.result() for variant in compiled), "-o", args.out / "sweep"
+        )
+        check.result()
+
+
+if __name__ == "__main__":
+    main()

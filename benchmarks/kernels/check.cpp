@@ -1,0 +1,194 @@
+// Steps a few awkward tensors through the launcher itself and compares every bit with a loop over the elements. Small
+// and without torch, so that compute-sanitizer can watch it. Compiled for a GPU, or with the simulated launcher of the
+// tests.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+
+#include "problem.h"
+#include "rules/all.h"
+
+namespace dracopt {
+namespace {
+
+constexpr size_t kGuard = 64;
+constexpr unsigned char kUntouched = 0xa5;
+
+// A stream on the device and its copy on the host, with guards before and behind it. Some begin between two vectors.
+struct Buffer {
+  Buffer(Dtype dtype, int64_t numel, int offset, std::mt19937& random, bool squares) {
+    const size_t shift = kGuard + static_cast<size_t>(offset * itemsize(dtype));
+    host.assign(shift + static_cast<size_t>(numel * itemsize(dtype)) + kGuard, kUntouched);
+    begin = shift;
+    std::normal_distribution<double> normal;
+    as_stored(static_cast<void*>(host.data() + begin), dtype, [&](auto* to) {
+      for (int64_t i = 0; i < numel; ++i) {
+        const double x = normal(random);
+        to[i] = narrow<std::decay_t<decltype(*to)>>(squares ? x * x * 1e-4 : x);
+      }
+    });
+    device = static_cast<unsigned char*>(memory::allocate(host.size()));
+    memory::copy(device, host.data(), host.size());
+  }
+  Buffer(Buffer&& other) noexcept : host(std::move(other.host)), begin(other.begin), device(other.device) {
+    other.device = nullptr;
+  }
+  ~Buffer() {
+    if (device != nullptr) memory::release(device);
+  }
+
+  bool is_as_on_the_host() const {
+    std::vector<unsigned char> found(host.size());
+    memory::copy(found.data(), device, found.size());
+    return found == host;
+  }
+
+  std::vector<unsigned char> host;
+  size_t begin;
+  unsigned char* device;
+};
+
+struct Counted {
+  float* device[kMaxCarried];
+  Carried host[kMaxCarried];
+};
+
+// A few steps of one rule over tensors of all sizes at all offsets; the number of tensors that went wrong.
+template <typename Rule, typename T, int N>
+int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule::Hyperparameters& hyperparameters,
+        bool counts_on_device, bool scaled) {
+  constexpr int carried_count = sizeof(Rule::carried_keys) / sizeof(char*) - 1;
+  const int64_t sizes[] = {0, 1, 7, 100, cuda::kTile - 1, cuda::kTile, cuda::kTile + 1, 2 * cuda::kTile + 5, 0};
+  const int offsets[][kMaxStreams] = {{0, 0, 0, 0, 0}, {1, 1, 1, 1, 1}, {0, 1, 0, 0, 0}, {3, 2, 1, 0, 5}};
+  const auto power = [](double base, double exponent) { return dracopt::power(base, static_cast<int64_t>(exponent)); };
+  std::mt19937 random(1);
+  std::vector<std::vector<Buffer>> tensors;
+  std::vector<int64_t> numels;
+  std::vector<Counted> counted;
+  for (const auto& offset : offsets) {
+    for (const int64_t numel : sizes) {
+      std::vector<Buffer> buffers;
+      for (int k = 0; k < kFirstState + N; ++k) {
+        buffers.emplace_back(dtypes[static_cast<size_t>(k)], numel, offset[k], random, k > kFirstState);
+      }
+      tensors.push_back(std::move(buffers));
+      numels.push_back(numel);
+      Counted count{};
+      for (int c = 0; c < carried_count; ++c) {
+        const float start = c == 0 ? 0.0f : 1.0f;  // steps; mu_product
+        count.host[c] = {start, true};
+        if (!counts_on_device) continue;
+        count.device[c] = static_cast<float*>(memory::allocate(sizeof(float)));
+        memory::copy(count.device[c], &start, sizeof(start));
+      }
+      counted.push_back(count);
+    }
+  }
+  const float numbers[] = {0.0f, 8.0f, 1.0f};  // found_inf, grad_scale, found_inf
+  auto* const on_device = static_cast<float*>(memory::allocate(sizeof(numbers)));
+  memory::copy(on_device, numbers, sizeof(numbers));
+  int wrong = 0;
+  for (int step = 1; step <= 3; ++step) {
+    const bool overflows = scaled && step == 2;
+    Problem problem;
+    typename Rule::template Scalars<T> scalars{};
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      Counted count = counted[t];
+      scalars = Rule::template prepare<T>(count.host, step == 1, hyperparameters, power);
+      if (!overflows) counted[t] = count;
+    }
+    uint32_t slot;
+    if (counts_on_device) {
+      cuda::Recipe recipe{};
+      recipe.first = step == 1;
+      std::memcpy(recipe.words, &hyperparameters, sizeof(hyperparameters));
+      slot = problem.add_slot(&recipe, sizeof(recipe));
+    } else {
+      slot = problem.add_slot(&scalars, sizeof(scalars));
+    }
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      cuda::Row row;
+      std::memset(static_cast<void*>(&row), 0, sizeof(row));
+      OnHost streams;
+      for (int k = 0; k < kFirstState + N; ++k) {
+        Buffer& buffer = tensors[t][static_cast<size_t>(k)];
+        row.dtypes[k] = streams.dtypes[k] = dtypes[static_cast<size_t>(k)];
+        row.dense |= static_cast<uint8_t>(1 << k);
+        streams.data[k] = reinterpret_cast<char*>(buffer.host.data()) + buffer.begin;
+        if (k != kGrad) row.streams[k] = buffer.device + buffer.begin;
+      }
+      for (int c = 0; c < carried_count; ++c) row.carried[c] = counted[t].device[c];
+      row.carried_fp32 = static_cast<uint8_t>((1 << carried_count) - 1);
+      row.numel = numels[t];
+      row.slot = slot;
+      row.layout = cuda::kDense;
+      row.states = N;
+      row.has_recipe = counts_on_device;
+      problem.add(row, tensors[t][kGrad].device + tensors[t][kGrad].begin);
+      if (!overflows) update_each<Rule, T, N>(scalars, streams, numels[t], scaled ? T(8) : T(1));
+    }
+    problem.upload(cuda::kTile, counts_on_device);
+    if (scaled) {
+      problem.arguments.found_inf = on_device + (overflows ? 2 : 0);
+      problem.arguments.grad_scale = on_device + 1;
+    }
+    const auto arithmetic = sizeof(T) == 4 ? Arithmetic::fp32 : Arithmetic::fp64;
+    const char* const error = cuda::launch(Rule::name, arithmetic, problem.arguments, nullptr);
+    if (error != nullptr) {
+      std::printf("%s: %s\n", what, error);
+      return 1;
+    }
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      bool right = true;
+      for (const Buffer& buffer : tensors[t]) right &= buffer.is_as_on_the_host();
+      for (int c = 0; counts_on_device && c < carried_count; ++c) {
+        float found;
+        memory::copy(&found, counted[t].device[c], sizeof(found));
+        right &= found == static_cast<float>(counted[t].host[c].value);
+      }
+      if (right) continue;
+      std::printf("%s: step %d, tensor %zu (%lld elements) differs\n", what, step, t,
+                  static_cast<long long>(numels[t]));
+      ++wrong;
+    }
+  }
+  for (const Counted& count : counted) {
+    for (float* number : count.device) {
+      if (number != nullptr) memory::release(number);
+    }
+  }
+  memory::release(on_device);
+  std::printf("%-28s %s\n", what, wrong == 0 ? "right" : "WRONG");
+  return wrong;
+}
+
+}  // namespace
+}  // namespace dracopt
+
+int main() {
+  using namespace dracopt;
+  if (const char* reason = memory::unavailable()) {
+    std::fprintf(stderr, "no GPU: %s\n", reason);
+    return 2;
+  }
+  constexpr Dtype fp32 = Dtype::fp32, fp64 = Dtype::fp64, bf16 = Dtype::bf16, fp16 = Dtype::fp16;
+  const Adam::Hyperparameters adam{1e-3, 0.9, 0.999, 1e-8, 1e-2, 0, 1}, amsgrad{1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 0};
+  const NAdam::Hyperparameters nadam{1e-3, 0.9, 0.999, 1e-8, 1e-2, 4e-3, 1};
+  const Sgd::Hyperparameters plain{1e-2, 0, 0, 1e-2, 0}, nesterov{1e-2, 0.9, 0, 1e-2, 1};
+  int wrong = 0;
+  for (const bool on_device : {false, true}) {
+    wrong += run<Adam, float, 2>("AdamW fp32", {fp32, fp32, fp32, fp32}, adam, on_device, false);
+    wrong += run<Adam, float, 2>("AdamW fp32, scaled", {fp32, fp32, fp32, fp32}, adam, on_device, on_device);
+    wrong += run<Adam, float, 2>("AdamW bf16, fp32 states", {bf16, bf16, fp32, fp32}, adam, on_device, false);
+    wrong += run<Adam, float, 2>("AdamW bf16", {bf16, bf16, bf16, bf16}, adam, on_device, false);
+    wrong +=
+        run<Adam, float, 3>("Adam amsgrad, fp16 gradient", {fp32, fp16, fp32, bf16, fp32}, amsgrad, on_device, false);
+    wrong += run<Adam, double, 2>("AdamW fp64", {fp64, fp64, fp64, fp64}, adam, on_device, on_device);
+    wrong += run<Adam, double, 2>("AdamW fp64, bf16 gradient", {fp64, bf16, fp32, fp64}, adam, on_device, false);
+    wrong += run<NAdam, float, 2>("NAdam fp32", {fp32, fp32, fp32, fp32}, nadam, on_device, false);
+    wrong += run<Sgd, float, 0>("SGD fp32", {fp32, fp32}, plain, on_device, false);
+    wrong += run<Sgd, float, 1>("SGD Nesterov bf16", {bf16, bf16, bf16}, nesterov, on_device, on_device);
+  }
+  return wrong == 0 ? 0 : 1;
+}

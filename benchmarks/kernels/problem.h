@@ -1,0 +1,87 @@
+// A launch of the update kernel made by hand, without torch, and what it must compute.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/math.h"
+#include "cuda/kernels.h"
+#include "memory.h"
+
+namespace dracopt {
+
+// The table and the arguments of a launch.
+class Problem {
+ public:
+  // Every tensor of one slot has the scalars, or the recipe, that these words are.
+  uint32_t add_slot(const void* words, size_t bytes) {
+    slot_words_ += (bytes + 7) / 8;
+    const size_t at = cuda::kArgumentWords - slot_words_;
+    std::memcpy(arguments.words + at, words, bytes);
+    return static_cast<uint32_t>(at);
+  }
+
+  void add(const cuda::Row& row, const void* gradient) {
+    arguments.words[rows_.size()] = reinterpret_cast<uint64_t>(gradient);
+    rows_.push_back(row);
+  }
+
+  // Copies the table to the device for blocks of so many elements each.
+  void upload(int64_t tile, bool counts_on_device) {
+    std::vector<uint32_t> first_tiles;
+    arguments.blocks = 0;
+    for (const cuda::Row& row : rows_) {
+      first_tiles.push_back(arguments.blocks);
+      arguments.blocks += static_cast<uint32_t>(std::max<int64_t>(1, (row.numel + tile - 1) / tile));
+    }
+    const size_t bytes = rows_.size() * sizeof(cuda::Row), more = first_tiles.size() * sizeof(uint32_t);
+    if (table_ == nullptr) table_ = static_cast<char*>(memory::allocate(bytes + more + sizeof(uint32_t)));
+    memory::copy(table_, rows_.data(), bytes);
+    memory::copy(table_ + bytes, first_tiles.data(), more);
+    const uint32_t none_yet = 0;
+    memory::copy(table_ + bytes + more, &none_yet, sizeof(none_yet));
+    arguments.rows = reinterpret_cast<const cuda::Row*>(table_);
+    arguments.first_tiles = reinterpret_cast<const uint32_t*>(table_ + bytes);
+    arguments.finished = counts_on_device ? reinterpret_cast<uint32_t*>(table_ + bytes + more) : nullptr;
+    arguments.count = static_cast<uint32_t>(rows_.size());
+  }
+
+  ~Problem() {
+    if (table_ != nullptr) memory::release(table_);
+  }
+
+  cuda::Arguments arguments{.divisor = 1};
+
+ private:
+  std::vector<cuda::Row> rows_;
+  size_t slot_words_ = 0;
+  char* table_ = nullptr;
+};
+
+// Dense streams in the host's memory.
+struct OnHost {
+  char* data[kMaxStreams];
+  Dtype dtypes[kMaxStreams];
+};
+
+// The rule over all elements, one after the other, with none of the kernel's code but the conversions of numbers.
+template <typename Rule, typename T, int N>
+void update_each(const typename Rule::template Scalars<T>& scalars, const OnHost& streams, int64_t numel, T divisor) {
+  for (int64_t i = 0; i < numel; ++i) {
+    T x[kFirstState + N];
+    for (int k = 0; k < kFirstState + N; ++k) {
+      as_stored(static_cast<const void*>(streams.data[k]), streams.dtypes[k],
+                [&](auto* from) { x[k] = static_cast<T>(widen(from[i])); });
+    }
+    if (divisor != T(1)) x[kGrad] = x[kGrad] / divisor;
+    Rule::template update<T, N>(scalars, x[kParam], x[kGrad], x + kFirstState);
+    for (int k = 0; k < kFirstState + N; ++k) {
+      if (k == kGrad) continue;
+      as_stored(static_cast<void*>(streams.data[k]), streams.dtypes[k],
+                [&](auto* to) { to[i] = narrow<std::decay_t<decltype(*to)>>(x[k]); });
+    }
+  }
+}
+
+}  // namespace dracopt

@@ -1,0 +1,21 @@
+// The project's own kernels, compiled once more with other constants (-DDRACOPT_TILE=4096 and so on) in a namespace of
+// their own (-Ddracopt=NAME).
+#include "cuda/kernels.cu"
+#include "variants.h"
+
+#define DRACOPT_TEXT(name) #name
+#define DRACOPT_NAME(name) DRACOPT_TEXT(name)
+
+namespace dracopt {
+namespace cuda {
+namespace {
+
+const bool kKnown = [] {
+  const auto* const kernel = reinterpret_cast<const void*>(kEntries[0].kernels[0]);  // of Adam, in fp32's arithmetic
+  variants().push_back({DRACOPT_NAME(dracopt), DRACOPT_ABOUT, kThreads, kTile, kernel});
+  return true;
+}();
+
+}  // namespace
+}  // namespace cuda
+}  // namespace dracopt
