@@ -49,7 +49,9 @@ if MODE == "sanitize":
 COMMON_FLAGS = ["-std=c++20", *OPTIMIZED, "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 # Results must not depend on what the compiler contracts; the other two let the loops vectorise and change no result.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# Machine code for these, and PTX of the first one for all that they leave out and whatever comes after them.
+# Machine code is made for these, and PTX for the GPUs of other generations, whatever comes after them. The PTX is of an
+# architecture of its own, by which the sources know it.
+PTX = 87
 CUDA_ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 if os.environ.get("DRACOPT_CUDA_ARCHITECTURES"):
     CUDA_ARCHITECTURES = sorted(map(int, re.split(r"[,; ]+", os.environ["DRACOPT_CUDA_ARCHITECTURES"])))
@@ -108,8 +110,9 @@ class Nvcc:
     def compile(self, source: Path, target: Path) -> None:
         """Compile for every one of CUDA_ARCHITECTURES that this nvcc knows."""
         codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.known]
-        codes.append(f"arch=compute_{self.known[0]},code=compute_{self.known[0]}")
-        flags = ["-std=c++20", "-O3", "--fmad=false", "-DDRACOPT_ISA=device", "-Icsrc", "-Xfatbin", "-compress-all"]
+        codes.append(f"arch=compute_{PTX},code=compute_{PTX}")
+        macros = ["-DDRACOPT_ISA=device", f"-DDRACOPT_PTX={10 * PTX}"]
+        flags = ["-std=c++20", "-O3", "--fmad=false", *macros, "-Icsrc", "-Xfatbin", "-compress-all"]
         hidden = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off", "-g0"]
         host = ["-ccbin", compiler(), "-Xcompiler", ",".join(hidden)]
         generated = [part for code in codes for part in ("-gencode", code)]

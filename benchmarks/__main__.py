@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--peers", nargs="*", choices=PEERS, help="besides dracopt and each case's baseline; default: all"
     )
     parser.add_argument("--rounds", type=int, help="timed steps of each optimizer; large cases take a fifth (200)")
-    parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads (2)")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads (2; for GPUs torch's own choice)")
     parser.add_argument("--out", type=Path, help="folder of the CSV file and the plot (benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="tiny tensors and few rounds, to see that everything runs")
     parser.add_argument("--show", type=Path, help="measure nothing: print and draw the last run in this CSV file")
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--quick measures nothing worth keeping: give it an --out of its own")
     if args.rounds is None:
         args.rounds = 3 if args.quick else 200
-    if args.rounds < 1 or args.threads < 1:
+    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         parser.error("--rounds and --threads take positive numbers")
     args.out = args.out or report.ROOT / "benchmarks" / "results"
     return args
@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if reasons[device] is not None:
             sys.exit(f"nothing to measure: {reasons[device]}")
         report.check_csv(args.out / f"{NAMES[device]}.csv")
-    torch.set_num_threads(args.threads)
 
     left_out = set() if args.peers is None else set(PEERS) - {*OURS, *BANDWIDTHS, *args.peers}
     if any(SUITES[name].device == "cpu" for name in suites) and "DeepSpeed CPUAdam" not in left_out:
@@ -69,10 +68,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(SUITES[name].device == "cuda" for name in suites) and without_triton is not None:
         left_out |= {"dracopt triton", *BANDWIDTHS}
         say(f"our Triton kernels and the streams are left out: {without_triton}")
-    runs = {device: report.environment(device) for device in {SUITES[name].device for name in suites}}
+    torchs_threads = torch.get_num_threads()
+    runs: dict[str, dict[str, object]] = {}
     results: list[Result] = []
     failed = False
     for name in suites:
+        device = SUITES[name].device
+        torch.set_num_threads(args.threads or (2 if device == "cpu" else torchs_threads))
+        runs.setdefault(device, report.environment(device))
         for case in (case for case in SUITES[name].cases if any(part in case.name for part in args.case)):
             say(f"{name}: {case.name}")
             try:

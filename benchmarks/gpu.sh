@@ -9,7 +9,7 @@
 # Exit status: 1 if a part failed, 2 if one could not run, and summary.txt says why.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3} WORKERS=${WORKERS:-12}
+PYTHON=${PYTHON:-python3} WORKERS=${WORKERS:-14}
 PROGRAMS=${PROGRAMS:-build/kernels}  # where benchmarks/kernels/build.py leaves them
 status=0
 
@@ -55,12 +55,12 @@ available() {
   "$PYTHON" -c 'import sys, dracopt_ext as d; why = d.backends()["native:cuda"]; why and print(why); sys.exit(2 if why else 0)'
 }
 
-# In one process a single wrong access lets all later tests fail.
+# In one process a single wrong access lets all later tests fail. Many that each used all cores would wait for each other.
 tests() {
   local workers=()
   available || return
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$WORKERS"); fi
-  "$PYTHON" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors --tb=short --maxfail=60 \
+  OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors --tb=short --maxfail=60 \
     -o faulthandler_timeout=60 "${workers[@]}" --durations=10 -m gpu "$@"
 }
 
@@ -81,7 +81,7 @@ sanitize() {
   local tool
   needs compute-sanitizer || return
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PROGRAMS/check" || return
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PROGRAMS/check" kernels || return
   done
 }
 
@@ -103,10 +103,12 @@ smoke() {
 full() {
   part build 90 log.txt build
   part programs 120 log.txt programs
-  part tests 170 tests.log tests
-  part benchmarks 150 benchmarks.log benchmarks --rounds 60
-  part profile 60 log.txt profile
-  part sanitizer 60 log.txt sanitize
+  part check 20 log.txt "$PROGRAMS/check"
+  part sweep 20 log.txt sweep
+  part sanitizer 30 log.txt sanitize
+  part tests 140 tests.log tests
+  part benchmarks 160 benchmarks.log benchmarks --rounds 40
+  part profile 40 log.txt profile
 }
 
 [ $# = 1 ] || usage "one stage"

@@ -44,6 +44,7 @@ KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
 PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "tensor_facts.h", "overlap.cpp"))
 LAUNCH, GPU_TILE, LAUNCHES = "csrc/cuda/launch.h", "csrc/cuda/tile.h", "csrc/bindings/launches.cpp"
+FAST_MATH, FAST = "csrc/cuda/fast_math.h", "test_core::test_fast_math"
 BASE, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/reference.py"
 
 BITS = "test_bits::test_reference_in_fp32"
@@ -57,7 +58,7 @@ MUTANTS = [
     Mutant("two roundings for one", MOMENTS, "fma(one_minus_beta2 * g, g, ", "(one_minus_beta2 * g * g + ", BITS),
     Mutant("lerp from the wrong end", MOMENTS, ".from_grad = flag<T>(from_grad)", ".from_grad = 0", BITS),
     Mutant("no bias correction", MOMENTS, "sqrt(1 - power(h.beta2, step))", "1", BITS),
-    Mutant("no eps", MOMENTS, "bias_correction2_sqrt + eps;", "bias_correction2_sqrt;", BITS),
+    Mutant("no eps", MOMENTS, "bias_correction2_sqrt) + eps;", "bias_correction2_sqrt);", BITS),
     Mutant("step counts from 0", ADAM, "1 - power(h.beta1, step)", "1 - power(h.beta1, step - 1)", BITS),
     Mutant(
         "amsgrad's maximum not stored",
@@ -269,8 +270,8 @@ MUTANTS = [
     Mutant(
         "tiles not shifted with the first vector",
         GPU_TILE,
-        "if (number > 0) begin += head;",
-        "",
+        "begin = number * kTile + (number > 0 ? head : 0);",
+        "begin = number * kTile;",
         "test_core::test_launches_hold_every_tile_once",
     ),
     Mutant(
@@ -290,17 +291,50 @@ MUTANTS = [
     Mutant(
         "last elements lost on the GPU",
         GPU_TILE,
-        "loose = before + (range.end - range.last)",
-        "loose = before",
+        "loose = range.first + (range.end - range.last)",
+        "loose = range.first",
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
         "16-bit numbers as whole vectors in fp64",
         GPU_TILE,
-        "return kLanes * itemsize(dtypes[k]) >= kVectorBytes;",
+        "return kLanes * itemsize(dtype(k)) >= kVectorBytes;",
         "return true;",
         "test_gpu::test_mixed_dtypes",
     ),
+    Mutant(
+        "vectors that need PlainMath are lost",
+        GPU_TILE,
+        "left |= 1u << (i - range.first) / distance;",
+        "",
+        "test_gpu::test_special_numbers",
+    ),
+    Mutant(
+        "PlainMath for another vector",
+        GPU_TILE,
+        "lowest_bit(left.vectors) * kThreads) * left.lanes",
+        "lowest_bit(left.vectors)) * left.lanes",
+        "test_gpu::test_special_numbers_among_others",
+    ),
+    Mutant(
+        "root of a number that is too small",
+        FAST_MATH,
+        "require(is_zero_or_from(x, 0x1p-100f));",
+        "",
+        FAST,
+    ),
+    Mutant(
+        "root of zero",
+        FAST_MATH,
+        "estimate_reciprocal_root(x + 0x1p-126f)",
+        "estimate_reciprocal_root(x)",
+        FAST,
+    ),
+    Mutant("quotient by a number that is too large", FAST_MATH, "require(d <= kMostDivisor);", "", FAST),
+    Mutant("quotient by a number that is too small", FAST_MATH, "require(d >= kLeastDivisor);", "", FAST),
+    Mutant("quotient of -0", FAST_MATH, "fma(fma(d, q, -x), -inverse, q)", "fma(fma(-d, q, x), inverse, q)", FAST),
+    Mutant("quotient without its remainder", FAST_MATH, "fma(fma(d, q, -x), -inverse, q)", "q", FAST),
+    Mutant("root without its remainder", FAST_MATH, "fma(fma(-root, root, x), half, root)", "root", FAST),
     Mutant(
         "misaligned stream taken for aligned",
         GPU_TILE,
@@ -311,8 +345,8 @@ MUTANTS = [
     Mutant(
         "grad_scale not read by the kernel",
         GPU_TILE,
-        "if (arguments.grad_scale != nullptr)",
-        "if (false)",
+        "arguments.grad_scale == nullptr ?",
+        "true ?",
         "test_gpu::test_grad_scale_is_read_by_the_kernel",
     ),
     Mutant(

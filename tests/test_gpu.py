@@ -30,7 +30,7 @@ from .test_dtypes import FORMS, Form, name_of, stored
 from .test_layouts import LAYOUTS, Buffers, given
 from .test_properties import Trained, programs
 
-TILE = 8192
+TILE = 4096
 ARGUMENT_WORDS = (32764 - 64) // 8
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -474,6 +474,8 @@ def test_versions_are_counted(gpu: Gpu) -> None:
 
 @every_rule
 def test_parameters_on_gpu_and_cpu(gpu: Gpu, case: Case) -> None:
+    if gpu.backend == "triton" and gpu.simulation is None:
+        pytest.skip("the CUDA kernels are there, too, and the native backend would step the GPU's parameters as well")
     initial, steps = inputs([100, 200, 300, 400], FP32, 3)
     turn = iter(range(1000))
 

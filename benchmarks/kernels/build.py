@@ -17,23 +17,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 
-NO_ALLOCATE = {"LOAD": '".L1::no_allocate"'}
-STREAMING = {"LOAD": '".cs"', "STORE": '".cs"'}
 VARIANTS: dict[str, Mapping[str, str | int]] = {
     "project": {},
     "contracted": {"FMAD": "true"},
-    "no_allocate": NO_ALLOCATE,
-    "no_allocate_cs": {**NO_ALLOCATE, "STORE": '".cs"'},
-    "streaming": STREAMING,
-    "tile_4k": {"TILE": 4096},
+    "streaming": {"LOAD": '".cs"', "STORE": '".cs"'},
+    "no_allocate": {"LOAD": '".L1::no_allocate"'},
+    "tile_2k": {"TILE": 2048},
+    "tile_8k": {"TILE": 8192},
     "tile_16k": {"TILE": 16384},
-    "tile_32k": {"TILE": 32768},
-    "blocks_3": {"BLOCKS": 3},
-    "threads_128": {"THREADS": 128, "BLOCKS": 4},
-    "threads_128_6": {"THREADS": 128, "BLOCKS": 6},
-    "threads_128_tile_4k": {"THREADS": 128, "BLOCKS": 4, "TILE": 4096},
-    "threads_512": {"THREADS": 512, "BLOCKS": 1},
-    "threads_512_tile_16k": {"THREADS": 512, "BLOCKS": 1, "TILE": 16384},
+    "blocks_5": {"BLOCKS": 5},
+    "blocks_7": {"BLOCKS": 7},
+    "blocks_8": {"BLOCKS": 8},
+    "threads_256": {"THREADS": 256, "BLOCKS": 3},
+    "threads_256_tile_8k": {"THREADS": 256, "BLOCKS": 3, "TILE": 8192},
+    "threads_256_blocks_4_tile_8k": {"THREADS": 256, "BLOCKS": 4, "TILE": 8192},
 }
 """By name, the macros in which a variant differs from the kernel as it is, without their prefix DRACOPT_. FMAD is
 nvcc's option: with it the compiler contracts a multiplication and an addition, which does not give the CPU's bits."""

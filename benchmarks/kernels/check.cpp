@@ -6,6 +6,7 @@
 #include <random>
 #include <string>
 
+#include "cuda/fast_math.h"
 #include "problem.h"
 #include "rules/all.h"
 
@@ -163,10 +164,117 @@ int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule:
   return wrong;
 }
 
+#if defined(__CUDACC__)
+struct Counts {
+  unsigned long long asked, exact, wrong;
+};
+
+// The same number; on a GPU a NaN has bits of its own.
+__device__ bool same(float a, float b) { return __float_as_uint(a) == __float_as_uint(b) || (a != a && b != b); }
+
+__device__ void compare(const cuda::FastMath& math, float fast, float plain, Counts& counts) {
+  ++counts.asked;
+  if (!math.exact || fast != fast) return;  // an update that leads to a NaN is done again
+  ++counts.exact;
+  counts.wrong += !same(fast, plain);
+}
+
+__device__ uint32_t scrambled(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// Every float's root, over one divisor.
+__global__ void compare_roots(float d, Counts* counts) {
+  Counts found{};
+  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < uint64_t(1) << 32;
+       i += gridDim.x * blockDim.x) {
+    cuda::FastMath math;
+    const float x = __uint_as_float(static_cast<uint32_t>(i));
+    const float fast = math.root_over(x, Divisor<float>::of(d));
+    compare(math, fast, PlainMath().root_over(x, Divisor<float>::of(d)), found);
+  }
+  atomicAdd(&counts->asked, found.asked);
+  atomicAdd(&counts->exact, found.exact);
+  atomicAdd(&counts->wrong, found.wrong);
+}
+
+// The reciprocal of every float whose reciprocal FastMath uses.
+__global__ void compare_reciprocals(Counts* counts) {
+  Counts found{};
+  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < uint64_t(1) << 32;
+       i += gridDim.x * blockDim.x) {
+    const float d = __uint_as_float(static_cast<uint32_t>(i));
+    if (!(d >= 0x1p-40f && d <= 0x1p40f)) continue;
+    compare(cuda::FastMath(), cuda::FastMath::reciprocal(d), 1 / d, found);
+  }
+  atomicAdd(&counts->asked, found.asked);
+  atomicAdd(&counts->exact, found.exact);
+  atomicAdd(&counts->wrong, found.wrong);
+}
+
+// Many numerators for every significand of a divisor: half of the pairs of any size, half of them not far from one.
+__global__ void compare_quotients(int rounds, Counts* counts) {
+  Counts found{};
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < 1u << 23; i += gridDim.x * blockDim.x) {
+    for (int round = 0; round < rounds; ++round) {
+      const uint32_t a = scrambled(i * 2 + 1 + static_cast<uint32_t>(round) * 0x9e3779b9u), b = scrambled(a + i);
+      const uint32_t exponent = round % 2 == 0 ? b & 0x7f800000u : (b >> 29) + 120u << 23;
+      const float d = __uint_as_float(i | exponent);
+      const float x = __uint_as_float(round % 2 == 0 ? a : (a & 0x807fffffu) | (b & 0x70000000u) >> 5 | 0x3c000000u);
+      cuda::FastMath math;
+      compare(math, math.quotient(x, d), PlainMath().quotient(x, d), found);
+      cuda::FastMath by_constant;
+      const auto constant = Divisor<float>::of(d);
+      compare(by_constant, by_constant.quotient(x, constant), PlainMath().quotient(x, constant), found);
+    }
+  }
+  atomicAdd(&counts->asked, found.asked);
+  atomicAdd(&counts->exact, found.exact);
+  atomicAdd(&counts->wrong, found.wrong);
+}
+
+// FastMath against IEEE's instructions; the number of comparisons that went wrong.
+int compare_math() {
+  auto* const counts = static_cast<Counts*>(memory::allocate(sizeof(Counts)));
+  int wrong = 0;
+  const auto report = [&](const char* what, double least) {
+    Counts found;
+    memory::copy(&found, counts, sizeof(found));
+    const double share = static_cast<double>(found.exact) / static_cast<double>(found.asked);
+    const bool right = found.wrong == 0 && share >= least;
+    std::printf("%-28s %s: %llu of %llu differ, %llu left to PlainMath\n", what, right ? "right" : "WRONG", found.wrong,
+                found.exact, found.asked - found.exact);
+    wrong += !right;
+  };
+  const auto clear = [&] {
+    const Counts none{};
+    memory::copy(counts, &none, sizeof(none));
+  };
+  for (const float d : {1.0f, 0.03162277f, 0.9999995f, 0.7071068f, 0.1414214f}) {
+    clear();
+    compare_roots<<<2048, 256>>>(d, counts);
+    report("root_over", 0.4);
+  }
+  clear();
+  compare_reciprocals<<<2048, 256>>>(counts);
+  report("reciprocal", 1);
+  clear();
+  compare_quotients<<<2048, 256>>>(2048, counts);
+  report("quotient", 0.3);
+  memory::release(counts);
+  return wrong;
+}
+#else
+int compare_math() { return 0; }
+#endif
+
 }  // namespace
 }  // namespace dracopt
 
-int main() {
+// check [kernels]: without FastMath's numbers, which take too long where every access is watched
+int main(int argc, char**) {
   using namespace dracopt;
   if (const char* reason = memory::unavailable()) {
     std::fprintf(stderr, "no GPU: %s\n", reason);
@@ -176,7 +284,7 @@ int main() {
   const Adam::Hyperparameters adam{1e-3, 0.9, 0.999, 1e-8, 1e-2, 0, 1}, amsgrad{1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 0};
   const NAdam::Hyperparameters nadam{1e-3, 0.9, 0.999, 1e-8, 1e-2, 4e-3, 1};
   const Sgd::Hyperparameters plain{1e-2, 0, 0, 1e-2, 0}, nesterov{1e-2, 0.9, 0, 1e-2, 1};
-  int wrong = 0;
+  int wrong = argc > 1 ? 0 : compare_math();
   for (const bool on_device : {false, true}) {
     wrong += run<Adam, float, 2>("AdamW fp32", {fp32, fp32, fp32, fp32}, adam, on_device, false);
     wrong += run<Adam, float, 2>("AdamW fp32, scaled", {fp32, fp32, fp32, fp32}, adam, on_device, on_device);

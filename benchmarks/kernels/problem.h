@@ -75,7 +75,8 @@ void update_each(const typename Rule::template Scalars<T>& scalars, const OnHost
                 [&](auto* from) { x[k] = static_cast<T>(widen(from[i])); });
     }
     if (divisor != T(1)) x[kGrad] = x[kGrad] / divisor;
-    Rule::template update<T, N>(scalars, x[kParam], x[kGrad], x + kFirstState);
+    PlainMath math;
+    Rule::template update<T, N>(scalars, x[kParam], x[kGrad], x + kFirstState, math);
     for (int k = 0; k < kFirstState + N; ++k) {
       if (k == kGrad) continue;
       as_stored(static_cast<void*>(streams.data[k]), streams.dtypes[k],

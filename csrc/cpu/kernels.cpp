@@ -40,6 +40,7 @@ void apply(const Segment& segment, Word* const* tiles, int64_t words) {
   Word* const param = tiles[kParam];
   const Word* const grad = tiles[kGrad];
   Word* const* const states = tiles + kFirstState;
+  PlainMath math;
   DRACOPT_INDEPENDENT
   for (int64_t i = 0; i < words; ++i) {
     T p[lanes], g[lanes], s[kMaxStates][lanes];
@@ -49,7 +50,7 @@ void apply(const Segment& segment, Word* const* tiles, int64_t words) {
     for (int lane = 0; lane < lanes; ++lane) {
       T of_lane[kMaxStates];
       for (int k = 0; k < N; ++k) of_lane[k] = s[k][lane];
-      Rule::template update<T, N>(scalars, p[lane], sign * g[lane], of_lane);
+      Rule::template update<T, N>(scalars, p[lane], sign * g[lane], of_lane, math);
       for (int k = 0; k < N; ++k) s[k][lane] = of_lane[k];
     }
     for (int k = 0; k < N; ++k) states[k][i] = pack<Word>(s[k]);

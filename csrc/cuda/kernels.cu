@@ -20,16 +20,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
   const int thread = static_cast<int>(threadIdx.x);
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
 
-  const Tile tile = tile_of(arguments, blockIdx.x);
-  const Row& row = arguments.rows[tile.row];
+  // One thread looks for what all need: registers that it takes for that are free again in the loops.
+  __shared__ Tile tile;
   __shared__ uint64_t shared[sizeof(RuleScalars) / sizeof(uint64_t) + 1];
-  const uint64_t* scalars = arguments.words + row.slot;
-  if (row.has_recipe) {
-    if (thread == 0) *reinterpret_cast<RuleScalars*>(shared) = prepare<Rule, T>(arguments, row);
-    __syncthreads();
-    scalars = shared;
+  RuleScalars& scalars = *reinterpret_cast<RuleScalars*>(shared);
+  if (thread == 0) {
+    tile = tile_of(arguments, blockIdx.x);
+    const Row& row = arguments.rows[tile.row];
+    scalars = row.has_recipe ? prepare<Rule, T>(arguments, row)
+                             : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
   }
-  update<Rule, T>(arguments, tile, row, *reinterpret_cast<const RuleScalars*>(scalars), thread);
+  __syncthreads();
+  update<Rule, T>(arguments, tile, arguments.rows[tile.row], scalars, thread);
 
   if (arguments.finished == nullptr) return;
   // The last block to come here moves the step counts on: all others have read them.
@@ -100,7 +102,11 @@ const char* unavailable(int device) {
 }
 
 const std::vector<int>& architectures() {
-  static const std::vector<int> list = {__CUDA_ARCH_LIST__};
+  static const std::vector<int> list = [] {
+    std::vector<int> found = {__CUDA_ARCH_LIST__};
+    std::erase(found, DRACOPT_PTX);
+    return found;
+  }();
   return list;
 }
 

@@ -15,7 +15,7 @@ namespace cuda {
 DRACOPT_EXPORT const char* unavailable(int device);
 
 // The GPU architectures that machine code was compiled for, ten times their number: 900 is sm_90. Later ones are served
-// by the PTX of the first.
+// by PTX, which their driver compiles.
 DRACOPT_EXPORT const std::vector<int>& architectures();
 
 // The following act on the current device and return null or the name of CUDA's error. A stream is a cudaStream_t.

@@ -16,13 +16,13 @@ namespace cuda {
 
 // The shape of the kernel, which benchmarks/kernels compiles in others to find the fastest.
 #if !defined(DRACOPT_THREADS)
-#define DRACOPT_THREADS 256
+#define DRACOPT_THREADS 128
 #endif
 #if !defined(DRACOPT_TILE)
-#define DRACOPT_TILE 8192
+#define DRACOPT_TILE 4096
 #endif
 #if !defined(DRACOPT_BLOCKS)
-#define DRACOPT_BLOCKS 2
+#define DRACOPT_BLOCKS 6
 #endif
 
 constexpr int kThreads = DRACOPT_THREADS;  // of a block

@@ -1,7 +1,10 @@
 // The work of one thread of a block, as functions of its number. The kernel calls them; so do the tests, on the host.
 #pragma once
 
+#include <type_traits>
+
 #include "core/math.h"
+#include "cuda/fast_math.h"
 #include "cuda/launch.h"
 
 // How the caches are told of a vector that is read or written: once and not again.
@@ -86,6 +89,30 @@ DRACOPT_HD void write(Vector* to, const Vector& x) {
 #endif
 }
 
+// The same for half of one.
+DRACOPT_HD void read_half(Vector& to, const Vector* from) {
+#if defined(__CUDA_ARCH__)
+  asm("ld.global" DRACOPT_LOAD ".v2.u32 {%0, %1}, [%2];"
+      : "=r"(to.words[0]), "=r"(to.words[1])
+      : "l"(__cvta_generic_to_global(from)));
+#else
+  to.words[0] = from->words[0];
+  to.words[1] = from->words[1];
+#endif
+}
+
+DRACOPT_HD void write_half(Vector* to, const Vector& x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global" DRACOPT_STORE ".v2.u32 [%0], {%1, %2};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(x.words[0]), "r"(x.words[1])
+               : "memory");
+#else
+  to->words[0] = x.words[0];
+  to->words[1] = x.words[1];
+#endif
+}
+
 // The part of a tensor that a block updates.
 struct Tile {
   uint32_t row;
@@ -102,20 +129,20 @@ DRACOPT_HD Tile tile_of(const Arguments& arguments, uint32_t block) {
   return {low, static_cast<int64_t>(block - arguments.first_tiles[low])};
 }
 
-// The elements of a tile: those from `first` to `last` in vectors, those before and behind them one by one.
+// The elements of a tile, counted from its first, which is number `begin` of the tensor: those from `first` to `last`
+// in vectors, those before and behind them one by one.
 struct Range {
-  int64_t begin, first, last, end;
+  int64_t begin;
+  int first, last, end;
 };
 
 // Of a tile of a tensor whose first vector begins at element number `head`. All of its tiles then begin between two
 // vectors, so that only the tensor's first and last elements are in none; all are where a vector has no lanes.
 DRACOPT_HD Range range_of(int64_t number, int64_t numel, int head, int lanes) {
-  int64_t begin = number * kTile, end = begin + kTile + head;
-  if (number > 0) begin += head;
-  if (end > numel) end = numel;
-  if (begin > end) begin = end;
-  int64_t first = number > 0 ? begin : head;
-  if (lanes == 0 || first > end) first = end;
+  const int64_t begin = number * kTile + (number > 0 ? head : 0);
+  const int size = static_cast<int>(kTile) + (number > 0 ? 0 : head);
+  const int end = numel <= begin ? 0 : numel - begin < size ? static_cast<int>(numel - begin) : size;
+  const int before = number > 0 ? 0 : head, first = lanes == 0 || before > end ? end : before;
   return {begin, first, lanes == 0 ? end : end - (end - first) % lanes, end};
 }
 
@@ -187,50 +214,81 @@ DRACOPT_HD void advance(const Arguments& arguments, const Row& row) {
   }
 }
 
+// How the streams of a tensor are stored, if a loop is compiled for just that.
+template <typename Param, typename Grad, typename State>
+struct Stored {
+  DRACOPT_HD static constexpr Dtype dtype(int stream) {
+    return stream == kParam ? dtype_of<Param> : stream == kGrad ? dtype_of<Grad> : dtype_of<State>;
+  }
+
+  // Calls `body` with a value of the type in which a stream is stored.
+  template <typename Body>
+  DRACOPT_HD static void as_type(int stream, const Body& body) {
+    if (stream == kParam) return body(Param());
+    if (stream == kGrad) return body(Grad());
+    body(State());
+  }
+};
+
+// Any other way: every stream's dtype is looked at when the loop runs.
+struct Anyhow {};
+
+// The vectors of a thread that VectorMath could not compute: bit n is its vector number n, of so many elements.
+struct Left {
+  uint32_t vectors;
+  int lanes;
+};
+
 // How a thread updates the elements of one tensor.
 template <typename Rule, typename T, int N>
 struct Update {
   static constexpr int kStreams = kFirstState + N;
   using RuleScalars = typename Rule::template Scalars<T>;
 
-  // What a thread works on at once: a vector of the narrowest dtype that is met beside T; more would not fit into the
-  // registers.
+  // The most elements that a thread works on at once: a vector of the narrowest dtype that is met beside T.
   static constexpr int kLanes = sizeof(T) == 8 ? 4 : 8;
 
   RuleScalars scalars;
-  T sign, divisor;
+  T sign;
+  Divisor<T> divisor;
   const Layout* layout;
   uint32_t dense;  // bit k: stream k is
   bool divides;
-  bool direct;  // all streams are stored as T, and aligned
+  bool all_aligned;
   char* data[kStreams];
-  Dtype dtypes[kStreams];
-  bool aligned[kStreams];  // in vectors, from element number `head` on
-  int head;                // the first element that begins a vector
+  uint32_t dtypes;   // two bits for each stream; all in one register
+  uint32_t aligned;  // bit k: stream k is in vectors, from element number `head` on
+  Range range;       // of the tile
 
   DRACOPT_HD Update(const Arguments& arguments, const Tile& tile, const Row& row, const RuleScalars& prepared)
-      : scalars(prepared), sign(row.maximize ? T(-1) : T(1)), divisor(static_cast<T>(arguments.divisor)) {
+      : scalars(prepared), sign(row.maximize ? T(-1) : T(1)) {
     layout = row.layout == kDense ? nullptr : arguments.layouts + row.layout;
     dense = row.dense;
-    if (arguments.grad_scale != nullptr) divisor = static_cast<T>(*arguments.grad_scale);
-    divides = divisor != T(1);
-    direct = true;
+    const auto number = static_cast<T>(arguments.grad_scale == nullptr ? arguments.divisor : *arguments.grad_scale);
+    divides = number != T(1);
+    divisor = Divisor<T>::of(number);
+    dtypes = aligned = 0;
     uintptr_t misaligned = 0;
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       data[k] = k == kGrad ? reinterpret_cast<char*>(arguments.words[tile.row]) : static_cast<char*>(row.streams[k]);
-      dtypes[k] = row.dtypes[k];
-      direct &= dtypes[k] == dtype_of<T>;
-      aligned[k] = fills_vectors(k);
+      dtypes |= static_cast<uint32_t>(row.dtypes[k]) << 2 * k;
+      aligned |= static_cast<uint32_t>(fills_vectors(k)) << k;
       misaligned |= reinterpret_cast<uintptr_t>(data[k]) % kVectorBytes;
     }
-    head = 0;
-    if (misaligned != 0) align();
+    all_aligned = misaligned == 0;
+    range = range_of(tile.number, row.numel, all_aligned ? 0 : align(), layout == nullptr ? kLanes : 0);
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) {
+      if (is_dense(k)) data[k] += range.begin * itemsize(dtype(k));
+    }
   }
 
-  // Most streams decide where vectors begin; the others are accessed element by element.
-  DRACOPT_HD void align() {
-    int most = 0;
+  DRACOPT_HD bool is_dense(int k) const { return (dense >> k & 1) != 0; }
+
+  // Most streams decide at which element vectors begin; the others are accessed element by element.
+  DRACOPT_HD int align() {
+    int most = 0, head = 0;
     DRACOPT_UNROLL
     for (int candidate = 0; candidate < kStreams; ++candidate) {
       const int start = elements_to_alignment(candidate);
@@ -242,69 +300,98 @@ struct Update {
         head = start;
       }
     }
+    aligned = 0;
     DRACOPT_UNROLL
-    for (int k = 0; k < kStreams; ++k) {
-      aligned[k] = is_aligned(k, head);
-      direct &= aligned[k];
-    }
+    for (int k = 0; k < kStreams; ++k) aligned |= static_cast<uint32_t>(is_aligned(k, head)) << k;
+    all_aligned = aligned == (1u << kStreams) - 1;
+    return head;
   }
 
   DRACOPT_HD int elements_to_alignment(int k) const {
     const int past = static_cast<int>(reinterpret_cast<uintptr_t>(data[k]) % kVectorBytes);
-    return (kVectorBytes - past) % kVectorBytes / itemsize(dtypes[k]);
+    return (kVectorBytes - past) % kVectorBytes / itemsize(dtype(k));
   }
 
   DRACOPT_HD bool is_aligned(int k, int start) const {
-    const uintptr_t address =
-        reinterpret_cast<uintptr_t>(data[k]) + static_cast<uintptr_t>(start * itemsize(dtypes[k]));
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data[k]) + static_cast<uintptr_t>(start * itemsize(dtype(k)));
     return address % kVectorBytes == 0 && fills_vectors(k);
   }
 
   // 16-bit numbers in fp64's arithmetic do not.
-  DRACOPT_HD bool fills_vectors(int k) const { return kLanes * itemsize(dtypes[k]) >= kVectorBytes; }
+  DRACOPT_HD bool fills_vectors(int k) const { return kLanes * itemsize(dtype(k)) >= kVectorBytes; }
 
-  // A thread's share of a tile.
-  DRACOPT_HD void tile(int64_t number, int64_t numel, int thread) const {
-    const Range range = range_of(number, numel, head, layout == nullptr ? kLanes : 0);
-    if (direct) {
-      vectors<true>(range.first, range.last, thread);
-    } else {
-      vectors<false>(range.first, range.last, thread);
+  // Updates all of a thread's share of a tile that can be done in vectors. Models are mostly stored in one of three
+  // ways, which have loops of their own.
+  DRACOPT_HD Left in_vectors(int thread) const {
+    using Plain = Stored<T, T, T>;
+    using Mixed = Stored<Bf16, Bf16, T>;
+    using Half = Stored<Bf16, Bf16, Bf16>;
+    if (all_stored<Plain>()) return vectors<Plain, kVectorBytes / sizeof(T)>(thread);
+    if constexpr (sizeof(T) == 4) {
+      if (all_stored<Mixed>()) return vectors<Mixed, kLanes>(thread);
+      if (all_stored<Half>()) return vectors<Half, kLanes>(thread);
     }
-    const int64_t before = range.first - range.begin, loose = before + (range.end - range.last);
-    for (int64_t i = thread; i < loose; i += kThreads) one(i < before ? range.begin + i : range.last + (i - before));
+    return vectors<Anyhow, 4>(thread);
   }
 
-  template <bool kDirect>
-  DRACOPT_HD void vectors(int64_t begin, int64_t end, int thread) const {
-    constexpr int lanes = kDirect ? kVectorBytes / sizeof(T) : kLanes, at_once = kLanes / lanes;
+  // Are all streams stored so, and aligned?
+  template <typename Storage>
+  DRACOPT_HD bool all_stored() const {
+    uint32_t such = 0;
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) such |= static_cast<uint32_t>(Storage::dtype(k)) << 2 * k;
+    return all_aligned && dtypes == such;
+  }
+
+  template <typename Storage, int lanes>
+  DRACOPT_HD Left vectors(int thread) const {
     constexpr int distance = lanes * kThreads;
-    for (int64_t i = begin + thread * lanes; i < end; i += at_once * distance) {
+    static_assert(sizeof(T) == 8 || kTile <= 32 * distance, "a thread has a bit for each of its vectors");
+    uint32_t left = 0;
+    for (int i = range.first + thread * lanes; i < range.last; i += distance) {
       // All is loaded before any of it is used, so that the loads wait together.
-      Lanes<lanes, T> stored[at_once][kStreams];
+      Lanes<lanes, T> stored[kStreams];
       DRACOPT_UNROLL
-      for (int u = 0; u < at_once; ++u) {
-        DRACOPT_UNROLL
-        for (int k = 0; k < kStreams; ++k) {
-          if (i + u * distance < end) load<kDirect>(k, i + u * distance, stored[u][k]);
-        }
+      for (int k = 0; k < kStreams; ++k) load<Storage>(k, i, stored[k]);
+      if (!update_lanes<Storage>(stored)) {
+        left |= 1u << (i - range.first) / distance;
+        continue;
       }
       DRACOPT_UNROLL
-      for (int u = 0; u < at_once; ++u) {
-        if (i + u * distance < end) update_lanes<kDirect>(i + u * distance, stored[u]);
+      for (int k = 0; k < kStreams; ++k) {
+        if (k != kGrad) store<Storage>(k, i, stored[k]);
       }
+    }
+    return {left, lanes};
+  }
+
+  // Updates the rest of it, one by one.
+  DRACOPT_HD void one_by_one(int thread, Left left) const {
+    const int loose = range.first + (range.end - range.last);
+    for (int i = thread, lane = 0; left.vectors != 0 || i < loose;) {
+      int at = i < range.first ? i : range.last + (i - range.first);
+      if (left.vectors == 0) {
+        i += kThreads;
+      } else {
+        at = range.first + (thread + lowest_bit(left.vectors) * kThreads) * left.lanes + lane;
+        lane = (lane + 1) % left.lanes;
+        if (lane == 0) left.vectors &= left.vectors - 1;
+      }
+      one(at);
     }
   }
 
-  template <bool kDirect, int lanes>
-  DRACOPT_HD void update_lanes(int64_t at, Lanes<lanes, T> (&stored)[kStreams]) const {
-    constexpr int part = kVectorBytes / sizeof(T);  // as many as the registers have room for in both forms
+  // Returns whether VectorMath could compute it.
+  template <typename Storage, int lanes>
+  DRACOPT_HD bool update_lanes(Lanes<lanes, T> (&stored)[kStreams]) const {
+    constexpr int part = kVectorBytes / sizeof(T);  // registers have room for so many in both forms
+    VectorMath<T> math;
     DRACOPT_UNROLL
     for (int first = 0; first < lanes; first += part) {
       T x[part][kStreams];
       DRACOPT_UNROLL
       for (int k = 0; k < kStreams; ++k) {
-        as_type<kDirect>(k, [&](auto type) {
+        as_type<Storage>(k, [&](auto type) {
           DRACOPT_UNROLL
           for (int i = 0; i < part; ++i) {
             x[i][k] = static_cast<T>(widen(stored[k].template get<decltype(type)>(first + i)));
@@ -312,31 +399,41 @@ struct Update {
         });
       }
       DRACOPT_UNROLL
-      for (int i = 0; i < part; ++i) element(x[i]);
+      for (int i = 0; i < part; ++i) {
+        element(x[i], math);
+        math.require_number(x[i][kParam]);
+      }
       DRACOPT_UNROLL
       for (int k = 0; k < kStreams; ++k) {
         if (k == kGrad) continue;
-        as_type<kDirect>(k, [&](auto type) {
-          DRACOPT_UNROLL
-          for (int i = 0; i < part; ++i) stored[k].set(first + i, narrow<decltype(type)>(x[i][k]));
+        as_type<Storage>(k, [&](auto type) {
+          if constexpr (std::is_same_v<decltype(type), Bf16> && !std::is_same_v<Storage, Anyhow>) {
+            DRACOPT_UNROLL
+            for (int i = 0; i < part; i += 2) {
+              math.require_number(x[i][k]);
+              math.require_number(x[i + 1][k]);
+              stored[k].word((first + i) / 2) = round_pair_to_bf16(x[i][k], x[i + 1][k]);
+            }
+          } else {
+            DRACOPT_UNROLL
+            for (int i = 0; i < part; ++i) stored[k].set(first + i, narrow<decltype(type)>(x[i][k]));
+          }
         });
       }
     }
-    DRACOPT_UNROLL
-    for (int k = 0; k < kStreams; ++k) {
-      if (k != kGrad) store<kDirect>(k, at, stored[k]);
-    }
+    return math.exact;
   }
 
-  template <bool kDirect, int lanes>
-  DRACOPT_HD void load(int k, int64_t at, Lanes<lanes, T>& to) const {
-    const int bytes = itemsize(kDirect ? dtype_of<T> : dtypes[k]);
-    const char* const from = data[k] + at * bytes;
-    if (kDirect || aligned[k]) {
+  template <typename Storage, int lanes>
+  DRACOPT_HD void load(int k, int at, Lanes<lanes, T>& to) const {
+    const int bytes = itemsize(dtype_in<Storage>(k));
+    const char* const from = data[k] + static_cast<int64_t>(at) * bytes;
+    if (!std::is_same_v<Storage, Anyhow> || (aligned >> k & 1) != 0) {
       DRACOPT_UNROLL
       for (int v = 0; v < to.kVectors; ++v) {
-        if (v * kVectorBytes < lanes * bytes) to.vectors[v] = read(reinterpret_cast<const Vector*>(from) + v);
+        if ((v + 1) * kVectorBytes <= lanes * bytes) to.vectors[v] = read(reinterpret_cast<const Vector*>(from) + v);
       }
+      if (lanes * bytes < kVectorBytes) read_half(to.vectors[0], reinterpret_cast<const Vector*>(from));
     } else {
       as_bits(bytes, [&](auto type) {
         DRACOPT_UNROLL
@@ -345,15 +442,16 @@ struct Update {
     }
   }
 
-  template <bool kDirect, int lanes>
-  DRACOPT_HD void store(int k, int64_t at, const Lanes<lanes, T>& from) const {
-    const int bytes = itemsize(kDirect ? dtype_of<T> : dtypes[k]);
-    char* const to = data[k] + at * bytes;
-    if (kDirect || aligned[k]) {
+  template <typename Storage, int lanes>
+  DRACOPT_HD void store(int k, int at, const Lanes<lanes, T>& from) const {
+    const int bytes = itemsize(dtype_in<Storage>(k));
+    char* const to = data[k] + static_cast<int64_t>(at) * bytes;
+    if (!std::is_same_v<Storage, Anyhow> || (aligned >> k & 1) != 0) {
       DRACOPT_UNROLL
       for (int v = 0; v < from.kVectors; ++v) {
-        if (v * kVectorBytes < lanes * bytes) write(reinterpret_cast<Vector*>(to) + v, from.vectors[v]);
+        if ((v + 1) * kVectorBytes <= lanes * bytes) write(reinterpret_cast<Vector*>(to) + v, from.vectors[v]);
       }
+      if (lanes * bytes < kVectorBytes) write_half(reinterpret_cast<Vector*>(to), from.vectors[0]);
     } else {
       as_bits(bytes, [&](auto type) {
         DRACOPT_UNROLL
@@ -362,16 +460,30 @@ struct Update {
     }
   }
 
-  // Calls `body` with a value of the type in which a stream is stored.
-  template <bool kDirect, typename Body>
-  DRACOPT_HD void as_type(int k, const Body& body) const {
-    if constexpr (kDirect) return body(T());
-    if (dtypes[k] == Dtype::fp32) return body(float());
-    if constexpr (sizeof(T) == 8) {
-      if (dtypes[k] == Dtype::fp64) return body(double());
+  DRACOPT_HD Dtype dtype(int k) const { return static_cast<Dtype>(dtypes >> 2 * k & 3); }
+
+  template <typename Storage>
+  DRACOPT_HD Dtype dtype_in(int k) const {
+    if constexpr (std::is_same_v<Storage, Anyhow>) {
+      return dtype(k);
+    } else {
+      return Storage::dtype(k);
     }
-    if (dtypes[k] == Dtype::bf16) return body(Bf16());
-    body(Fp16());
+  }
+
+  // Calls `body` with a value of the type in which a stream is stored.
+  template <typename Storage, typename Body>
+  DRACOPT_HD void as_type(int k, const Body& body) const {
+    if constexpr (!std::is_same_v<Storage, Anyhow>) {
+      return Storage::as_type(k, body);
+    } else {
+      if (dtype(k) == Dtype::fp32) return body(float());
+      if constexpr (sizeof(T) == 8) {
+        if (dtype(k) == Dtype::fp64) return body(double());
+      }
+      if (dtype(k) == Dtype::bf16) return body(Bf16());
+      body(Fp16());
+    }
   }
 
   // Calls `body` with a value of a type of this size.
@@ -384,28 +496,33 @@ struct Update {
     body(Bf16());
   }
 
-  // An element at any address and in any layout.
-  DRACOPT_HD void one(int64_t i) const {
+  // An element at any address and in any layout. Where it lies is worked out again to store it: few streams that are
+  // written are strided, and registers are scarce.
+  DRACOPT_HD void one(int i) const {
     T x[kStreams];
-    int64_t at[kStreams];
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
-      at[k] = dense >> k & 1 ? i : offset_of(*layout, k, i);
-      as_type<false>(
-          k, [&](auto type) { x[k] = static_cast<T>(widen(reinterpret_cast<const decltype(type)*>(data[k])[at[k]])); });
+      const int64_t at = place_of(k, i);
+      as_type<Anyhow>(
+          k, [&](auto type) { x[k] = static_cast<T>(widen(reinterpret_cast<const decltype(type)*>(data[k])[at])); });
     }
-    element(x);
+    PlainMath math;
+    element(x, math);
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       if (k == kGrad) continue;
-      as_type<false>(
-          k, [&](auto type) { reinterpret_cast<decltype(type)*>(data[k])[at[k]] = narrow<decltype(type)>(x[k]); });
+      const int64_t at = place_of(k, i);
+      as_type<Anyhow>(
+          k, [&](auto type) { reinterpret_cast<decltype(type)*>(data[k])[at] = narrow<decltype(type)>(x[k]); });
     }
   }
 
-  DRACOPT_HD void element(T (&x)[kStreams]) const {
-    if (divides) x[kGrad] = x[kGrad] / divisor;
-    Rule::template update<T, N>(scalars, x[kParam], sign * x[kGrad], x + kFirstState);
+  DRACOPT_HD int64_t place_of(int k, int i) const { return is_dense(k) ? i : offset_of(*layout, k, range.begin + i); }
+
+  template <typename Math>
+  DRACOPT_HD void element(T (&x)[kStreams], Math& math) const {
+    if (divides) x[kGrad] = math.quotient(x[kGrad], divisor);
+    Rule::template update<T, N>(scalars, x[kParam], sign * x[kGrad], x + kFirstState, math);
   }
 };
 
@@ -417,7 +534,11 @@ DRACOPT_HD void update(const Arguments& arguments, const Tile& tile, const Row& 
     if (row.states != N) return update<Rule, T, N + 1>(arguments, tile, row, scalars, thread);
   }
   const Update<Rule, T, N> update(arguments, tile, row, scalars);
-  update.tile(tile.number, row.numel, thread);
+  const Left left = update.in_vectors(thread);
+  if (left.vectors == 0 && update.range.first == 0 && update.range.last == update.range.end) return;
+  // What is known of the tensor is read again, for registers are scarce in the loops before.
+  const Update<Rule, T, N> again(arguments, tile, row, scalars);
+  again.one_by_one(thread, left);
 }
 
 }  // namespace DRACOPT_ISA

@@ -37,12 +37,12 @@ struct Adam {
   }
 
   // states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
-  template <typename T, int N>
-  DRACOPT_HD static void update(const Scalars<T>& c, T& p, T g, T* states) {
+  template <typename T, int N, typename Math>
+  DRACOPT_HD static void update(const Scalars<T>& c, T& p, T g, T* states, Math& math) {
     c.moments.update(p, g, states[0], states[1]);
     T second_moment = states[1];
     if constexpr (N == 3) second_moment = states[2] = maximum(states[2], second_moment);
-    p = p + (c.neg_step_size * states[0]) / c.moments.denominator(second_moment);
+    p = p + math.quotient(c.neg_step_size * states[0], c.moments.denominator(second_moment, math));
   }
 };
 

@@ -13,7 +13,8 @@ struct Moments {
   T l2;     // else: what the parameter adds to the gradient
   T lerp;   // 1 - beta1, or -beta1 when it starts from the gradient
   T beta2, one_minus_beta2;
-  T bias_correction2_sqrt, eps;
+  Divisor<T> bias_correction2_sqrt;
+  T eps;
   Flag<T> has_l2;
   Flag<T> from_grad;  // beta1 <= 0.5: torch.lerp then starts from the gradient, the end that is nearer
 
@@ -28,7 +29,7 @@ struct Moments {
         .lerp = from_grad ? static_cast<T>(weight) - T(1) : static_cast<T>(weight),
         .beta2 = static_cast<T>(h.beta2),
         .one_minus_beta2 = static_cast<T>(1 - h.beta2),
-        .bias_correction2_sqrt = static_cast<T>(sqrt(1 - power(h.beta2, step))),
+        .bias_correction2_sqrt = Divisor<T>::of(static_cast<T>(sqrt(1 - power(h.beta2, step)))),
         .eps = static_cast<T>(h.eps),
         .has_l2 = flag<T>(!decoupled && h.weight_decay != 0),
         .from_grad = flag<T>(from_grad),
@@ -42,7 +43,10 @@ struct Moments {
     exp_avg_sq = fma(one_minus_beta2 * g, g, exp_avg_sq * beta2);
   }
 
-  DRACOPT_HD T denominator(T second_moment) const { return sqrt(second_moment) / bias_correction2_sqrt + eps; }
+  template <typename Math>
+  DRACOPT_HD T denominator(T second_moment, Math& math) const {
+    return math.root_over(second_moment, bias_correction2_sqrt) + eps;
+  }
 };
 
 }  // namespace DRACOPT_ISA

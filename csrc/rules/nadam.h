@@ -46,11 +46,11 @@ struct NAdam {
   }
 
   // states: exp_avg, exp_avg_sq.
-  template <typename T, int N>
-  DRACOPT_HD static void update(const Scalars<T>& c, T& p, T g, T* states) {
+  template <typename T, int N, typename Math>
+  DRACOPT_HD static void update(const Scalars<T>& c, T& p, T g, T* states, Math& math) {
     c.moments.update(p, g, states[0], states[1]);
     const T direction = fma(c.exp_avg_factor, states[0], c.grad_factor * g);
-    p = p + direction / c.moments.denominator(states[1]);
+    p = p + math.quotient(direction, c.moments.denominator(states[1], math));
   }
 };
 

@@ -41,8 +41,8 @@ struct Sgd {
   }
 
   // states: momentum_buffer, if there is momentum.
-  template <typename T, int N>
-  DRACOPT_HD static void update(const Scalars<T>& c, T& p, T g, T* states) {
+  template <typename T, int N, typename Math>
+  DRACOPT_HD static void update(const Scalars<T>& c, T& p, T g, T* states, Math&) {
     g = select(c.has_l2, fma(p, c.l2, g), g);
     if constexpr (N == 1) {
       T& buffer = states[0];

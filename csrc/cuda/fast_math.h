@@ -1,0 +1,109 @@
+// Square roots and quotients in a third of the instructions, for the numbers that training is made of.
+#pragma once
+
+#include <type_traits>
+
+#include "core/math.h"
+
+// The architecture that PTX is made for, and no machine code; none if the build makes no PTX.
+#if !defined(DRACOPT_PTX)
+#define DRACOPT_PTX 0
+#endif
+
+namespace dracopt {
+namespace cuda {
+inline namespace DRACOPT_ISA {
+
+// Estimates, which a GPU has instructions for.
+DRACOPT_HD float estimate_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+
+DRACOPT_HD float estimate_reciprocal_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / sqrt(x);
+#endif
+}
+
+// The operations of PlainMath with its very bits, as long as `exact` stays true. Where an argument lies beyond the
+// range in which that is proved, or a result is no number, it becomes false, and PlainMath has to do all of it again.
+//
+// The sequences are those that CUDA's compiler makes of IEEE's operations for every GPU that it knows: an estimate, a
+// Newton step, and a correction by the remainder, which the fused multiply-add gives exactly. The compiler puts a
+// branch around each of them, for rare arguments, so that no two overlap. Here one branch serves a whole vector.
+struct FastMath {
+  bool exact = true;
+
+  // IEEE's sqrt(x) / d.
+  DRACOPT_HD float root_over(float x, const Divisor<float>& d) {
+    require(is_zero_or_from(x, 0x1p-100f));
+    const float y = estimate_reciprocal_root(x + 0x1p-126f);  // as of x, except that it is finite where x is zero
+    const float root = x * y, half = 0.5f * y;
+    return divide(fma(fma(-root, root, x), half, root), d.value, d.inverse);
+  }
+
+  // IEEE's x / d.
+  DRACOPT_HD float quotient(float x, const Divisor<float>& d) {
+    require(is_zero_or_from(x, kLeast));
+    return divide(x, d.value, d.inverse);
+  }
+
+  DRACOPT_HD float quotient(float x, float d) {
+    require(is_zero_or_from(x, kLeast));
+    return divide(x, d, reciprocal(d));
+  }
+
+  // The correctly rounded one of a divisor.
+  DRACOPT_HD static float reciprocal(float d) {
+    const float estimate = estimate_reciprocal(d);
+    return fma(estimate, fma(-d, estimate, 1.0f), estimate);
+  }
+
+  // Infinite arguments, and quotients that overflow, end up here.
+  DRACOPT_HD void require_number(float x) { require(x == x); }
+
+ private:
+  // Numerators are not smaller, and divisors lie between the other two: then quotients are normal numbers, and their
+  // remainders can be represented.
+  static constexpr float kLeast = 0x1p-80f, kLeastDivisor = 0x1p-40f, kMostDivisor = 0x1p40f;
+
+  DRACOPT_HD void require(bool condition) { exact &= condition; }
+
+  // Zero is the one number that wraps around.
+  DRACOPT_HD static bool is_zero_or_from(float x, float least) {
+    const auto doubled = [](float y) { return 2 * __builtin_bit_cast(uint32_t, y) - 1; };
+    return doubled(x) >= doubled(least);
+  }
+
+  // By the correctly rounded reciprocal of d (Markstein 1990). The remainder is taken with the other sign, so that the
+  // quotient of -0 is -0.
+  DRACOPT_HD float divide(float x, float d, float inverse) {
+    require(d >= kLeastDivisor);
+    require(d <= kMostDivisor);
+    const float q = x * inverse;
+    return fma(fma(d, q, -x), -inverse, q);
+  }
+};
+
+// What computes vectors of T. How good the estimates of GPUs to come will be, nobody knows.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == DRACOPT_PTX
+template <typename T>
+using VectorMath = PlainMath;
+#else
+template <typename T>
+using VectorMath = std::conditional_t<sizeof(T) == 4, FastMath, PlainMath>;
+#endif
+
+}  // namespace DRACOPT_ISA
+}  // namespace cuda
+}  // namespace dracopt
