@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
-CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp benchmarks/*/*.h benchmarks/*/*.cpp benchmarks/*/*.cu)
 
 .PHONY: train study test mutants triton sanitize lint format bench wheels test-wheel clean
 

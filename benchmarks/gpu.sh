@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Answers on one GPU what only a GPU can. Each part has a limit and writes what it finds at once; the table comes last.
 #
-#   OUT=results benchmarks/gpu.sh smoke   150 s: is it right, and which shape of the kernel is the fastest?
-#   OUT=results benchmarks/gpu.sh full    400 s: all tests, all benchmarks, the profiler, the sanitizer
+#   OUT=results benchmarks/gpu.sh smoke   3 minutes: is it right, and which shape of the kernel is the fastest?
+#   OUT=results benchmarks/gpu.sh full    5 minutes: all tests, all benchmarks, the profiler, the sanitizer
 #
 # Needs Python with torch (built for CUDA), triton, pytest, hypothesis; takes pytest-xdist, matplotlib, ncu and
 # compute-sanitizer where they are. Installs nothing. Uses the build that lies in the tree, else builds for this card.
@@ -20,7 +20,7 @@ usage() {
 
 # part NAME SECONDS LOG COMMAND...: what ends with 2 could not run, and its last line says why.
 part() {
-  local name=$1 seconds=$2 log=$OUT/$3 begin=$SECONDS verdict code=0
+  local name=$1 seconds=${LIMIT:-$2} log=$OUT/$3 begin=$SECONDS verdict code=0
   shift 3
   echo "$name: at most $seconds s"
   echo "==== $name" >>"$log"
@@ -115,6 +115,7 @@ full() {
 [ -n "${OUT:-}" ] || usage "OUT names the folder for the results"
 case $1 in smoke | full) ;; *) usage "there is no stage '$1'" ;; esac
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || usage "$OUT cannot be made"
+rm -f "$OUT"/{summary.txt,log.txt,tests.log,benchmarks.log}
 export OUT PYTHON WORKERS PROGRAMS
 export -f available build programs tests benchmarks needs profile sanitize sweep
 "$1"

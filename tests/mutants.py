@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "halves of a pair swapped",
         DTYPE,
-        "round_to_bf16(from[0]) >> 16 | (round_to_bf16(from[1]) & 0xffff0000u)",
-        "round_to_bf16(from[1]) >> 16 | (round_to_bf16(from[0]) & 0xffff0000u)",
+        "round_pair_to_bf16(from[0], from[1])",
+        "round_pair_to_bf16(from[1], from[0])",
         "test_dtypes::test_reference",
     ),
     Mutant(

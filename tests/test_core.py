@@ -203,7 +203,7 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     assert output_of(EXTREMES, tmp_path).split() == [f"{2 + (big - 2) * 5}+5x2", "3+5x2"]
 
 
-# How tensors are shared out to launches and their tiles to blocks. Nothing is allocated: the largest has 2^43 elements.
+# How tensors are shared out to launches and their tiles to blocks. Nothing is allocated: the largest has 2^42 elements.
 LAUNCHES = """
 #include <cstdio>
 #include <initializer_list>
@@ -286,7 +286,7 @@ static size_t fill(const std::vector<int64_t>& sizes, size_t slot, size_t tensor
 int main() {
   const int64_t large = int64_t(1) << 31;
   for (int64_t numel : {int64_t(0), int64_t(1), int64_t(3), int64_t(7), int64_t(8), int64_t(9), kTile - 1, kTile,
-                        kTile + 1, kTile + 7, 2 * kTile, 3 * kTile + 5, large - 1, large, large + 77, large << 12}) {
+                        kTile + 1, kTile + 7, 2 * kTile, 3 * kTile + 5, large - 1, large, large + 77, large << 11}) {
     check_ranges(numel);
   }
   for (size_t count : {1, 2, 3, 30, 465, 3900, 4000, 10000}) {
@@ -299,14 +299,14 @@ int main() {
       fill(mostly_empty, 5, count);
     }
   }
-  fill({large + 3, 0, large << 10, 5, large << 12, large << 12, 0}, 5, 7);
+  fill({large + 3, 0, large << 9, 5, large << 11, large << 11, 0}, 5, 7);
   std::printf("%zu", fill(std::vector<int64_t>(465, 3), 5, 1));            // a group each
   std::printf(" %zu", fill(std::vector<int64_t>(3900, 3), 5, 130));        // 30 groups
   std::printf(" %zu", fill(std::vector<int64_t>(4087 - 5, 3), 5, 10000));  // just fits
   std::printf(" %zu", fill(std::vector<int64_t>(4087 - 4, 3), 5, 10000));  // just does not
   std::printf(" %zu", fill(std::vector<int64_t>(10000, 3), 5, 100));
   std::printf(" %zu", fill(std::vector<int64_t>(10000, 3), 5, 1));         // 681 of 6 words each, and one word left
-  std::printf(" %zu", fill({large << 12, large << 12, 1}, 5, 10));         // more blocks than a launch can have
+  std::printf(" %zu", fill({large << 11, large << 11, 1}, 5, 10));         // more blocks than a launch can have
   std::printf(" %ld", faults);
 }
 """

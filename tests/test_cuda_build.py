@@ -94,21 +94,20 @@ def test_all_streams_move_16_bytes_at_a_time(architecture: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loads_wait_together(architecture: int) -> None:
-    """No arithmetic stands between the loads of all streams, in the loop that has the most: bf16 with fp32 states."""
+    """No root stands between the loads of all streams, in the loop that has the most: bf16 with fp32 states. SGD has no
+    roots, and there no arithmetic does."""
     for kernel, code in kernels_of(architecture):
         if kernel.endswith("-f"):
-            runs = [len(re.findall(r"LDG(?:\.E)?\.128", part)) for part in re.split(r"STG|MUFU|FFMA", code)]
+            between = "STG|FFMA" if kernel == "Sgd-f" else "STG|MUFU"
+            runs = [len(re.findall(r"LDG(?:\.E)?\.128", part)) for part in re.split(between, code)]
             assert max(runs) == 2 + 2 * STATES[kernel.split("-")[0]][1], kernel
 
 
 def test_nothing_is_contracted_or_approximated() -> None:
-    """Every operation names its rounding, which forbids the assembler to fuse it with another one. The estimates are
-    those of FastMath, which corrects them."""
+    """Every operation names its rounding, which forbids the assembler to fuse it with another one. The PTX is for GPUs
+    to come, and has none of the estimates of today's."""
     names = r"\b((?:mul|add|sub|fma|div|sqrt|mad|rcp|rsqrt)\.[a-z.]*f(?:32|64))\b"
     operations = set(re.findall(names, cuobjdump("-ptx")))
-    estimates = {"rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32"}
-    assert estimates <= operations
-    operations -= estimates
     assert {"fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"} <= operations
     assert all(".rn." in operation for operation in operations), operations
 

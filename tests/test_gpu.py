@@ -7,10 +7,12 @@ import copy
 import ctypes
 import functools
 import math
+import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,6 +218,25 @@ def test_special_numbers(gpu: Gpu, case: Case) -> None:
         assert_same_bits(gpu.train(case.ours, case.options, *values), train(case.ours, case.options, *values))
 
 
+@every_rule
+@pytest.mark.parametrize("form", [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16)], ids=name_of)
+def test_special_numbers_among_others(gpu: Gpu, case: Case, form: Form) -> None:
+    """Few of a tile's vectors hold what FastMath leaves to PlainMath: those are found again, and no others."""
+    generator = torch.Generator().manual_seed(0)
+    size = 2 * TILE + 300 if gpu.backend == "native" else 1000
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, 1e-30, 3e38])
+
+    def numbers(dtype: torch.dtype) -> Tensor:
+        found = torch.randn(size, generator=generator)
+        places = torch.randint(size, (12,), generator=generator)
+        found[places] = special[torch.randint(len(special), (12,), generator=generator)]
+        return found.to(dtype)
+
+    values = [numbers(form[0])], [[numbers(form[1])] for _ in range(3)]
+    options = {**case.options, "state_dtype": form[2]}
+    assert_same_bits(gpu.train(case.ours, options, *values), train(case.ours, options, *values))
+
+
 # ---- where the elements lie
 
 
@@ -375,6 +396,36 @@ def test_launches_that_the_profiler_counts(real_gpu: Gpu, work: str) -> None:
     assert 9 * expected <= len(kernels) <= 10 * expected, on_gpu  # at the edges of its window the profiler may lose one
     assert len(set(kernels)) == 1
     assert len(on_gpu) == len(kernels) or real_gpu.backend == "triton"  # which has its arguments copied
+
+
+THREADS = """
+import os
+import torch, dracopt_ext
+from dracopt_ext import backend
+from dracopt_ext.optim import _base
+from tests import simulated_gpu
+_base.GPU = simulated_gpu.DEVICE
+backend._C = simulated_gpu.load().module
+torch.set_num_threads(4)
+params = [torch.nn.Parameter(torch.ones(1).to(simulated_gpu.DEVICE)) for _ in range(1000)]
+for p in params:
+    p.grad = torch.ones(1).to(simulated_gpu.DEVICE)
+optimizer = dracopt_ext.SGD(params, lr=0.1)
+before = len(os.listdir("/proc/self/task"))
+optimizer.step()
+assert optimizer.last_backend == {simulated_gpu.DEVICE: frozenset({"native"})}
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_no_other_thread_is_waited_for(simulated: simulated_gpu.SimulatedGpu) -> None:
+    """On an H200's host a region of 16 threads before the launch took 10 ms, because the slowest was waited for."""
+    if not os.path.exists("/proc/self/task"):
+        pytest.skip("needs /proc")
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", THREADS], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0\n"
 
 
 def test_one_launch_for_different_numbers_of_states(gpu: Gpu) -> None:
