@@ -54,7 +54,10 @@ KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-tra
 PTX = 87
 CUDA_ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 if os.environ.get("DRACOPT_CUDA_ARCHITECTURES"):
-    CUDA_ARCHITECTURES = sorted(map(int, re.split(r"[,; ]+", os.environ["DRACOPT_CUDA_ARCHITECTURES"])))
+    wanted = re.split(r"[,; ]+", os.environ["DRACOPT_CUDA_ARCHITECTURES"])
+    if not all(number.isdecimal() for number in wanted):
+        raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES is {' '.join(wanted)!r}; give it numbers such as 90 or 80,90")
+    CUDA_ARCHITECTURES = sorted(map(int, wanted))
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
 # Elsewhere the binding contains the kernels.
 SHARED_KERNELS = sys.platform == "linux"

@@ -233,8 +233,8 @@ def markdown(rows: Sequence[Row]) -> str:
 def _short_table(rows: Sequence[Row]) -> str:
     """Each case beside its baseline, from end to end."""
     lines = [
-        "| Work | ours (p90) | torch (p90) | torch over ours | share of stream | Triton's | launches | host |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| Work | ours (p90) | torch (p90) | torch over ours | GPU's clock | share of stream | Triton's | launches | host |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case in {row.result.case.name: row.result.case for row in rows}.values():
         found = {(row.result.peer, row.result.clock): row for row in rows if row.result.case.name == case.name}
@@ -246,6 +246,7 @@ def _short_table(rows: Sequence[Row]) -> str:
             _with_p90(ours.result),
             f"{theirs.result.peer.removeprefix('torch ')} {_with_p90(theirs.result)}" if theirs else "",
             f"**{_short(ours.ratio)}x**" if ours.ratio else "",
+            "" if on_gpu is None or on_gpu.ratio is None else f"{_short(on_gpu.ratio)}x",
             "" if on_gpu is None or on_gpu.share is None else f"{on_gpu.share:.1%}",
             "" if by_triton is None or by_triton.share is None else f"{by_triton.share:.1%}",
             str(ours.result.launches),
@@ -294,17 +295,22 @@ def _short(value: float) -> str:
 
 
 def plot(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
-    """The speed-up over torch's fused implementation and, where known, the share of bandwidth. Of one suite."""
+    """The speed-up over torch's fused implementation and, where known, the share of bandwidth. Of one suite.
+
+    The speed-up is from end to end on the CPU, and on its own clock on a GPU, where the host's time is in the tables.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     on_cpu = all(SUITES[row.result.suite].device == "cpu" for row in rows)
-    cases = list(dict.fromkeys(row.result.case.name for row in rows))
+    clock = END_TO_END if on_cpu else DEVICE
     rows = [row for row in rows if row.result.peer not in BANDWIDTHS]
     shares = [(row, 100 * row.share) for row in rows if row.share is not None]
-    speed_ups = [row for row in rows if row.ratio is not None and row.result.clock == END_TO_END]
+    speed_ups = [row for row in rows if row.ratio is not None and row.result.clock == clock]
+    shown = {row.result.case.name for row in [*speed_ups, *(row for row, _ in shares)]}
+    cases = [name for name in dict.fromkeys(row.result.case.name for row in rows) if name in shown]
     figure, axes = plt.subplots(
         1, 2 if shares else 1, sharey=True, squeeze=False, figsize=(10, 1.6 + 0.65 * len(cases)), layout="constrained"
     )
@@ -312,18 +318,19 @@ def plot(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
     left.set_xscale("log")
     _panel(left, cases, [(row, row.ratio or 1) for row in speed_ups], 1, "x")
     left.axvline(1, color=COLORS[FUSED], linewidth=1)
-    left.set_title("times as fast as torch fused")
+    left.set_title("times as fast as torch fused" + ("" if on_cpu else ", on the GPU's clock"), fontsize=10)
     left.set_yticks(range(len(cases)), cases)
     left.set_ylim(len(cases) - 0.4, -0.5)
     left.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    left.set_xlim(right=left.get_xlim()[1] * 3)
+    least, most = left.get_xlim()
+    left.set_xlim(least / 1.3, most * 3)
     if shares:
         right = axes[0, 1]
         _panel(right, cases, shares, 0, " %")
         right.set_xlim(0, right.get_xlim()[1] * 1.08)
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        of = "ours on 64M" if on_cpu else "a stream that reads and writes as much"
-        right.set_title(f"bandwidth, in % of {of}")
+        of = "ours on 64M" if on_cpu else "a stream's"
+        right.set_title(f"bandwidth, in % of {of}", fontsize=10)
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     peers = [peer for peer in COLORS if peer in handles]
     figure.legend([handles[peer] for peer in peers], peers, loc="outside lower center", ncols=len(peers), frameon=False)

@@ -96,10 +96,10 @@ def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
     assert table.count("| **dracopt** |") == len(suite.cases)
     assert "| AdamW, 1B in 300 tensors | **dracopt** | host | 1 | 2.00 |" in table
-    assert (
-        "| AdamW, 1B in 300 tensors | 2.00 ms (2.00) | fused 4.00 ms (4.00) | **2.00x** | 75.0% | 71.4% | 1 | 2000 µs |"
-        in table
+    short = (
+        "| AdamW, 1B in 300 tensors | 2.00 ms (2.00) | fused 4.00 ms (4.00) | **2.00x** | 2.00x | 75.0% | 71.4% | 1 |"
     )
+    assert f"{short} 2000 µs |" in table
 
 
 def test_training_on_digits(tmp_path: Path) -> None:

@@ -284,3 +284,12 @@ def test_source_distribution_is_complete(tree: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
     assert not [name for name in names if name.startswith("tests") or name.endswith(("_build_info.py", ".so"))]
     assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "triton_kernels/step.py"} <= names
+
+
+def test_architectures_that_are_no_numbers(tree: Path) -> None:
+    environment = {**os.environ, "DRACOPT_CUDA_ARCHITECTURES": "80;sm_90"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "DRACOPT_CUDA_ARCHITECTURES is '80 sm_90'; give it numbers such as 90 or 80,90" in done.stderr

@@ -1,4 +1,4 @@
-// Square roots and quotients in a third of the instructions, for the numbers that training is made of.
+// Square roots and quotients in fewer instructions than CUDA's compiler takes, with the same bits.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@ namespace dracopt {
 namespace cuda {
 inline namespace DRACOPT_ISA {
 
-// Estimates, which a GPU has instructions for.
+// A GPU has instructions for these two estimates.
 DRACOPT_HD float estimate_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -63,13 +63,13 @@ struct FastMath {
     return divide(x, d, reciprocal(d));
   }
 
-  // The correctly rounded one of a divisor.
+  // Returns the correctly rounded reciprocal of a divisor.
   DRACOPT_HD static float reciprocal(float d) {
     const float estimate = estimate_reciprocal(d);
     return fma(estimate, fma(-d, estimate, 1.0f), estimate);
   }
 
-  // Infinite arguments, and quotients that overflow, end up here.
+  // Refuses NaN, which infinite arguments and quotients that overflow lead to.
   DRACOPT_HD void require_number(float x) { require(x == x); }
 
  private:
@@ -85,7 +85,7 @@ struct FastMath {
     return doubled(x) >= doubled(least);
   }
 
-  // By the correctly rounded reciprocal of d (Markstein 1990). The remainder is taken with the other sign, so that the
+  // Divides by the correctly rounded reciprocal of d (Markstein 1990). The remainder has the other sign, so that the
   // quotient of -0 is -0.
   DRACOPT_HD float divide(float x, float d, float inverse) {
     require(d >= kLeastDivisor);
@@ -95,7 +95,7 @@ struct FastMath {
   }
 };
 
-// What computes vectors of T. How good the estimates of GPUs to come will be, nobody knows.
+// VectorMath computes vectors of T. Nobody knows how good the estimates of GPUs to come will be.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == DRACOPT_PTX
 template <typename T>
 using VectorMath = PlainMath;

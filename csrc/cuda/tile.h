@@ -214,7 +214,7 @@ DRACOPT_HD void advance(const Arguments& arguments, const Row& row) {
   }
 }
 
-// How the streams of a tensor are stored, if a loop is compiled for just that.
+// Stored says how the streams of a tensor are stored, where a loop is compiled for just that.
 template <typename Param, typename Grad, typename State>
 struct Stored {
   DRACOPT_HD static constexpr Dtype dtype(int stream) {
@@ -230,7 +230,7 @@ struct Stored {
   }
 };
 
-// Any other way: every stream's dtype is looked at when the loop runs.
+// Anyhow is any other way: the loop looks at every stream's dtype as it runs.
 struct Anyhow {};
 
 // The vectors of a thread that VectorMath could not compute: bit n is its vector number n, of so many elements.
@@ -257,7 +257,7 @@ struct Update {
   bool all_aligned;
   char* data[kStreams];
   uint32_t dtypes;   // two bits for each stream; all in one register
-  uint32_t aligned;  // bit k: stream k is in vectors, from element number `head` on
+  uint32_t aligned;  // bit k: stream k has vectors where the tensor's vectors are
   Range range;       // of the tile
 
   DRACOPT_HD Update(const Arguments& arguments, const Tile& tile, const Row& row, const RuleScalars& prepared)
@@ -286,7 +286,7 @@ struct Update {
 
   DRACOPT_HD bool is_dense(int k) const { return (dense >> k & 1) != 0; }
 
-  // Most streams decide at which element vectors begin; the others are accessed element by element.
+  // Returns the element at which vectors begin. Most streams decide it; the others are accessed element by element.
   DRACOPT_HD int align() {
     int most = 0, head = 0;
     DRACOPT_UNROLL
@@ -343,6 +343,7 @@ struct Update {
     return all_aligned && dtypes == such;
   }
 
+  // One loop for each way to store a tensor.
   template <typename Storage, int lanes>
   DRACOPT_HD Left vectors(int thread) const {
     constexpr int distance = lanes * kThreads;
@@ -381,7 +382,7 @@ struct Update {
     }
   }
 
-  // Returns whether VectorMath could compute it.
+  // Computes the new numbers of a vector. Returns false if VectorMath could not.
   template <typename Storage, int lanes>
   DRACOPT_HD bool update_lanes(Lanes<lanes, T> (&stored)[kStreams]) const {
     constexpr int part = kVectorBytes / sizeof(T);  // registers have room for so many in both forms
