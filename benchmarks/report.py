@@ -233,7 +233,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _short_table(rows: Sequence[Row]) -> str:
     """Each case beside its baseline, from end to end."""
     lines = [
-        "| Work | ours (p90) | torch (p90) | torch over ours | GPU's clock | share of stream | Triton's | launches | host |",
+        "| Work | ours (p90) | torch (p90) | torch over ours | GPU's clock | of stream | Triton's | launches | host |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case in {row.result.case.name: row.result.case for row in rows}.values():
