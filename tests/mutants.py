@@ -330,7 +330,6 @@ MUTANTS = [
         "estimate_reciprocal_root(x)",
         FAST,
     ),
-    Mutant("quotient by a number that is too large", FAST_MATH, "require(d <= kMostDivisor);", "", FAST),
     Mutant("quotient by a number that is too small", FAST_MATH, "require(d >= kLeastDivisor);", "", FAST),
     Mutant("quotient of -0", FAST_MATH, "fma(fma(d, q, -x), -inverse, q)", "fma(fma(-d, q, x), inverse, q)", FAST),
     Mutant("quotient without its remainder", FAST_MATH, "fma(fma(d, q, -x), -inverse, q)", "q", FAST),

@@ -367,6 +367,10 @@ int main() {
     quotient(of_bits((random() & 0x80000000u) | (random() % 0x50000000u + 0x17800000u)), d);
   }
   const long before = exact, asked_before = asked;
+  for (float zero : {0.0f, -0.0f}) {  // of parameters that no gradient has reached yet
+    root_over(zero, 0.5f);
+    quotient(zero, 1e-8f);
+  }
   for (uint32_t significand = 0; significand < 1u << 23; ++significand) {
     for (uint32_t exponent : {127u, 128u}) root_over(of_bits(exponent << 23 | significand), 1.0f);
     // Numerators whose quotients lie close to the middle between two numbers.
