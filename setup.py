@@ -58,6 +58,8 @@ if os.environ.get("DRACOPT_CUDA_ARCHITECTURES"):
     if not all(number.isdecimal() for number in wanted):
         raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES is {' '.join(wanted)!r}; give it numbers such as 90 or 80,90")
     CUDA_ARCHITECTURES = sorted(map(int, wanted))
+    if PTX in CUDA_ARCHITECTURES:
+        raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES: {PTX} stands for PTX here; the code for 86 runs on such a GPU")
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
 # Elsewhere the binding contains the kernels.
 SHARED_KERNELS = sys.platform == "linux"

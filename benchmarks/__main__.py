@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             results += measured
             write(args.out, report.compare(results)[-len(measured) :], runs)
-    for device in runs:
+    if not results and not failed:
+        sys.exit(f"no case has {' or '.join(args.case)} in its name")
+    for device in dict.fromkeys(SUITES[result.suite].device for result in results):
         show(args.out / f"{NAMES[device]}.csv")
     sys.exit(failed)
 
@@ -102,13 +104,14 @@ def write(out: Path, rows: Sequence[report.Row], runs: Mapping[str, Mapping[str,
 
 
 def show(path: Path) -> None:
-    """Print the last run in a CSV file, and draw its plot beside it."""
-    if not path.exists():
-        return
+    """Print the last run in a CSV file, and draw beside it the suite that the file is named for."""
     rows, run = report.read_csv(path)
     print(report.markdown(rows))
+    drawn = [row for row in rows if row.result.suite == path.stem]
+    if not drawn:
+        return
     try:
-        report.plot(path.with_suffix(".png"), [row for row in rows if row.result.suite == path.stem], run)
+        report.plot(path.with_suffix(".png"), drawn, run)
     except ImportError as error:
         say(f"no plot: {error}")
 

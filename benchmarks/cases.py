@@ -40,7 +40,7 @@ class Case:
     """Parameter groups of as many tensors each, with learning rates of their own."""
     storage: Storage = PLAIN
     zero_gradients: bool = False
-    """Else they are random. Zeros take the slow paths of square root and division."""
+    """The gradients are zeros, else random. A processor's roots and quotients of zeros may take a slower path."""
     baseline: str | None = "torch fused"
     """The peer that the others are compared with; None if no other does this work."""
     peers: Sequence[str] | None = None

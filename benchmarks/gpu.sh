@@ -49,7 +49,15 @@ build() {
   "$PYTHON" -m dracopt_ext
 }
 
-programs() { [ -x "$PROGRAMS/sweep" ] || "$PYTHON" benchmarks/kernels/build.py --out "$PROGRAMS"; }
+programs() {
+  [ -x "$PROGRAMS/sweep" ] && [ -x "$PROGRAMS/check" ] && return
+  command -v nvcc >/dev/null || { echo "nvcc was not found"; return 2; }
+  "$PYTHON" benchmarks/kernels/build.py --out "$PROGRAMS"
+}
+
+check() { has check && "$PROGRAMS/check"; }
+
+has() { [ -x "$PROGRAMS/$1" ] || { echo "there is no $PROGRAMS/$1"; return 2; }; }
 
 available() {
   "$PYTHON" -c 'import sys, dracopt_ext as d; why = d.backends()["native:cuda"]; why and print(why); sys.exit(2 if why else 0)'
@@ -57,43 +65,46 @@ available() {
 
 # In one process a single wrong access lets all later tests fail. Many that each used all cores would wait for each other.
 tests() {
-  local workers=()
+  local workers=() code=0
   available || return
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$WORKERS"); fi
   OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors --tb=short --maxfail=60 \
-    -o faulthandler_timeout=60 "${workers[@]}" --durations=10 -m gpu "$@"
+    -o faulthandler_timeout=60 "${workers[@]}" --durations=10 -m gpu "$@" || code=$?
+  [ $code != 2 ] || code=1  # pytest says so of a run that it ended early, not of one that could not begin
+  return $code
 }
 
 benchmarks() { available && "$PYTHON" -m benchmarks --suite gpu --out "$OUT" "$@"; }
 
 needs() { command -v "$1" >/dev/null || { echo "$1 is not on the path"; return 2; }; }
 
-# Where a kernel's time goes, for each mix of dtypes. A small problem, because every pass of ncu restores the memory.
+# The profiler says where a kernel's time goes, for each mix of dtypes. The problem is small, because every pass of ncu
+# restores the memory.
 profile() {
-  needs ncu && [ -x "$PROGRAMS/sweep" ] || return 2
+  needs ncu && has sweep || return
   ncu --clock-control none --csv --page details --kernel-name regex:step \
     --section SpeedOfLight --section WarpStateStats --section SchedulerStats --section Occupancy \
     --section LaunchStats --section InstructionStats --section MemoryWorkloadAnalysis \
-    "$PROGRAMS/sweep" --only project --tensors 40 --rounds 1 >"$OUT/profile.csv"
+    "$PROGRAMS/sweep" --only project --tensors 40 --rounds 1 | tee /dev/stderr | sed -n '/^"ID"/,$p' >"$OUT/profile.csv"
+  return "${PIPESTATUS[0]}"
 }
 
 sanitize() {
   local tool
-  needs compute-sanitizer || return
+  needs compute-sanitizer && has check || return
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 9 "$PROGRAMS/check" kernels || return
   done
 }
 
 sweep() {
-  [ -x "$PROGRAMS/sweep" ] || { echo "there is no $PROGRAMS/sweep: nvcc was not found"; return 2; }
-  "$PROGRAMS/sweep" "$@" >"$OUT/sweep.csv"
+  has sweep && "$PROGRAMS/sweep" "$@" >"$OUT/sweep.csv"
 }
 
 smoke() {
   part build 90 log.txt build
   part programs 120 log.txt programs
-  part check 20 log.txt "$PROGRAMS/check"
+  part check 20 log.txt check
   part capture 40 log.txt tests -k first_step_of_a_process_is_captured
   part sweep 40 log.txt sweep
   part tests 80 tests.log tests -k "cuda and not triton"
@@ -103,7 +114,7 @@ smoke() {
 full() {
   part build 90 log.txt build
   part programs 120 log.txt programs
-  part check 20 log.txt "$PROGRAMS/check"
+  part check 20 log.txt check
   part sweep 20 log.txt sweep
   part sanitizer 30 log.txt sanitize
   part tests 140 tests.log tests
@@ -115,9 +126,9 @@ full() {
 [ -n "${OUT:-}" ] || usage "OUT names the folder for the results"
 case $1 in smoke | full) ;; *) usage "there is no stage '$1'" ;; esac
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || usage "$OUT cannot be made"
-rm -f "$OUT"/{summary.txt,log.txt,tests.log,benchmarks.log}
+rm -f "$OUT"/{summary.txt,log.txt,tests.log,benchmarks.log,gpu.csv,sweep.csv,profile.csv}
 export OUT PYTHON WORKERS PROGRAMS
-export -f available build programs tests benchmarks needs profile sanitize sweep
+export -f available build programs check has tests benchmarks needs profile sanitize sweep
 "$1"
 echo
 cat "$OUT/summary.txt"

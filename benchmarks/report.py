@@ -164,14 +164,14 @@ def _cells(row: Row) -> dict[str, object]:
 
 def _backend(peer: str) -> str:
     if peer in OURS:
-        return "native"
+        return OURS[peer]
     if peer in BANDWIDTHS:
         return ""
     return "torch" if peer.startswith("torch") else f"deepspeed {metadata.version('deepspeed')}"
 
 
 def environment(device_type: str) -> dict[str, object]:
-    """What a run is measured with, and when."""
+    """A run's machine, versions and time, by the columns of the CSV file."""
     return {
         "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
@@ -220,7 +220,7 @@ def _git(*arguments: str) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for each suite; and for those on a GPU a short one, which the README shows."""
+    """One table for each suite; and for those on a GPU a short one."""
     tables = []
     for suite in _suites(rows):
         of_suite = [row for row in rows if row.result.suite == suite]

@@ -335,6 +335,13 @@ MUTANTS = [
     Mutant("quotient without its remainder", FAST_MATH, "fma(fma(d, q, -x), -inverse, q)", "q", FAST),
     Mutant("root without its remainder", FAST_MATH, "fma(fma(-root, root, x), half, root)", "root", FAST),
     Mutant(
+        "threads are waited for before a launch",
+        PLAN,
+        "if (count_ > 0 && is_on_gpu(located_.front().param)) {",
+        "if (false) {",
+        "test_gpu::test_no_other_thread_is_waited_for",
+    ),
+    Mutant(
         "misaligned stream taken for aligned",
         GPU_TILE,
         "return address % kVectorBytes == 0 && ",

@@ -59,6 +59,7 @@ def test_gpu_suite(tmp_path: Path) -> None:
     for peer in ("dracopt", "dracopt triton"):
         ours = [row for row in rows if row["peer"] == peer]
         assert {row["launches"] for row in ours} == {"1"}
+        assert {row["backend"] for row in ours} == {"native" if peer == "dracopt" else "triton"}
         assert {row["clock"] for row in ours} == {"host", "device", "end to end", "first step"}
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 

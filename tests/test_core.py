@@ -388,6 +388,6 @@ def test_fast_math(tmp_path: Path) -> None:
     """All significands in two binades, all exponents and special numbers: the bits of IEEE's operations, or none.
 
     The estimates are the host's here. With a GPU's own ``benchmarks/kernels/check.cpp`` compares all roots and
-    reciprocals, and 20 billion quotients; and test_cuda_build.py compares the steps with the compiler's.
+    reciprocals, and 20 billion quotients; and test_cuda_build.py counts its steps and the compiler's.
     """
     assert output_of(FAST_MATH, tmp_path) == "0 1"

@@ -15,6 +15,7 @@ from dracopt_ext import _C
 from dracopt_ext.backend import BUILD_INFO, NATIVE
 
 MODULE = NATIVE / "libdracopt_kernels.so"
+SOURCES = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 
 pytestmark = pytest.mark.skipif(not _C.cuda_architectures(), reason=f"no CUDA kernels: {BUILD_INFO.get('no_cuda')}")
@@ -69,7 +70,7 @@ STATES = {"Sgd": (0, 1), "Adam": (2, 3), "NAdam": (2, 2)}
 
 
 def vectors(dtype: str, own: int, states: int) -> int:
-    """That all loops of a form with so many states move, beside ``own`` streams: the parameter and its gradient."""
+    """How many all loops of a form with so many states move, beside ``own`` streams: the parameter and its gradient."""
     if dtype == "d":
         return (1 + 2) * (own + states)  # of fp64; of any mixture, where fp64 is two
     plain = half = anyhow = own + states
@@ -112,29 +113,36 @@ def test_nothing_is_contracted_or_approximated() -> None:
     assert all(".rn." in operation for operation in operations), operations
 
 
-IEEE = """
-__global__ void quotient(float* x, const float* d) { x[threadIdx.x] = __fdiv_rn(x[threadIdx.x], d[threadIdx.x]); }
-__global__ void root(float* x) { x[threadIdx.x] = __fsqrt_rn(x[threadIdx.x]); }
+IEEE_AND_FAST = """
+#include "cuda/fast_math.h"
+using namespace dracopt;
+__global__ void ieee_quotient(float* x, const float* d) { x[0] = x[0] / d[0]; }
+__global__ void ieee_root(float* x) { x[0] = dracopt::sqrt(x[0]); }
+__global__ void fast_quotient(float* x, const float* d) { x[0] = cuda::FastMath().quotient(x[0], d[0]); }
+__global__ void fast_root_over(float* x, const float* d) {
+  x[0] = cuda::FastMath().root_over(x[0], Divisor<float>{d[0], d[1]});
+}
 """
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fast_math_is_what_the_compiler_makes_of_ieee(architecture: int, tmp_path: Path) -> None:
-    """FastMath has the steps that this nvcc takes from a GPU's estimate to the exact result."""
+def test_fast_math_has_the_steps_of_the_compiler(architecture: int, tmp_path: Path) -> None:
+    """From the same estimate as many steps lead to the exact result as this nvcc takes for IEEE's operations."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
-    (tmp_path / "ieee.cu").write_text(IEEE)
-    subprocess.run(
-        [nvcc, f"-arch=sm_{architecture}", "-cubin", "-o", "ieee.cubin", "ieee.cu"], cwd=tmp_path, check=True
-    )
-    steps = {}
-    for part in cuobjdump("-sass", library=tmp_path / "ieee.cubin").split("Function : ")[1:]:
+    (tmp_path / "steps.cu").write_text(IEEE_AND_FAST)
+    flags = ["-std=c++20", "--fmad=false", "-DDRACOPT_ISA=device", f"-I{SOURCES}", f"-arch=sm_{architecture}"]
+    subprocess.run([nvcc, *flags, "-cubin", "-o", "steps.cubin", "steps.cu"], cwd=tmp_path, check=True)
+    steps: dict[str, tuple[list[str], int]] = {}
+    for part in cuobjdump("-sass", library=tmp_path / "steps.cubin").split("Function : ")[1:]:
         before_the_end = part.split("EXIT")[0]
-        steps["root" if "root" in part.split()[0] else "quotient"] = re.findall(
-            r"\b(MUFU\.\w+|FMUL|FFMA)\b", before_the_end
-        )
-    assert steps == {
-        "root": ["MUFU.RSQ", "FMUL", "FMUL", "FFMA", "FFMA"],
-        "quotient": ["MUFU.RCP", "FFMA", "FFMA", "FFMA", "FFMA", "FFMA"],
-    }
+        found = re.search(r"(ieee|fast)_(quotient|root_over|root)", part.split()[0])
+        assert found is not None
+        estimates = re.findall(r"MUFU\.\w+", before_the_end)
+        steps[found[0]] = estimates, len(re.findall(r"\b(?:FMUL|FFMA)\b", before_the_end))
+    assert steps["ieee_root"] == (["MUFU.RSQ"], 4)
+    assert steps["ieee_quotient"] == (["MUFU.RCP"], 5)
+    assert steps["fast_quotient"] == steps["ieee_quotient"]
+    by_a_known_reciprocal = 3  # a quotient without its first two steps
+    assert steps["fast_root_over"] == (["MUFU.RSQ"], 4 + by_a_known_reciprocal)

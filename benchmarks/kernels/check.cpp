@@ -55,7 +55,7 @@ struct Counted {
   Carried host[kMaxCarried];
 };
 
-// A few steps of one rule over tensors of all sizes at all offsets; the number of tensors that went wrong.
+// Takes a few steps of one rule over tensors of all sizes at all offsets. Returns how many tensors went wrong.
 template <typename Rule, typename T, int N>
 int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule::Hyperparameters& hyperparameters,
         bool counts_on_device, bool scaled) {
@@ -169,7 +169,7 @@ struct Counts {
   unsigned long long asked, exact, wrong;
 };
 
-// The same number; on a GPU a NaN has bits of its own.
+// Compares two numbers bit by bit. Only NaNs count as equal, whose bits are a GPU's own.
 __device__ bool same(float a, float b) { return __float_as_uint(a) == __float_as_uint(b) || (a != a && b != b); }
 
 __device__ void compare(const cuda::FastMath& math, float fast, float plain, Counts& counts) {
@@ -185,7 +185,7 @@ __device__ uint32_t scrambled(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// Every float's root, over one divisor.
+// Compares every float's root, over one divisor.
 __global__ void compare_roots(float d, Counts* counts) {
   Counts found{};
   for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < uint64_t(1) << 32;
@@ -200,7 +200,7 @@ __global__ void compare_roots(float d, Counts* counts) {
   atomicAdd(&counts->wrong, found.wrong);
 }
 
-// The reciprocal of every float whose reciprocal FastMath uses.
+// Compares the reciprocal of every float whose reciprocal FastMath uses.
 __global__ void compare_reciprocals(Counts* counts) {
   Counts found{};
   for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < uint64_t(1) << 32;
@@ -214,7 +214,8 @@ __global__ void compare_reciprocals(Counts* counts) {
   atomicAdd(&counts->wrong, found.wrong);
 }
 
-// Many numerators for every significand of a divisor: half of the pairs of any size, half of them not far from one.
+// Compares quotients of many numerators for every significand of a divisor: half of the pairs of any size, half of them
+// not far from one.
 __global__ void compare_quotients(int rounds, Counts* counts) {
   Counts found{};
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < 1u << 23; i += gridDim.x * blockDim.x) {
@@ -235,7 +236,7 @@ __global__ void compare_quotients(int rounds, Counts* counts) {
   atomicAdd(&counts->wrong, found.wrong);
 }
 
-// FastMath against IEEE's instructions; the number of comparisons that went wrong.
+// Compares FastMath with IEEE's instructions. Returns how many of the comparisons went wrong.
 int compare_math() {
   auto* const counts = static_cast<Counts*>(memory::allocate(sizeof(Counts)));
   int wrong = 0;

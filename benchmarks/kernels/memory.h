@@ -27,7 +27,7 @@ inline void release(void* data) { require(cudaFree(data), "cudaFree"); }
 inline void copy(void* to, const void* from, size_t bytes) {
   require(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "cudaMemcpy");
 }
-// Why nothing can be launched; null if it can.
+// Returns why nothing can be launched; null if it can.
 inline const char* unavailable() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

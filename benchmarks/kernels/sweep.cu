@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "problem.h"
@@ -110,17 +111,18 @@ class Sweep {
                                : mix_->dtypes[kFirstState] == Dtype::fp32
                                    ? reinterpret_cast<const void*>(stream<true, false>)
                                    : reinterpret_cast<const void*>(stream<true, true>);
+    std::vector<std::pair<int, Times>> found;
     for (const int threads : {128, 256, 512}) {
       int64_t count = numel();
       void* arguments[] = {&streams_[0], &streams_[1], &streams_[2], &streams_[3], &count};
       const auto blocks = static_cast<uint32_t>((count / 8 + threads - 1) / threads);
-      const Times times = time([&] { launch(kernel, blocks, threads, arguments); });
-      best_stream_ = std::max(best_stream_, gb_per_s(times));
-      row({"stream", "", threads, 8 * threads, kernel}, times, "");
+      found.emplace_back(threads, time([&] { launch(kernel, blocks, threads, arguments); }));
+      best_stream_ = std::max(best_stream_, gb_per_s(found.back().second));
     }
+    for (const auto& [threads, times] : found) row({"stream", "", threads, 8 * threads, kernel}, times, "");
     const size_t bytes = mix_->bytes(numel()) / 2;  // read and written
     if (mix_ != &kMixes[0]) return;
-    // What does not fit into the streams is copied in two parts.
+    // A stream is smaller than that: it is copied in parts.
     const Times times = time([&] {
       for (size_t done = 0; done < bytes; done += static_cast<size_t>(numel()) * 4) {
         const size_t part = std::min(bytes - done, static_cast<size_t>(numel()) * 4);

@@ -64,7 +64,7 @@ DRACOPT_HD uint32_t round_to_bf16(float x) {
   return x != x ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
 }
 
-// Two at once, the first in the lower half. On a GPU neither may be NaN.
+// Rounds two numbers at once, the first in the lower half. On a GPU neither may be NaN.
 DRACOPT_HD uint32_t round_pair_to_bf16(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t pair;

@@ -55,7 +55,7 @@ struct Divisor {
   DRACOPT_HD static Divisor of(T value) { return {value, T(1) / value}; }
 };
 
-// What rules call where a GPU has a faster way to the same bits: IEEE's operations.
+// PlainMath has IEEE's operations as they are. Rules call it by name where a GPU has a faster way to the same bits.
 struct PlainMath {
   static constexpr bool exact = true;
 

@@ -76,6 +76,15 @@ const char* launch_kernel(void (*kernel)(Argument), uint32_t blocks, const Argum
                                   static_cast<cudaStream_t>(stream)));
 }
 
+// Machine code runs on later GPUs of its generation, and PTX on all later ones.
+bool serves(int major, int minor) {
+  const int capability = 100 * major + 10 * minor;
+  for (const int architecture : architectures()) {
+    if (architecture / 100 == major && architecture <= capability) return true;
+  }
+  return capability >= DRACOPT_PTX;
+}
+
 }  // namespace
 
 const char* unavailable(int device) {
@@ -91,8 +100,7 @@ const char* unavailable(int device) {
       int major = 0, minor = 0;
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i);
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i);
-      const bool served = 100 * major + 10 * minor >= architectures().front();
-      found.push_back(served ? nullptr : "its compute capability is lower than any that they were compiled for");
+      found.push_back(serves(major, minor) ? nullptr : "they were not compiled for its compute capability");
     }
     return found;
   }();

@@ -7,7 +7,7 @@
 #include "cuda/fast_math.h"
 #include "cuda/launch.h"
 
-// How the caches are told of a vector that is read or written: once and not again.
+// These two tell the caches of a vector that is read or written: once and not again.
 #if !defined(DRACOPT_LOAD)
 #define DRACOPT_LOAD ""
 #endif
@@ -89,7 +89,7 @@ DRACOPT_HD void write(Vector* to, const Vector& x) {
 #endif
 }
 
-// The same for half of one.
+// Half of a vector is read and written like a whole one.
 DRACOPT_HD void read_half(Vector& to, const Vector* from) {
 #if defined(__CUDA_ARCH__)
   asm("ld.global" DRACOPT_LOAD ".v2.u32 {%0, %1}, [%2];"
@@ -245,6 +245,9 @@ struct Update {
   static constexpr int kStreams = kFirstState + N;
   using RuleScalars = typename Rule::template Scalars<T>;
 
+  // Two numbers are rounded to bf16 at once where FastMath has made sure that neither is NaN.
+  static constexpr bool kInPairs = std::is_same_v<VectorMath<T>, FastMath>;
+
   // The most elements that a thread works on at once: a vector of the narrowest dtype that is met beside T.
   static constexpr int kLanes = sizeof(T) == 8 ? 4 : 8;
 
@@ -343,7 +346,7 @@ struct Update {
     return all_aligned && dtypes == such;
   }
 
-  // One loop for each way to store a tensor.
+  // Each way to store a tensor has its instance of this loop.
   template <typename Storage, int lanes>
   DRACOPT_HD Left vectors(int thread) const {
     constexpr int distance = lanes * kThreads;
@@ -408,7 +411,7 @@ struct Update {
       for (int k = 0; k < kStreams; ++k) {
         if (k == kGrad) continue;
         as_type<Storage>(k, [&](auto type) {
-          if constexpr (std::is_same_v<decltype(type), Bf16> && !std::is_same_v<Storage, Anyhow>) {
+          if constexpr (kInPairs && std::is_same_v<decltype(type), Bf16> && !std::is_same_v<Storage, Anyhow>) {
             DRACOPT_UNROLL
             for (int i = 0; i < part; i += 2) {
               math.require_number(x[i][k]);
