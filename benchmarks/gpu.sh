@@ -103,7 +103,7 @@ sweep() {
 
 smoke() {
   part build 90 log.txt build
-  part programs 120 log.txt programs
+  part programs 180 log.txt programs
   part check 20 log.txt check
   part capture 40 log.txt tests -k first_step_of_a_process_is_captured
   part sweep 40 log.txt sweep
@@ -113,7 +113,7 @@ smoke() {
 
 full() {
   part build 90 log.txt build
-  part programs 120 log.txt programs
+  part programs 180 log.txt programs
   part check 20 log.txt check
   part sweep 20 log.txt sweep
   part sanitizer 30 log.txt sanitize
