@@ -59,8 +59,21 @@ check() { has check && "$PROGRAMS/check"; }
 
 has() { [ -x "$PROGRAMS/$1" ] || { echo "there is no $PROGRAMS/$1"; return 2; }; }
 
+# Says why the CUDA kernels cannot run.
 available() {
-  "$PYTHON" -c 'import sys, dracopt_ext as d; why = d.backends()["native:cuda"]; why and print(why); sys.exit(2 if why else 0)'
+  "$PYTHON" - <<'END'
+import sys
+
+try:
+    import dracopt_ext
+
+    reason = dracopt_ext.backends()["native:cuda"]
+except ImportError as error:
+    reason = str(error)
+if reason is not None:
+    print(reason)
+    sys.exit(2)
+END
 }
 
 # In one process a single wrong access lets all later tests fail. Many that each used all cores would wait for each other.

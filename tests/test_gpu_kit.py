@@ -127,6 +127,15 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert found["sweep"].startswith("cannot run: ")
 
 
+def test_without_torch(tmp_path: Path, with_everything: dict[str, str]) -> None:
+    python = tmp_path / "tools" / "python"
+    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n')  # without what is installed
+    done = gpu(tmp_path, "smoke", **with_everything)
+    assert summary(tmp_path)["tests"] == summary(tmp_path)["benchmarks"] == "cannot run: No module named 'torch'"
+    assert summary(tmp_path)["check"] == "passed"
+    assert done.returncode in (1, 2)  # the build fails
+
+
 def test_arguments(tmp_path: Path) -> None:
     for arguments, environment, complaint in (
         ([], {}, "one stage"),
