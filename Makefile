@@ -41,8 +41,8 @@ sanitize: $(VENV)/ready
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --ignore tests/test_packaging.py \
 	  --ignore tests/test_benchmarks.py --ignore tests/test_architecture.py --ignore tests/test_core.py \
-	  --ignore tests/test_cuda_build.py --ignore tests/test_triton.py \
-	  -k "not (interpreted or what_holds or instruction_sets or forked or compiled_training or two_to_the_31)"
+	  --ignore tests/test_cuda_build.py --ignore tests/test_triton.py --ignore tests/test_gpu_kit.py \
+	  -k "not (interpreted or what_holds or instruction_sets or forked or compiled_training or two_to_the_31 or other_thread)"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@
 #
 # Needs Python with torch (built for CUDA), triton, pytest, hypothesis; takes pytest-xdist, matplotlib, ncu and
 # compute-sanitizer where they are. Installs nothing. Uses the build that lies in the tree, else builds for this card.
+# LIMIT=600 gives every part as many seconds, for slow machines.
 # Exit status: 1 if a part failed, 2 if one could not run, and summary.txt says why.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +36,7 @@ part() {
   printf '%-12s %s, %s s\n' "$name" "$verdict" $((SECONDS - begin)) >>"$OUT/summary.txt"
 }
 
-# The kernels are there if only the GPU is missing.
+# A build in the tree is taken as it is, even without a GPU: then the parts say one by one that they need one.
 build() {
   local capability
   if "$PYTHON" -c 'import sys; from dracopt_ext import _C; sys.exit(not _C.cuda_architectures())' 2>/dev/null; then
@@ -76,7 +77,7 @@ if reason is not None:
 END
 }
 
-# In one process a single wrong access lets all later tests fail. Many that each used all cores would wait for each other.
+# One process would let a single wrong access fail all later tests. Many that each used all cores would wait for each other.
 tests() {
   local workers=() code=0
   available || return

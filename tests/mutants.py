@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutants"
 # The last is a link to the folder beside it.
 IGNORED = shutil.ignore_patterns("__pycache__", "native", "_build_info.py", "triton_kernels")
-COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "dracopt_ext", "triton_kernels", "tests"]
+COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
+COPIED += ["benchmarks", "csrc", "dracopt_ext", "triton_kernels", "tests"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ FAST_MATH, FAST = "csrc/cuda/fast_math.h", "test_core::test_fast_math"
 BASE, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/reference.py"
 
 BITS = "test_bits::test_reference_in_fp32"
-COMPILE_FOR_THEMSELVES = ("test_core::", "test_gpu::")
+COMPILE_FOR_THEMSELVES = ("test_core::", "test_gpu::", "test_gpu_kit::")
 
 MUTANTS = [
     # The rules
@@ -334,6 +335,20 @@ MUTANTS = [
     Mutant("quotient of -0", FAST_MATH, "fma(fma(d, q, -x), -inverse, q)", "fma(fma(-d, q, x), inverse, q)", FAST),
     Mutant("quotient without its remainder", FAST_MATH, "fma(fma(d, q, -x), -inverse, q)", "q", FAST),
     Mutant("root without its remainder", FAST_MATH, "fma(fma(-root, root, x), half, root)", "root", FAST),
+    Mutant(
+        "a launch that does nothing",
+        "tests/simulated_gpu/launcher.cpp",
+        "arithmetic == Arithmetic::fp32 ? step<Rule, float>(arguments) : step<Rule, double>(arguments);",
+        "",
+        "test_gpu_kit::test_check_on_the_host",
+    ),
+    Mutant(
+        "a launch with gradients that are 1% off",
+        GPU_TILE,
+        "sign(row.maximize ? T(-1) : T(1))",
+        "sign(row.maximize ? T(-1) : T(1.01))",
+        "test_gpu_kit::test_check_on_the_host",
+    ),
     Mutant(
         "threads are waited for before a launch",
         PLAN,

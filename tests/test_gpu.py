@@ -218,10 +218,8 @@ def test_special_numbers(gpu: Gpu, case: Case) -> None:
         assert_same_bits(gpu.train(case.ours, case.options, *values), train(case.ours, case.options, *values))
 
 
-@every_rule
-@pytest.mark.parametrize("form", [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16)], ids=name_of)
-def test_special_numbers_among_others(gpu: Gpu, case: Case, form: Form) -> None:
-    """Few of a tile's vectors hold what FastMath leaves to PlainMath: those are found again, and no others."""
+def special_among_others(gpu: Gpu, form: Form) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """A parameter of some tiles and its gradients, few of whose vectors hold what FastMath leaves to PlainMath."""
     generator = torch.Generator().manual_seed(0)
     size = 2 * TILE + 300 if gpu.backend == "native" else 1000
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, 1e-30, 3e38])
@@ -232,9 +230,24 @@ def test_special_numbers_among_others(gpu: Gpu, case: Case, form: Form) -> None:
         found[places] = special[torch.randint(len(special), (12,), generator=generator)]
         return found.to(dtype)
 
-    values = [numbers(form[0])], [[numbers(form[1])] for _ in range(3)]
+    return [numbers(form[0])], [[numbers(form[1])] for _ in range(3)]
+
+
+@every_rule
+@pytest.mark.parametrize("form", [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16)], ids=name_of)
+def test_special_numbers_among_others(gpu: Gpu, case: Case, form: Form) -> None:
+    values = special_among_others(gpu, form)
     options = {**case.options, "state_dtype": form[2]}
     assert_same_bits(gpu.train(case.ours, options, *values), train(case.ours, options, *values))
+
+
+@every_rule
+@every_fault
+def test_special_numbers_among_others_bites(gpu: Gpu, case: Case, fault: type[NoOp]) -> None:
+    values = special_among_others(gpu, (FP32, FP32, FP32))
+    wrong = gpu.train(fault(case.ours), case.options, *values)
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same_bits(wrong, train(case.ours, case.options, *values))
 
 
 # ---- where the elements lie
@@ -374,6 +387,8 @@ def test_one_launch_for_each_arithmetic(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("work", ["465 groups", "30 groups", "mixed dtypes"])
 def test_launches_that_the_profiler_counts(real_gpu: Gpu, work: str) -> None:
+    from benchmarks.measure import on_gpu  # not where the tests are copied without the benchmarks
+
     if work == "mixed dtypes":
         groups = [{"params": parameters(real_gpu, [100] * 50, dtype)} for dtype in (FP32, BF16)]
     else:
@@ -388,14 +403,12 @@ def test_launches_that_the_profiler_counts(real_gpu: Gpu, work: str) -> None:
         for _ in range(10):
             optimizer.step()
             torch.cuda.synchronize()
-    # torch marks there what the host calls its step, too.
-    events = [event for event in profile.events() if not event.is_user_annotation]
-    on_gpu = [event.name for event in events if event.device_type.name == "CUDA"]
-    kernels = [name for name in on_gpu if "Memcpy" not in name]
+    names = on_gpu(profile)
+    kernels = [name for name in names if "Memcpy" not in name]
     expected = 2 if work == "mixed dtypes" and real_gpu.backend == "triton" else 1
-    assert 9 * expected <= len(kernels) <= 10 * expected, on_gpu  # at the edges of its window the profiler may lose one
+    assert 9 * expected <= len(kernels) <= 10 * expected, names  # at the edges of its window the profiler may lose one
     assert len(set(kernels)) == 1
-    assert len(on_gpu) == len(kernels) or real_gpu.backend == "triton"  # which has its arguments copied
+    assert len(names) == len(kernels) or real_gpu.backend == "triton"  # which has its arguments copied
 
 
 THREADS = """

@@ -45,7 +45,7 @@ def run(*command: str | Path) -> None:
 def nvcc(architecture: str, *arguments: str | Path, fmad: str = "false") -> None:
     # Relaxed, because the programs' host code calls the rules with lambdas of its own.
     exact = [f"--fmad={fmad}", "-Xcompiler=-ffp-contract=off", "--expt-relaxed-constexpr"]
-    run("nvcc", *FLAGS, *exact, f"-arch=sm_{architecture}", *arguments)
+    run("nvcc", *FLAGS, *exact, f"-arch={architecture}", *arguments)
 
 
 def compile_variant(name: str, architecture: str, out: Path) -> Path:
@@ -60,19 +60,10 @@ def compile_variant(name: str, architecture: str, out: Path) -> Path:
     return target
 
 
-def architecture_of_this_machine() -> str:
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        found = []
-    return found[0].replace(".", "") if found else "90"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "kernels")
-    parser.add_argument("--architecture", default=architecture_of_this_machine(), help="90 for sm_90")
+    parser.add_argument("--architecture", default="native", help="sm_90, for example (this machine's)")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--host", action="store_true", help="only check, for the host")
     args = parser.parse_args()

@@ -11,7 +11,7 @@
 
 namespace dracopt {
 
-// The table and the arguments of a launch.
+// A Problem holds the table and the arguments of a launch.
 class Problem {
  public:
   // Every tensor of one slot has the scalars, or the recipe, that these words are.
@@ -59,13 +59,13 @@ class Problem {
   char* table_ = nullptr;
 };
 
-// Dense streams in the host's memory.
+// OnHost describes dense streams in the host's memory.
 struct OnHost {
   char* data[kMaxStreams];
   Dtype dtypes[kMaxStreams];
 };
 
-// The rule over all elements, one after the other, with none of the kernel's code but the conversions of numbers.
+// Applies the rule to all elements, one after the other, with none of the kernel's code but the conversions of numbers.
 template <typename Rule, typename T, int N>
 void update_each(const typename Rule::template Scalars<T>& scalars, const OnHost& streams, int64_t numel, T divisor) {
   for (int64_t i = 0; i < numel; ++i) {

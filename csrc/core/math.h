@@ -38,7 +38,7 @@ DRACOPT_HD T maximum(T a, T b) {
   return ((a > b) | (a != a)) ? a : b;
 }
 
-// The number of the lowest bit that is set.
+// Returns the number of the lowest bit that is set.
 DRACOPT_HD int lowest_bit(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __ffs(static_cast<int>(bits)) - 1;
@@ -47,7 +47,7 @@ DRACOPT_HD int lowest_bit(uint32_t bits) {
 #endif
 }
 
-// A number that many others are divided by, with its reciprocal, by which a GPU divides faster.
+// A Divisor is a number that many others are divided by, with its reciprocal, by which a GPU divides faster.
 template <typename T>
 struct Divisor {
   T value, inverse;

@@ -35,8 +35,8 @@ DRACOPT_HD float estimate_reciprocal_root(float x) {
 #endif
 }
 
-// The operations of PlainMath with its very bits, as long as `exact` stays true. Where an argument lies beyond the
-// range in which that is proved, or a result is no number, it becomes false, and PlainMath has to do all of it again.
+// FastMath has the operations of PlainMath with its very bits, as long as `exact` stays true. An argument beyond the
+// range in which that is proved, or a result that is no number, makes it false. PlainMath must then do all of it again.
 //
 // The sequences are those that CUDA's compiler makes of IEEE's operations for every GPU that it knows: an estimate, a
 // Newton step, and a correction by the remainder, which the fused multiply-add gives exactly. The compiler puts a
@@ -44,7 +44,7 @@ DRACOPT_HD float estimate_reciprocal_root(float x) {
 struct FastMath {
   bool exact = true;
 
-  // IEEE's sqrt(x) / d.
+  // Returns IEEE's sqrt(x) / d.
   DRACOPT_HD float root_over(float x, const Divisor<float>& d) {
     require(is_zero_or_from(x, 0x1p-100f));
     const float y = estimate_reciprocal_root(x + 0x1p-126f);  // as of x, except that it is finite where x is zero
@@ -52,7 +52,7 @@ struct FastMath {
     return divide(fma(fma(-root, root, x), half, root), d.value, d.inverse);
   }
 
-  // IEEE's x / d.
+  // Both return IEEE's x / d.
   DRACOPT_HD float quotient(float x, const Divisor<float>& d) {
     require(is_zero_or_from(x, kLeast));
     return divide(x, d.value, d.inverse);

@@ -540,7 +540,7 @@ DRACOPT_HD void update(const Arguments& arguments, const Tile& tile, const Row& 
   const Update<Rule, T, N> update(arguments, tile, row, scalars);
   const Left left = update.in_vectors(thread);
   if (left.vectors == 0 && update.range.first == 0 && update.range.last == update.range.end) return;
-  // What is known of the tensor is read again, for registers are scarce in the loops before.
+  // The facts about the tensor are read again, because registers are scarce in the loops before.
   const Update<Rule, T, N> again(arguments, tile, row, scalars);
   again.one_by_one(thread, left);
 }
