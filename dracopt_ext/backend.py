@@ -212,8 +212,19 @@ def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) ->
         kernels = importlib.import_module("dracopt_ext.portable.compiled").Kernels(_LIBRARY)
     else:
         step = importlib.import_module("dracopt_ext.triton_kernels.step")
-        kernels = step.Kernels(on_cpu=asked_for == "triton", unavailable=why_no_triton_on)
+        kernels = step.Kernels(on_cpu=asked_for == "triton", unavailable=why_no_triton_on, library=_library())
     return plan.StepPlan(rule, optimizer, kernels)
+
+
+@functools.cache
+def _library() -> compiled.Library | None:
+    """The compiled kernels by their C functions; None if there are none, or none apart from the binding."""
+    if _C is None:
+        return _LIBRARY
+    try:
+        return importlib.import_module("dracopt_ext.portable.compiled").load(NATIVE)  # type: ignore[no-any-return]
+    except OSError:
+        return None
 
 
 _warned: set[str] = set()

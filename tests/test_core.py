@@ -273,7 +273,11 @@ static size_t fill(const std::vector<int64_t>& sizes, size_t slot, size_t tensor
       const int64_t tiles = tiles_of(launch.sizes[row]);
       for (int64_t t : {int64_t(0), int64_t(1), tiles / 2, tiles - 1}) {
         if (t >= tiles) continue;
-        const Tile tile = tile_of(*arguments, uint32_t(launch.first_tiles[row] + t));
+        const Tile tile = tile_of(*arguments, uint32_t(launch.first_tiles[row] + t), [](const auto& holds) {
+          uint32_t count = 0;
+          for (uint32_t thread = 0; thread < kThreads; ++thread) count += holds(thread);
+          return count;
+        });
         faults += tile.row != row || tile.number != t;
       }
       const int64_t next = row + 1 < launch.sizes.size() ? launch.first_tiles[row + 1] : launch.filled.tiles;
@@ -329,7 +333,7 @@ using namespace dracopt::cuda;
 static long wrong = 0, exact = 0, asked = 0;
 
 static void compare(FastMath math, float fast, float plain) {
-  math.require_number(fast);
+  math.require_numbers(1, fast);
   ++asked;
   exact += math.exact;
   wrong += math.exact && std::memcmp(&fast, &plain, 4) != 0;
@@ -352,21 +356,28 @@ static float of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 int main() {
   std::mt19937 random(1);
-  const float special[] = {0.0f, -0.0f, 1e-45f, -1e-45f, 1e-38f, 0x1p-101f, 0x1p-100f, 0x1p-81f, -0x1p-80f, 0x1p-41f,
-                           0x1p-40f, 1.0f, -1.0f, 0x1p40f, 0x1.8p40f, 0x1p100f, 3e38f, INFINITY, -INFINITY, NAN};
+  const float special[] = {0.0f, -0.0f, 1e-45f, -1e-45f, 1e-38f, 0x1p-126f, 0x1p-125f, 0x1p-101f, 0x1p-100f, 0x1p-81f,
+                           -0x1p-80f, 0x1p-41f, 0x1p-40f, 1.0f, -1.0f, 0x1p40f, 0x1.000002p40f, 0x1p100f, 0x1p126f,
+                           3e38f, INFINITY, -INFINITY, NAN};
   for (float x : special) {
     for (float d : special) {
       quotient(x, d);
-      if (d > 0 && d < INFINITY) root_over(x, d);
+      root_over(x, d);
     }
   }
   for (uint32_t i = 0; i < 1000000; ++i) {  // of all sizes
     root_over(of_bits(random() & 0x7fffffffu), of_bits(random() % 0x00800000u | 0x3f000000u));
     quotient(of_bits(random()), of_bits(random() & 0x7fffffffu));
-    const float d = of_bits(random() % 0x28000000u + 0x2b800000u);  // a divisor that is taken
-    quotient(of_bits((random() & 0x80000000u) | (random() % 0x50000000u + 0x17800000u)), d);
   }
   const long before = exact, asked_before = asked;
+  for (uint32_t i = 0; i < 1000000; ++i) {
+    const uint32_t sign = random() & 0x80000000u;
+    const float large = of_bits(random() % 0x14000001u + 0x3f800000u);
+    const float small = of_bits(random() % 0x3f000000u + 0x00800000u);
+    quotient(of_bits(sign | (random() % 0x50000000u + 0x17800000u)), large);  // from 2^-80; by 1 to 2^40
+    quotient(of_bits(sign | (random() % 0x28000000u + 0x17800000u)), small);  // up to 1; by the smallest to 1
+    root_over(of_bits(random() % 0x6e000000u + 0x0d800000u), large);          // from 2^-100
+  }
   for (float zero : {0.0f, -0.0f}) {  // of parameters that no gradient has reached yet
     root_over(zero, 0.5f);
     quotient(zero, 1e-8f);
@@ -379,7 +390,7 @@ int main() {
     quotient(static_cast<float>(middle * d), d);
   }
   wrong += exact - before != asked - asked_before;  // none of these is left to PlainMath
-  std::printf("%ld %d", wrong, exact > asked / 2);
+  std::printf("%ld", wrong);
 }
 """
 
@@ -388,6 +399,6 @@ def test_fast_math(tmp_path: Path) -> None:
     """All significands in two binades, all exponents and special numbers: the bits of IEEE's operations, or none.
 
     The estimates are the host's here. With a GPU's own ``benchmarks/kernels/check.cpp`` compares all roots and
-    reciprocals, and 20 billion quotients; and test_cuda_build.py counts its steps and the compiler's.
+    reciprocals, and 34 billion quotients; and test_cuda_build.py counts its steps and the compiler's.
     """
-    assert output_of(FAST_MATH, tmp_path) == "0 1"
+    assert output_of(FAST_MATH, tmp_path) == "0"

@@ -158,6 +158,9 @@ def simulated(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
     return gpu.simulation
 
 
+COMMON = [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16), (FP16, FP16, FP32), (FP16, FP16, FP16)]
+"""How models are mostly stored, which has loops of its own."""
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_rule = pytest.mark.parametrize("case", RULES, ids=str)
 every_fault = pytest.mark.parametrize("fault", FAULTS)
@@ -219,14 +222,17 @@ def test_special_numbers(gpu: Gpu, case: Case) -> None:
 
 
 def special_among_others(gpu: Gpu, form: Form) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """A parameter of some tiles and its gradients, few of whose vectors hold what FastMath leaves to PlainMath."""
+    """A parameter and its gradients: few vectors of the first half hold what FastMath leaves to PlainMath, others none.
+
+    It has two tiles of the CUDA kernel and some elements, or four of the blocks that Triton tries at once.
+    """
     generator = torch.Generator().manual_seed(0)
-    size = 2 * TILE + 300 if gpu.backend == "native" else 1000
-    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, 1e-30, 3e38])
+    size = 2 * TILE + 300 if gpu.backend == "native" else 4 * 1024 + 300
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-42, 1e-30, 1e-18, 3e38])
 
     def numbers(dtype: torch.dtype) -> Tensor:
         found = torch.randn(size, generator=generator)
-        places = torch.randint(size, (12,), generator=generator)
+        places = torch.randint(size // 2, (12,), generator=generator)
         found[places] = special[torch.randint(len(special), (12,), generator=generator)]
         return found.to(dtype)
 
@@ -234,10 +240,11 @@ def special_among_others(gpu: Gpu, form: Form) -> tuple[list[Tensor], list[list[
 
 
 @every_rule
-@pytest.mark.parametrize("form", [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16)], ids=name_of)
-def test_special_numbers_among_others(gpu: Gpu, case: Case, form: Form) -> None:
+@pytest.mark.parametrize("form", COMMON, ids=name_of)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_special_numbers_among_others(gpu: Gpu, case: Case, form: Form, maximize: bool) -> None:
     values = special_among_others(gpu, form)
-    options = {**case.options, "state_dtype": form[2]}
+    options = {**case.options, "state_dtype": form[2], "maximize": maximize}
     assert_same_bits(gpu.train(case.ours, options, *values), train(case.ours, options, *values))
 
 
@@ -279,9 +286,7 @@ def test_layouts(gpu: Gpu, case: Case, layout: str, dtype: torch.dtype, where: t
 
 
 @every_rule
-@pytest.mark.parametrize(
-    "form", [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16), (FP64, FP64, FP64)], ids=name_of
-)
+@pytest.mark.parametrize("form", [*COMMON, (FP64, FP64, FP64)], ids=name_of)
 @pytest.mark.parametrize(
     "offsets", [(1, 1, 1), (3, 3, 3), (0, 1, 0), (1, 0, 0), (1, 2, 3), (4, 4, 0), (7, 7, 7)], ids=str
 )
@@ -656,6 +661,23 @@ def test_whatever_a_user_does(
         assert_same_bits(found, snapshot(on_cpu.optimizer))
 
 
+@pytest.mark.parametrize("case", [case for case in RULES if case.algorithm != "SGD"], ids=str)
+def test_one_group_counts_on_the_host(gpu: Gpu, case: Case) -> None:
+    """It takes its first step later than the group that counts on the GPU, with the same hyperparameters."""
+    results = []
+    for place, capturable in ((gpu, True), (Tensor.clone, False)):
+        late, early = (nn.Parameter(place(torch.ones(100))) for _ in range(2))
+        groups = [{"params": [late]}, {"params": [early], "capturable": capturable}]
+        optimizer = case.ours(groups, **case.options)
+        for number in range(4):
+            early.grad = place(torch.full((100,), 0.5 + number))
+            if number >= 2:
+                late.grad = place(torch.full((100,), 0.5 - number))
+            optimizer.step()
+        results.append({name: value.cpu() for name, value in snapshot(optimizer).items()})
+    assert_same_bits(*results)
+
+
 def test_nadam_with_a_state_on_both_sides(gpu: Gpu) -> None:
     """mu_product depends on the step count: the host cannot move one on without the other."""
     (p,) = parameters(gpu, [100])
@@ -698,8 +720,14 @@ def reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @every_rule
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
-def test_grad_scale_is_read_by_the_kernel(gpu: Gpu, case: Case, dtype: torch.dtype, reads: list[Tensor]) -> None:
-    initial, steps = inputs([5, 3 * TILE], dtype, 3)
+@pytest.mark.parametrize("scale", [1024.0, 3.0, 2.0**41, 0.0])
+def test_grad_scale_is_read_by_the_kernel(
+    gpu: Gpu, case: Case, dtype: torch.dtype, scale: float, reads: list[Tensor]
+) -> None:
+    """Also one by which the fast arithmetic does not divide, with gradients of which some are too small for it."""
+    initial, steps = inputs([5, 3 * TILE if gpu.backend == "native" else 3000], dtype, 3)
+    for step in steps:
+        step[1][::97] *= 1e-30
     results = []
     for place in (gpu, Tensor.clone):
         params = [nn.Parameter(place(value)) for value in initial]
@@ -712,12 +740,12 @@ def test_grad_scale_is_read_by_the_kernel(gpu: Gpu, case: Case, dtype: torch.dty
                 p.grad = place(grad * 1024)
             reads.clear()
             if place is gpu:
-                scaled(optimizer, gpu, 0.0, 1024.0)
+                scaled(optimizer, gpu, 0.0, scale)
                 assert gpu.only_here(optimizer)
                 # A momentum buffer is created in the first step, which none after an overflow would be.
                 assert not reads or (number == 0 and case.algorithm == "SGD")
             else:
-                optimizer.grad_scale = torch.tensor(1024.0)
+                optimizer.grad_scale = torch.tensor(scale)
                 optimizer.found_inf = torch.tensor(0.0)
                 optimizer.step()
         results.append({name: value.cpu() for name, value in snapshot(optimizer).items()})

@@ -161,7 +161,18 @@ def test_check_on_the_host(tmp_path: Path) -> None:
     build(tmp_path, "--host")
     done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("right") == 20
+    assert done.stdout.count("right") == 24
+
+
+@pytest.mark.gpu
+def test_check_on_a_gpu() -> None:
+    """FastMath against IEEE's instructions: all roots and reciprocals, 34 billion quotients, and whole updates."""
+    program = ROOT / os.environ.get("PROGRAMS", "build/kernels") / "check"
+    if not program.exists():
+        pytest.skip(f"needs {program}, which benchmarks/kernels/build.py makes")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reciprocal" in done.stdout, f"{program} was built for the host"
 
 
 def test_programs_for_a_gpu(tmp_path: Path) -> None:

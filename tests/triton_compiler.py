@@ -57,13 +57,15 @@ def compile_one(variant: Variant) -> dict[str, Any]:
     constants = step.specialization(rule, (param, grad, *[state] * len(rule.state_keys)), backend)
     signature = {"table": "*i64", "arguments": "*i64", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(step.step, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=step.options(backend))
+    options = step.options((param, grad, state), backend)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     constants_of = re.findall(r"arith\.constant (\S+) : f64", compiled.asm["ttir"])
     found = {
         "constants": [number(text) for text in constants_of],
         "rule": name,
         "dtypes": [param, grad, *[state] * len(rule.state_keys)],
         "target": target,
+        "fast": constants["fast"],
     }
     return {**found, **(of_amd(compiled.asm) if target == "gfx942" else of_nvidia(compiled.asm))}
 
@@ -83,12 +85,16 @@ def of_nvidia(asm: Any) -> dict[str, Any]:
     return {
         "vector_loads": Counter(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
         "vector_stores": Counter(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
+        "half_vector_loads": ptx.count("ld.global.v2.b32"),
+        "half_vector_stores": ptx.count("st.global.v2.b32"),
+        "exchanges": ptx.count("st.shared"),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
-        # Contracted, approximate or flushing: whatever does not round as IEEE 754 has it.
+        "estimates": Counter(re.findall(r"\b(?:rcp|rsqrt)\.approx\.ftz\.f32", ptx)),
+        # Contracted, approximate or flushing: whatever else does not round as IEEE 754 has it.
         "inexact": re.findall(
             r"\b(?:div|sqrt|rcp|rsqrt|ex2|lg2)\.(?:full|approx)\S*|\b(?:mul|add|sub|fma)\.(?!rn)\S*f(?:32|64)\b|\S+\.ftz\S*",
-            ptx,
+            re.sub(r"\b(?:rcp|rsqrt)\.approx\.ftz\.f32", "", ptx),
         ),
     }
 

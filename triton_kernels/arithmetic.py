@@ -32,6 +32,95 @@ def sqrt(x):
     return root
 
 
+# ---- divisions and roots in fewer instructions: csrc/cuda/fast_math.h says why they are exact. Where that is not
+# proved, the result is NaN.
+
+INTERPRETED = not isinstance(fma, triton.runtime.JITFunction)
+
+if INTERPRETED:
+
+    @triton.jit
+    def estimate_reciprocal(x):
+        return 1 / x
+
+    @triton.jit
+    def estimate_reciprocal_root(x):
+        return 1 / tl.sqrt(x)
+
+else:
+
+    @triton.jit
+    def estimate_reciprocal(x):
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def estimate_reciprocal_root(x):
+        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+LEAST_NUMERATOR = tl.constexpr(2.0**-80)
+LEAST_RADICAND = tl.constexpr(2.0**-100)
+MOST_DIVISOR = tl.constexpr(2.0**40)
+
+
+@triton.jit
+def unless_proved(proved, x):
+    return tl.where(proved, x, float("nan"))
+
+
+@triton.jit
+def is_zero_or_from(x, least: tl.constexpr):
+    return (x == 0) | (tl.abs(x) >= least)
+
+
+@triton.jit
+def divide_by(x, d, inverse):
+    """x / d, given the correctly rounded reciprocal of d."""
+    q = x * inverse
+    return fma(fma(d, q, -x), -inverse, q)
+
+
+@triton.jit
+def divisor_of(d):
+    """What others are divided by, with its reciprocal."""
+    return d, unless_proved((d > 0) & (d <= MOST_DIVISOR), divide(d * 0 + 1, d))
+
+
+@triton.jit
+def quotient_by(x, divisor, fast: tl.constexpr):
+    d, inverse = divisor
+    if fast:
+        quotient = unless_proved(is_zero_or_from(x, LEAST_NUMERATOR), divide_by(x, d, inverse))
+    else:
+        quotient = divide(x, d)
+    return quotient
+
+
+@triton.jit
+def quotient(x, d, fast: tl.constexpr):
+    if fast:
+        estimate = estimate_reciprocal(d)
+        inverse = fma(estimate, fma(-d, estimate, 1.0), estimate)
+        proved = is_zero_or_from(x, LEAST_NUMERATOR) & (d > 0) & (d <= MOST_DIVISOR)
+        quotient = unless_proved(proved, divide_by(x, d, inverse))
+    else:
+        quotient = divide(x, d)
+    return quotient
+
+
+@triton.jit
+def root_over(x, divisor, fast: tl.constexpr):
+    d, inverse = divisor
+    if fast:
+        y = estimate_reciprocal_root(x + 1.1754943508222875e-38)
+        root, half = x * y, 0.5 * y
+        quotient = divide_by(fma(fma(-root, root, x), half, root), d, inverse)
+        quotient = unless_proved(is_zero_or_from(x, LEAST_RADICAND), quotient)
+    else:
+        quotient = divide(sqrt(x), d)
+    return quotient
+
+
 @triton.jit
 def maximum(a, b):
     """The larger of two; NaN if either is, as torch.maximum."""

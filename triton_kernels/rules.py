@@ -1,9 +1,10 @@
 """The update rules in Triton, line for line those of csrc/rules: the same operations in the same order, the same bits.
 
-A rule has two functions. ``prepare`` takes what the state carries from step to step and the hyperparameters, all of
-them fp64, and returns the carried scalars of this step and the step's scalars in the arithmetic's dtype, T. ``update``
-takes those scalars and a block of elements of the parameter, the gradient and the states, and returns the parameter and
-the states anew.
+A rule has three functions. ``prepare`` takes what the state carries from step to step and the hyperparameters, all of
+them fp64, and returns the carried scalars of this step and the step's scalars in the arithmetic's dtype, T. ``load``
+reads these scalars where the host has prepared them: at an address, in the order of csrc/rules. ``update`` takes the
+scalars and a block of elements of the parameter, the gradient and the states, and returns the parameter and the states
+as they become; with ``fast``, the parameter is NaN where it must be computed again without.
 """
 
 from __future__ import annotations
@@ -13,7 +14,23 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .arithmetic import divide, exponential, fma, maximum, sqrt
+from .arithmetic import divisor_of, exponential, fma, maximum, quotient, root_over, sqrt
+
+
+@triton.jit
+def scalar(address, k: tl.constexpr, T: tl.constexpr):
+    """Number k of the scalars that lie there."""
+    return tl.load(address.to(tl.pointer_type(T)) + k)
+
+
+@triton.jit
+def flag(address, k: tl.constexpr, T: tl.constexpr):
+    """Number k of the scalars that lie there, which is true if any of its bits is set."""
+    if T == tl.float32:
+        bits = tl.load(address.to(tl.pointer_type(tl.int32)) + k).to(tl.int64)
+    else:
+        bits = tl.load(address.to(tl.pointer_type(tl.int64)) + k)
+    return bits != 0
 
 
 @triton.jit
@@ -45,10 +62,25 @@ def prepare_moments(
         tl.where(from_grad, weight - 1, weight),
         beta2.to(T),
         (1 - beta2).to(T),
-        sqrt(1 - power(beta2, step)).to(T),
+        divisor_of(sqrt(1 - power(beta2, step)).to(T)),
         eps.to(T),
         (decoupled == 0) & (weight_decay != 0),
         from_grad,
+    )
+
+
+@triton.jit
+def load_moments(address, T: tl.constexpr):
+    return (
+        scalar(address, 0, T),
+        scalar(address, 1, T),
+        scalar(address, 2, T),
+        scalar(address, 3, T),
+        scalar(address, 4, T),
+        (scalar(address, 5, T), scalar(address, 6, T)),
+        scalar(address, 7, T),
+        flag(address, 8, T),
+        flag(address, 9, T),
     )
 
 
@@ -63,9 +95,9 @@ def update_moments(c, p, g, exp_avg, exp_avg_sq):
 
 
 @triton.jit
-def denominator(c, second_moment):
+def denominator(c, second_moment, fast: tl.constexpr):
     _, _, _, _, _, bias_correction2_sqrt, eps, _, _ = c
-    return divide(sqrt(second_moment), bias_correction2_sqrt) + eps
+    return root_over(second_moment, bias_correction2_sqrt, fast) + eps
 
 
 # ---- Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and AdamW (Loshchilov & Hutter 2019)
@@ -82,12 +114,17 @@ def prepare_adam(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexp
 
 
 @triton.jit
-def update_adam(c, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, states):
+def load_adam(address, T: tl.constexpr):
+    return load_moments(address, T), scalar(address, 10, T)
+
+
+@triton.jit
+def update_adam(c, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, states, fast: tl.constexpr):
     moments, neg_step_size = c
     p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     second_moment = tl.where(states == 3, max_exp_avg_sq, exp_avg_sq)
-    p = p + divide(neg_step_size * exp_avg, denominator(moments, second_moment))
+    p = p + quotient(neg_step_size * exp_avg, denominator(moments, second_moment, fast), fast)
     return p, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
@@ -118,11 +155,16 @@ def prepare_nadam(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constex
 
 
 @triton.jit
-def update_nadam(c, p, g, exp_avg, exp_avg_sq, none, states):
+def load_nadam(address, T: tl.constexpr):
+    return load_moments(address, T), scalar(address, 10, T), scalar(address, 11, T)
+
+
+@triton.jit
+def update_nadam(c, p, g, exp_avg, exp_avg_sq, none, states, fast: tl.constexpr):
     moments, grad_factor, exp_avg_factor = c
     p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
     direction = fma(exp_avg_factor, exp_avg, grad_factor * g)
-    p = p + divide(direction, denominator(moments, exp_avg_sq))
+    p = p + quotient(direction, denominator(moments, exp_avg_sq, fast), fast)
     return p, exp_avg, exp_avg_sq, none
 
 
@@ -147,7 +189,20 @@ def prepare_sgd(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr
 
 
 @triton.jit
-def update_sgd(c, p, g, buffer, none1, none2, states):
+def load_sgd(address, T: tl.constexpr):
+    return (
+        scalar(address, 0, T),
+        scalar(address, 1, T),
+        scalar(address, 2, T),
+        scalar(address, 3, T),
+        flag(address, 4, T),
+        flag(address, 5, T),
+        flag(address, 6, T),
+    )
+
+
+@triton.jit
+def update_sgd(c, p, g, buffer, none1, none2, states, fast: tl.constexpr):
     neg_lr, momentum, one_minus_dampening, l2, has_l2, nesterov, first = c
     g = tl.where(has_l2, fma(p, l2, g), g)
     buffer = tl.where(first, g, fma(one_minus_dampening, g, buffer * momentum))
@@ -156,9 +211,9 @@ def update_sgd(c, p, g, buffer, none1, none2, states):
     return p, buffer, none1, none2
 
 
-FUNCTIONS: dict[str, tuple[Any, Any]] = {
-    "adam": (prepare_adam, update_adam),
-    "nadam": (prepare_nadam, update_nadam),
-    "sgd": (prepare_sgd, update_sgd),
+FUNCTIONS: dict[str, tuple[Any, Any, Any, bool]] = {
+    "adam": (prepare_adam, load_adam, update_adam, True),
+    "nadam": (prepare_nadam, load_nadam, update_nadam, True),
+    "sgd": (prepare_sgd, load_sgd, update_sgd, False),
 }
-"""``prepare`` and ``update`` of each of :data:`dracopt_ext.portable.rules.RULES`."""
+"""The functions of each of :data:`dracopt_ext.portable.rules.RULES`, and whether ``update`` divides."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -15,20 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dracopt_ext.portable import words
+from dracopt_ext.portable import compiled, words
 from dracopt_ext.portable.rules import Rule
 
-from .arithmetic import divide, narrow, power, widen
+from .arithmetic import divisor_of, narrow, power, quotient_by, widen
 from .rules import FUNCTIONS
 
 ROWS = tl.constexpr(128)  # of the table that a program moves on at once
 WARPS = 4
 VECTOR_BYTES = tl.constexpr(16)  # the widest access there is
 VECTOR = tl.constexpr(16)  # elements: a multiple of every dtype's in such a vector
+ITEMSIZE = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
 
 NUMEL, FIRST_TILE, LAYOUT, FLAGS, CARRIED, PARAM, STATES = map(tl.constexpr, words.ROW)
 FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED, COUNT, PROGRAMS = map(tl.constexpr, words.HEADER)
-FP32_ADDRESS, FP64_ADDRESS, FIRST = map(tl.constexpr, words.RECIPE_FLAGS)
+FP32_ADDRESS, FP64_ADDRESS, FIRST, PREPARED = map(tl.constexpr, words.RECIPE_FLAGS)
 TILE, ROW_WORDS, HEADER_WORDS = map(tl.constexpr, (words.TILE, words.ROW_WORDS, words.HEADER_WORDS))
 MAXIMIZE, CARRIED_FP32 = map(tl.constexpr, (words.MAXIMIZE, words.CARRIED_FP32))
 
@@ -114,37 +116,37 @@ def offset_of(layout, stream: tl.constexpr, element):
 
 
 @triton.jit
-def pointer_of(address, dtype: tl.constexpr, in_vectors: tl.constexpr):
+def pointer_of(address, dtype: tl.constexpr, lanes: tl.constexpr):
     if dtype == "fp32":
-        pointer = address.to(tl.pointer_type(tl.float32))
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 4 * lanes)
     elif dtype == "fp64":
-        pointer = address.to(tl.pointer_type(tl.float64))
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float64)), 8 * lanes)
     elif dtype == "fp16":
-        pointer = address.to(tl.pointer_type(tl.float16))
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 2 * lanes)
     else:
-        pointer = address.to(tl.pointer_type(tl.uint16))
-    if in_vectors:
-        pointer = tl.multiple_of(pointer, VECTOR_BYTES)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), 2 * lanes)
     return pointer
 
 
 @triton.jit
-def load(address, offsets, mask, dtype: tl.constexpr, in_vectors: tl.constexpr, T: tl.constexpr):
+def load(address, offsets, mask, dtype: tl.constexpr, lanes: tl.constexpr, T: tl.constexpr):
     if dtype is None:
         x = tl.full(offsets.shape, 0, T)
     else:
-        x = widen(tl.load(pointer_of(address, dtype, in_vectors) + offsets, mask=mask, other=0), dtype, T)
+        x = widen(tl.load(pointer_of(address, dtype, lanes) + offsets, mask=mask, other=0), dtype, T)
     return x
 
 
 @triton.jit
-def store(address, offsets, x, mask, dtype: tl.constexpr, in_vectors: tl.constexpr):
+def store(address, offsets, x, mask, dtype: tl.constexpr, lanes: tl.constexpr):
     if dtype is not None:
-        tl.store(pointer_of(address, dtype, in_vectors) + offsets, narrow(x, dtype), mask=mask)
+        tl.store(pointer_of(address, dtype, lanes) + offsets, narrow(x, dtype), mask=mask)
 
 
 @triton.jit
-def place(layout, is_strided, stream: tl.constexpr, elements):
+def place(layout, is_strided, stream: tl.constexpr, elements, lanes: tl.constexpr):
+    if lanes > 1:
+        return elements
     if is_strided:
         elements = offset_of(layout, stream, elements)
     return elements
@@ -152,24 +154,24 @@ def place(layout, is_strided, stream: tl.constexpr, elements):
 
 @triton.jit
 def update_block(
-    addresses,
+    tensor,
     elements,
     limit,
-    layout,
-    is_strided,
-    sign,
-    divisor,
-    scalars,
     update: tl.constexpr,
     param: tl.constexpr,
     grad: tl.constexpr,
     state0: tl.constexpr,
     state1: tl.constexpr,
     state2: tl.constexpr,
-    in_vectors: tl.constexpr,
+    lanes: tl.constexpr,  # elements that are accessed at once
+    fast: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Updates these elements of a tensor, as far as they are below the limit."""
+    """Updates these elements of a tensor, as far as they are below the limit, and returns True; or does nothing.
+
+    It does nothing where ``fast`` is true and the fast arithmetic is not proved for one of them.
+    """
+    addresses, layout, is_strided, sign, divisor, scalars = tensor
     at_param, at_grad, at_state0, at_state1, at_state2 = addresses
     states = (at_state0 != 0).to(tl.int32) + (at_state1 != 0).to(tl.int32) + (at_state2 != 0).to(tl.int32)
     mask = elements < limit
@@ -177,24 +179,29 @@ def update_block(
     mask0 = elements < tl.where(at_state0 != 0, limit, limit * 0)
     mask1 = elements < tl.where(at_state1 != 0, limit, limit * 0)
     mask2 = elements < tl.where(at_state2 != 0, limit, limit * 0)
-    in_param = place(layout, is_strided, 0, elements)
-    in_grad = place(layout, is_strided, 1, elements)
-    in_state0 = place(layout, is_strided, 2, elements)
-    in_state1 = place(layout, is_strided, 3, elements)
-    in_state2 = place(layout, is_strided, 4, elements)
+    in_param = place(layout, is_strided, 0, elements, lanes)
+    in_grad = place(layout, is_strided, 1, elements, lanes)
+    in_state0 = place(layout, is_strided, 2, elements, lanes)
+    in_state1 = place(layout, is_strided, 3, elements, lanes)
+    in_state2 = place(layout, is_strided, 4, elements, lanes)
 
-    p = load(at_param, in_param, mask, param, in_vectors, T)
-    g = load(at_grad, in_grad, mask, grad, in_vectors, T)
-    s0 = load(at_state0, in_state0, mask0, state0, in_vectors, T)
-    s1 = load(at_state1, in_state1, mask1, state1, in_vectors, T)
-    s2 = load(at_state2, in_state2, mask2, state2, in_vectors, T)
-    if divisor != 1:
-        g = divide(g, divisor)
-    p, s0, s1, s2 = update(scalars, p, sign * g, s0, s1, s2, states)
-    store(at_param, in_param, p, mask, param, in_vectors)
-    store(at_state0, in_state0, s0, mask0, state0, in_vectors)
-    store(at_state1, in_state1, s1, mask1, state1, in_vectors)
-    store(at_state2, in_state2, s2, mask2, state2, in_vectors)
+    p = load(at_param, in_param, mask, param, lanes, T)
+    g = load(at_grad, in_grad, mask, grad, lanes, T)
+    s0 = load(at_state0, in_state0, mask0, state0, lanes, T)
+    s1 = load(at_state1, in_state1, mask1, state1, lanes, T)
+    s2 = load(at_state2, in_state2, mask2, state2, lanes, T)
+    if divisor[0] != 1:
+        g = quotient_by(g, divisor, fast)
+    p, s0, s1, s2 = update(scalars, p, sign * g, s0, s1, s2, states, fast)
+    done = True
+    if fast:
+        done = tl.min((p == p).to(tl.int32), 0) != 0
+    if done:
+        store(at_param, in_param, p, mask, param, lanes)
+        store(at_state0, in_state0, s0, mask0, state0, lanes)
+        store(at_state1, in_state1, s1, mask1, state1, lanes)
+        store(at_state2, in_state2, s2, mask2, state2, lanes)
+    return done
 
 
 @triton.jit
@@ -209,10 +216,10 @@ def advance(table, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, 
     while begin < count:
         rows = begin + tl.arange(0, ROWS)
         mask = rows < count
+        row = table + rows * ROW_WORDS
+        mask = mask & ((word(row, CARRIED, mask) | word(row, CARRIED + 1, mask)) != 0)
         recipes = word(arguments, HEADER_WORDS + 2 * rows + 1, mask)
-        carried, _, addresses, is_fp32 = prepare(
-            table + rows * ROW_WORDS, arguments + recipes, mask, rule, numbers, no_power, tl.float64
-        )
+        carried, _, addresses, is_fp32 = prepare(row, arguments + recipes, mask, rule, numbers, no_power, tl.float64)
         for k in tl.static_range(carries):
             there = mask & (addresses[k] != 0)
             as_fp32 = addresses[k].to(tl.pointer_type(tl.float32))
@@ -227,6 +234,7 @@ def step(
     table,
     arguments,
     rule: tl.constexpr,
+    load_scalars: tl.constexpr,
     update: tl.constexpr,
     numbers: tl.constexpr,
     carries: tl.constexpr,
@@ -236,6 +244,8 @@ def step(
     state1: tl.constexpr,
     state2: tl.constexpr,
     T: tl.constexpr,
+    fast: tl.constexpr,  # try the fast arithmetic first
+    LANES: tl.constexpr,  # elements in a vector of the widest dtype
     BLOCK: tl.constexpr,  # elements that are updated at once
 ):
     found_inf = tl.load(arguments + FOUND_INF)
@@ -247,7 +257,10 @@ def step(
     row = table + index * ROW_WORDS
     pair = arguments + HEADER_WORDS + 2 * index
     recipe = arguments + tl.load(pair + 1)
-    _, scalars, _, _ = prepare(row, recipe, True, rule, numbers, power, T)
+    if (tl.load(recipe) >> PREPARED & 1) != 0:
+        scalars = load_scalars((recipe + 1).to(tl.int64), T)
+    else:
+        _, scalars, _, _ = prepare(row, recipe, True, rule, numbers, power, T)
 
     numel = tl.load(row + NUMEL)
     begin = (program - tl.load(row + FIRST_TILE)) * TILE
@@ -255,9 +268,8 @@ def step(
     sign = tl.where(tl.load(row + FLAGS) & MAXIMIZE != 0, -1.0, 1.0).to(T)
     grad_scale = tl.load(arguments + GRAD_SCALE)
     divisor = tl.load(arguments + DIVISOR).to(tl.float64, bitcast=True)
-    divisor = tl.where(grad_scale != 0, number_at(grad_scale, grad_scale != 0, False), divisor).to(T)
+    divisor = divisor_of(tl.where(grad_scale != 0, number_at(grad_scale, grad_scale != 0, False), divisor).to(T))
     at_layout = tl.load(row + LAYOUT)
-    layout = table + at_layout
     at_param, at_grad = tl.load(row + PARAM), tl.load(pair)
     at_state0, at_state1, at_state2 = tl.load(row + STATES), tl.load(row + STATES + 1), tl.load(row + STATES + 2)
     addresses = at_param, at_grad, at_state0, at_state1, at_state2
@@ -266,48 +278,18 @@ def step(
     misaligned = (at_param | at_grad | at_state0 | at_state1 | at_state2) % VECTOR_BYTES != 0
     in_vectors = tl.where(misaligned | (at_layout != 0), begin, end - (end - begin) % VECTOR)
     in_vectors = tl.multiple_of(in_vectors, VECTOR)
+    tensor = addresses, table + at_layout, at_layout != 0, sign, divisor, scalars
     for i in range(0, TILE, BLOCK):
         if begin + i < in_vectors:
             elements = begin + i + tl.arange(0, BLOCK)
-            update_block(
-                addresses,
-                elements,
-                in_vectors,
-                layout,
-                False,
-                sign,
-                divisor,
-                scalars,
-                update,
-                param,
-                grad,
-                state0,
-                state1,
-                state2,
-                True,
-                T,
-            )
+            if not update_block(
+                tensor, elements, in_vectors, update, param, grad, state0, state1, state2, LANES, fast, T
+            ):
+                update_block(tensor, elements, in_vectors, update, param, grad, state0, state1, state2, LANES, False, T)
     for i in range(0, TILE, ROWS):
         if in_vectors + i < end:
             elements = in_vectors + i + tl.arange(0, ROWS)
-            update_block(
-                addresses,
-                elements,
-                end,
-                layout,
-                at_layout != 0,
-                sign,
-                divisor,
-                scalars,
-                update,
-                param,
-                grad,
-                state0,
-                state1,
-                state2,
-                False,
-                T,
-            )
+            update_block(tensor, elements, end, update, param, grad, state0, state1, state2, 1, False, T)
 
     finished = tl.load(arguments + FINISHED)
     if finished != 0:
@@ -323,30 +305,54 @@ def step(
 # ---- the launcher
 
 TARGET = "cuda" if torch.version.hip is None else "hip"
+INTERPRETED = not isinstance(step, triton.runtime.JITFunction)
+GPU = "cuda"
+"""The type of the devices that Triton compiles for, NVIDIA's and AMD's alike."""
+IN_MEMORY = ("cpu",)
+"""The types of the devices whose memory Triton's interpreter reaches."""
 
 
-def specialization(rule: Rule, dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
-    """All that the kernel is compiled anew for: the rule, and the dtypes of parameter, gradient and states."""
+@cache
+def estimates_well(device: torch.device) -> bool:
+    """Whether a GPU is of a generation whose estimates the fast arithmetic was made for; so is what is simulated."""
+    return device.type != GPU or torch.cuda.get_device_capability(device)[0] in (8, 9, 10, 12)
+
+
+def specialization(rule: Rule, dtypes: tuple[str, ...], target: str = TARGET, fast: bool = True) -> dict[str, Any]:
+    """All that the kernel is compiled again for.
+
+    Args:
+        rule: its functions.
+        dtypes: of parameter, gradient and states.
+        target: ``cuda`` or ``hip``.
+        fast: whether the fast arithmetic may be tried.
+    """
     streams = ("param", "grad", *(f"state{k}" for k in range(words.MAX_STATES)))
     fp64 = "fp64" in dtypes
     threads = WARPS * (32 if target == "cuda" else 64)
-    prepare, update = FUNCTIONS[rule.name]
+    prepare, load_scalars, update, divides = FUNCTIONS[rule.name]
     return {
         "rule": prepare,
+        "load_scalars": load_scalars,
         "update": update,
         "numbers": rule.hyperparameters,
         "carries": len(rule.carried_keys),
         **dict(zip_longest(streams, dtypes)),
         "T": tl.float64 if fp64 else tl.float32,
+        "fast": fast and divides and not fp64 and target == "cuda",
+        # Every stream is accessed by as many elements: otherwise Triton would exchange them between threads.
+        "LANES": VECTOR_BYTES.value // max(ITEMSIZE[dtype] for dtype in dtypes),
         "BLOCK": threads * (4 if fp64 else 8),  # so that a thread has a vector of the narrowest dtype beside T
     }
 
 
-def options(target: str = TARGET) -> dict[str, Any]:
-    """Of the compiler. The first is the one on which the bits depend."""
+def options(dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
+    """The compiler's options. The bits depend on the first of them."""
     chosen: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": WARPS}
     if target == "cuda":
-        chosen["maxnreg"] = 168  # with an upper bound ptxas spills none of them for the sake of more threads
+        # These limits spill nothing. With 96 registers five programs run at once; a gradient that is stored unlike the
+        # parameter, which is rare, takes a few more.
+        chosen["maxnreg"] = 168 if "fp64" in dtypes else 96 if dtypes[0] == dtypes[1] else 104
     return chosen
 
 
@@ -361,18 +367,13 @@ def upload(array: list[int], device: torch.device, referred: list[Any]) -> Tenso
     return copy
 
 
-INTERPRETED = not isinstance(step, triton.runtime.JITFunction)
-GPU = "cuda"
-"""The type of the devices that Triton compiles for, NVIDIA's and AMD's alike."""
-IN_MEMORY = ("cpu",)
-"""The types of the devices whose memory Triton's interpreter reaches."""
-
 _launched: set[Any] = set()  # for which the kernel has been compiled and loaded
 
 
 class Launch(words.Launch):
     """One by Triton."""
 
+    library: compiled.Library | None  # what prepares scalars on the host; else the kernel does
     _table: Tensor | None = None
     _stream: Any = None  # in which the table was written
 
@@ -397,11 +398,27 @@ class Launch(words.Launch):
                 scaler.append(0 if here is None else here.data_ptr())
             # The counter is behind the rows and layouts.
             finished = table.data_ptr() + 8 * (table.numel() - 1) if self.counts_steps else 0
-            array = self.arguments(gradients, recipes, divisor, scaler, finished)
+            array = self.arguments(gradients, self._prepared(recipes), divisor, scaler, finished)
             arguments = upload(array, self.device, referred)
-            step[(self._programs,)](table, arguments, **specialization(self.rule, self.dtypes), **options())
+            constants = specialization(self.rule, self.dtypes, fast=estimates_well(self.device))
+            step[(self._programs,)](table, arguments, **constants, **options(self.dtypes))
             _launched.add(self._compiled_for)
         return referred
+
+    def _prepared(self, recipes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The recipes, or what they lead to where nothing that they need lies on the GPU."""
+        if self.library is None:
+            return recipes
+        is_fp64 = "fp64" in self.dtypes
+        prepared: dict[Any, tuple[int, ...]] = {}
+        found = []
+        for recipe, row in zip(recipes, self._rows, strict=True):
+            has_address = recipe[0] & (1 << words.FIRST) - 1 or any(row[words.CARRIED : words.PARAM])
+            key = recipe, row[words.FLAGS]
+            if not has_address and key not in prepared:
+                prepared[key] = self.library.scalars(self.rule.name, is_fp64, *key)
+            found.append(recipe if has_address else prepared[key])
+        return found
 
     @property
     def is_loaded(self) -> bool:
@@ -425,11 +442,16 @@ class Kernels:
     Args:
         on_cpu: whether its interpreter, if the kernels are in it, is to serve parameters on the CPU as well.
         unavailable: why the kernels cannot run on the GPU of an index; None if they can.
+        library: the compiled kernels, which prepare scalars on the host; None lets the kernel prepare them.
     """
 
-    launch = Launch
-
-    def __init__(self, on_cpu: bool = False, unavailable: Callable[[int], str | None] = lambda index: None) -> None:
+    def __init__(
+        self,
+        on_cpu: bool = False,
+        unavailable: Callable[[int], str | None] = lambda index: None,
+        library: compiled.Library | None = None,
+    ) -> None:
+        self.launch = type("Launch", (Launch,), {"library": library})
         self._devices = {GPU} if not INTERPRETED else set(IN_MEMORY) - (set() if on_cpu else {"cpu"})
         self._unavailable = unavailable
 

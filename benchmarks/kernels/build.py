@@ -24,7 +24,6 @@ VARIANTS: dict[str, Mapping[str, str | int]] = {
     "no_allocate": {"LOAD": '".L1::no_allocate"'},
     "tile_2k": {"TILE": 2048},
     "tile_8k": {"TILE": 8192},
-    "tile_16k": {"TILE": 16384},
     "blocks_5": {"BLOCKS": 5},
     "blocks_7": {"BLOCKS": 7},
     "blocks_8": {"BLOCKS": 8},

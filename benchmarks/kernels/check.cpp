@@ -114,10 +114,9 @@ int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule:
       OnHost streams;
       for (int k = 0; k < kFirstState + N; ++k) {
         Buffer& buffer = tensors[t][static_cast<size_t>(k)];
-        row.dtypes[k] = streams.dtypes[k] = dtypes[static_cast<size_t>(k)];
-        row.dense |= static_cast<uint8_t>(1 << k);
+        streams.dtypes[k] = dtypes[static_cast<size_t>(k)];
         streams.data[k] = reinterpret_cast<char*>(buffer.host.data()) + buffer.begin;
-        if (k != kGrad) row.streams[k] = buffer.device + buffer.begin;
+        row.describe(k, buffer.device + buffer.begin, streams.dtypes[k], true);
       }
       for (int c = 0; c < carried_count; ++c) row.carried[c] = counted[t].device[c];
       row.carried_fp32 = static_cast<uint8_t>((1 << carried_count) - 1);
@@ -135,7 +134,7 @@ int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule:
       problem.arguments.grad_scale = on_device + 1;
     }
     const auto arithmetic = sizeof(T) == 4 ? Arithmetic::fp32 : Arithmetic::fp64;
-    const char* const error = cuda::launch(Rule::name, arithmetic, problem.arguments, nullptr);
+    const char* const error = cuda::launch(rule_index<Rule>(), arithmetic, problem.arguments, nullptr);
     if (error != nullptr) {
       std::printf("%s: %s\n", what, error);
       return 1;
@@ -206,7 +205,7 @@ __global__ void compare_reciprocals(Counts* counts) {
   for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < uint64_t(1) << 32;
        i += gridDim.x * blockDim.x) {
     const float d = __uint_as_float(static_cast<uint32_t>(i));
-    if (!(d >= 0x1p-40f && d <= 0x1p40f)) continue;
+    if (!(d >= 0x1p-126f && cuda::FastMath::divides_by(d))) continue;
     compare(cuda::FastMath(), cuda::FastMath::reciprocal(d), 1 / d, found);
   }
   atomicAdd(&counts->asked, found.asked);
@@ -291,6 +290,8 @@ int main(int argc, char**) {
     wrong += run<Adam, float, 2>("AdamW fp32, scaled", {fp32, fp32, fp32, fp32}, adam, on_device, on_device);
     wrong += run<Adam, float, 2>("AdamW bf16, fp32 states", {bf16, bf16, fp32, fp32}, adam, on_device, false);
     wrong += run<Adam, float, 2>("AdamW bf16", {bf16, bf16, bf16, bf16}, adam, on_device, false);
+    wrong += run<Adam, float, 2>("AdamW fp16, fp32 states", {fp16, fp16, fp32, fp32}, adam, on_device, on_device);
+    wrong += run<Adam, float, 2>("AdamW fp16", {fp16, fp16, fp16, fp16}, adam, on_device, false);
     wrong +=
         run<Adam, float, 3>("Adam amsgrad, fp16 gradient", {fp32, fp16, fp32, bf16, fp32}, amsgrad, on_device, false);
     wrong += run<Adam, double, 2>("AdamW fp64", {fp64, fp64, fp64, fp64}, adam, on_device, on_device);

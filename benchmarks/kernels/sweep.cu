@@ -1,5 +1,5 @@
-// AdamW over 256M parameters in 300 tensors by each variant of the kernel, beside a stream of the same dtypes and a
-// plain copy: a row of CSV each, written when it is measured.
+// Times launches by the size of their arguments, and AdamW over 256M parameters in 300 tensors by each variant of the
+// kernel, beside a stream of the same dtypes and a plain copy: a row of CSV each, written when it is measured.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -86,6 +86,14 @@ __global__ void __launch_bounds__(512) stream(char* p, const char* g, char* m, c
   }
 }
 
+template <size_t kBytes>
+struct Sized {
+  char bytes[kBytes];
+};
+
+template <size_t kBytes>
+__global__ void nothing(const __grid_constant__ Sized<kBytes>) {}
+
 class Sweep {
  public:
   Sweep(int tensors, int rounds) : tensors_(tensors), rounds_(rounds) {
@@ -98,6 +106,20 @@ class Sweep {
                 static_cast<long long>(kNumel));
     std::printf(
         "mix,variant,about,threads,tile,registers,blocks_per_sm,us_median,us_min,gb_per_s,share_of_stream,bits\n");
+  }
+
+  // How long a launch takes by the size of its arguments, if many follow each other.
+  template <size_t kBytes>
+  void run_launches(const char* name) {
+    static Sized<kBytes> argument;
+    void* arguments[] = {&argument};
+    constexpr int launches = 200;
+    const Times all = time([&] {
+      for (int i = 0; i < launches; ++i) launch(reinterpret_cast<const void*>(nothing<kBytes>), 1, 128, arguments);
+    });
+    std::printf("launch,%s,%zu bytes of arguments,128,0,0,0,%.2f,%.2f,0,0,\n", name, kBytes,
+                static_cast<double>(all.median) / launches, static_cast<double>(all.least) / launches);
+    std::fflush(stdout);
   }
 
   void begin(const Mix& mix) {
@@ -147,9 +169,7 @@ class Sweep {
       cuda::Row row;
       std::memset(static_cast<void*>(&row), 0, sizeof(row));
       for (int k = 0; k < kStreams; ++k) {
-        row.dtypes[k] = mix_->dtypes[k];
-        row.dense |= static_cast<uint8_t>(1 << k);
-        if (k != kGrad) row.streams[k] = streams_[k] + t * kNumel * itemsize(mix_->dtypes[k]);
+        row.describe(k, streams_[k] + t * kNumel * itemsize(mix_->dtypes[k]), mix_->dtypes[k], true);
       }
       row.numel = kNumel;
       row.slot = slot;
@@ -264,6 +284,10 @@ int main(int argc, char** argv) {
     return 2;
   }
   dracopt::Sweep sweep(tensors, rounds);
+  if (only.empty()) {
+    sweep.run_launches<4096>("arguments_4k");
+    sweep.run_launches<dracopt::cuda::kArgumentBytes>("arguments_32k");
+  }
   for (const dracopt::Mix& mix : dracopt::kMixes) {
     sweep.begin(mix);
     if (only.empty()) sweep.run_stream();

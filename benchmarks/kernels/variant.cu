@@ -11,7 +11,8 @@ namespace cuda {
 namespace {
 
 const bool kKnown = [] {
-  const auto* const kernel = reinterpret_cast<const void*>(kEntries[0].kernels[0]);  // of Adam, in fp32's arithmetic
+  const auto* const kernel =
+      reinterpret_cast<const void*>(kKernels[rule_index<Adam>()][static_cast<int>(Arithmetic::fp32)]);
   variants().push_back({DRACOPT_NAME(dracopt), DRACOPT_ABOUT, kThreads, kTile, kernel});
   return true;
 }();

@@ -100,9 +100,7 @@ void Launches::add(const Segment& segment, int states, void* const* carried, uin
   rows_.emplace_back();
   cuda::Row& row = rows_.back();
   for (int k = 0; k < kFirstState + states; ++k) {
-    if (k != kGrad) row.streams[k] = segment.streams[k].data;
-    row.dtypes[k] = segment.streams[k].dtype;
-    row.dense |= static_cast<uint8_t>(segment.streams[k].dense << k);
+    row.describe(k, segment.streams[k].data, segment.streams[k].dtype, segment.streams[k].dense);
   }
   for (int k = 0; k < kMaxCarried; ++k) {
     row.carried[k] = carried[k];
@@ -179,11 +177,11 @@ void Launches::prepare(const Scaler& scaler) {
   }
 }
 
-void Launches::run(const char* rule) {
+void Launches::run(const RuleEntry& rule) {
   if (launches_ == 0) return;
   const c10::DeviceGuard guard(device_);
   for (size_t i = 0; i < launches_; ++i) {
-    const char* const error = cuda::launch(rule, arithmetic_, arguments_[i], stream_);
+    const char* const error = cuda::launch(rule.index, arithmetic_, arguments_[i], stream_);
     if (error != nullptr) fail("launch the update kernel", error);
   }
   scaler_ = {};

@@ -42,7 +42,7 @@ class Launches {
   void prepare(const Scaler& scaler);
 
   // Both throw std::runtime_error if CUDA refuses. Nothing is waited for.
-  void run(const char* rule);
+  void run(const RuleEntry& rule);
 
   size_t count() const { return launches_; }
 

@@ -730,7 +730,7 @@ void StepPlan::run_on_gpus(const Scaler& scaler) {
     last = &examined;
   }
   for (Launches& launches : launches_) launches.prepare(scaler);
-  for (Launches& launches : launches_) launches.run(rule_.name);
+  for (Launches& launches : launches_) launches.run(rule_);
 
   for (size_t i = 0; i < count_; ++i) {
     if (examined_[i].on_gpu) record(examined_[i]);

@@ -64,17 +64,6 @@ DRACOPT_HD uint32_t round_to_bf16(float x) {
   return x != x ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
 }
 
-// Rounds two numbers at once, the first in the lower half. On a GPU neither may be NaN.
-DRACOPT_HD uint32_t round_pair_to_bf16(float low, float high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-#else
-  return round_to_bf16(low) >> 16 | (round_to_bf16(high) & 0xffff0000u);
-#endif
-}
-
 DRACOPT_HD uint16_t round_to_fp16(float x) {
 #if defined(__CUDA_ARCH__)
   uint16_t rounded;
@@ -101,6 +90,27 @@ DRACOPT_HD Stored narrow(T x) {
   } else {
     return {round_to_fp16(static_cast<float>(x))};
   }
+}
+
+// Rounds two numbers at once, the first in the lower half. On a GPU neither may be NaN.
+DRACOPT_HD uint32_t narrow_pair(float low, float high, Bf16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return round_to_bf16(low) >> 16 | (round_to_bf16(high) & 0xffff0000u);
+#endif
+}
+
+DRACOPT_HD uint32_t narrow_pair(float low, float high, Fp16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return round_to_fp16(low) | static_cast<uint32_t>(round_to_fp16(high)) << 16;
+#endif
 }
 
 // `To` as constant as `Void` is.
@@ -139,7 +149,7 @@ DRACOPT_HD void unpack(Word word, T* to) {
 template <typename Word, typename T>
 DRACOPT_HD Word pack(const T* from) {
   if constexpr (kLanes<Word> == 2) {
-    return {round_pair_to_bf16(from[0], from[1])};
+    return {narrow_pair(from[0], from[1], Bf16())};
   } else {
     return narrow<Word>(from[0]);
   }

@@ -47,12 +47,17 @@ DRACOPT_HD int lowest_bit(uint32_t bits) {
 #endif
 }
 
-// A Divisor is a number that many others are divided by, with its reciprocal, by which a GPU divides faster.
+// A Divisor is a number that many others are divided by, with its reciprocal, by which FastMath divides. The reciprocal
+// is NaN where FastMath must not, and so its quotients are.
 template <typename T>
 struct Divisor {
+  static constexpr T kMost = T(0x1p40);
+
   T value, inverse;
 
-  DRACOPT_HD static Divisor of(T value) { return {value, T(1) / value}; }
+  DRACOPT_HD static Divisor of(T value) {
+    return {value, value > 0 && value <= kMost ? T(1) / value : static_cast<T>(__builtin_nanf(""))};
+  }
 };
 
 // PlainMath has IEEE's operations as they are. Rules call it by name where a GPU has a faster way to the same bits.
@@ -72,7 +77,7 @@ struct PlainMath {
     return x / d.value;
   }
   template <typename T>
-  DRACOPT_HD void require_number(T) const {}
+  DRACOPT_HD void require_numbers(T, T) const {}
 };
 
 // x^n for 0 <= x <= 1 and n >= 0, by repeated squaring of an unevaluated sum of two doubles: within an ulp, and the

@@ -28,6 +28,7 @@ struct PowerMemo {
 
 struct RuleEntry {
   const char* name;
+  int index;                        // in the list of rules/all.h
   const char* const* group_keys;    // of the parameter group, null-terminated; a tuple counts as its items
   const char* const* carried_keys;  // scalars of the parameter's state, null-terminated; the step count is the first
   const char* const* state_keys;    // streams of the parameter's state, null-terminated

@@ -113,6 +113,7 @@ constexpr RuleEntry entry() {
   static_assert(sizeof(Hyperparameters) <= kMaxHyperparameters * sizeof(double), "raise kMaxHyperparameters");
   RuleEntry e{};
   e.name = Rule::name;
+  e.index = rule_index<Rule>();
   e.group_keys = Rule::group_keys;
   e.carried_keys = Rule::carried_keys;
   e.state_keys = Rule::state_keys;

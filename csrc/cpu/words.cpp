@@ -1,5 +1,6 @@
 // A step from words, for callers that have no binding to their torch. dracopt_ext/portable/words.py makes them and says
 // what they are.
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <map>
@@ -28,10 +29,22 @@ struct Arguments {
   } tensors[];
 };
 
-// Flags, the hyperparameters, the carried scalars.
+// A recipe: flags, the hyperparameters, the carried scalars.
 constexpr int64_t kFirst = int64_t(1) << 32;
 
 double number(int64_t word) { return __builtin_bit_cast(double, word); }
+
+const double* hyperparameters(const int64_t* recipe) { return reinterpret_cast<const double*>(recipe + 1); }
+
+// Prepares the scalars of a tensor from a recipe that holds all numbers itself. The flags are the tensor's.
+void prepare(const RuleEntry& rule, Arithmetic arithmetic, const int64_t* recipe, int64_t flags, PowerMemo& powers,
+             Scalars* to) {
+  Carried carried[kMaxCarried];
+  for (int k = 0; k < rule.carried; ++k) {
+    carried[k] = {number(recipe[1 + rule.hyperparameters + k]), (flags & kCarriedFp32 << k) != 0};
+  }
+  rule.prepare[static_cast<int>(arithmetic)](carried, (recipe[0] & kFirst) != 0, hyperparameters(recipe), powers, to);
+}
 
 Layout layout_of(const int64_t* words, int streams) {
   Layout layout;
@@ -68,7 +81,7 @@ class Launch {
   Dtype dtype(int stream) const { return static_cast<Dtype>(dtypes_[stream]); }
 
   void append(const Row& row, void* grad, int64_t recipe, double divisor) {
-    const int states = rule_.states(hyperparameters(recipe));
+    const int states = rule_.states(hyperparameters(words_ + recipe));
     Segment segment{};
     segment.streams[kParam].data = row.streams[0];
     segment.streams[kGrad].data = grad;
@@ -89,19 +102,10 @@ class Launch {
     segments_.push_back(segment);
   }
 
-  const double* hyperparameters(int64_t recipe) const { return reinterpret_cast<const double*>(words_ + recipe + 1); }
-
   // Tensors with the same recipe have the same, unless they carry scalars in different dtypes.
   const Scalars& scalars_of(int64_t recipe, int64_t flags) {
     const auto [found, is_new] = scalars_.try_emplace({recipe, flags & ~kMaximize});
-    if (is_new) {
-      Carried carried[kMaxCarried];
-      for (int k = 0; k < rule_.carried; ++k) {
-        carried[k] = {number(words_[recipe + 1 + rule_.hyperparameters + k]), (flags & kCarriedFp32 << k) != 0};
-      }
-      const bool first = (words_[recipe] & kFirst) != 0;
-      rule_.prepare[static_cast<int>(arithmetic_)](carried, first, hyperparameters(recipe), powers_, &found->second);
-    }
+    if (is_new) prepare(rule_, arithmetic_, words_ + recipe, flags, powers_, &found->second);
     return found->second;
   }
 
@@ -131,6 +135,20 @@ DRACOPT_EXPORT const char* dracopt_isa(const char** why_not) {
     *why_not = reason.c_str();
     return nullptr;
   }
+}
+
+// Writes the scalars that a recipe leads to, if it holds all numbers itself, for a tensor with these flags. There is
+// room for kScalarBytes. Returns the number of words; 0 if no rule has this name.
+DRACOPT_EXPORT size_t dracopt_prepare(const char* rule, bool is_fp64, const int64_t* recipe, int64_t flags, void* to) {
+  const dracopt::RuleEntry* const entry = dracopt::cpu::find_rule(rule);
+  if (entry == nullptr) return 0;
+  const auto arithmetic = is_fp64 ? dracopt::Arithmetic::fp64 : dracopt::Arithmetic::fp32;
+  dracopt::PowerMemo powers{};
+  dracopt::Scalars scalars;
+  dracopt::cpu::prepare(*entry, arithmetic, recipe, flags, powers, &scalars);
+  const size_t bytes = entry->scalar_bytes[static_cast<int>(arithmetic)];
+  std::memcpy(to, scalars.bytes, bytes);
+  return (bytes + sizeof(int64_t) - 1) / sizeof(int64_t);
 }
 
 // Updates what the words describe, on the CPU. The dtypes are those of the parameter, the gradient and three states.

@@ -11,7 +11,7 @@ const std::vector<int>& architectures() {
   return none;
 }
 
-const char* launch(const char*, Arithmetic, const Arguments&, void*) { return unavailable(0); }
+const char* launch(int, Arithmetic, const Arguments&, void*) { return unavailable(0); }
 const char* write_table(void*, const void*, size_t, void*) { return unavailable(0); }
 const char* is_capturing(void*, bool& answer) { return answer = false, nullptr; }
 

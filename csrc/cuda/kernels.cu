@@ -20,18 +20,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
   const int thread = static_cast<int>(threadIdx.x);
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
 
-  // One thread looks for what all need: registers that it takes for that are free again in the loops.
+  const Tile found = tile_of(arguments, blockIdx.x,
+                             [](const auto& holds) -> uint32_t { return __syncthreads_count(holds(threadIdx.x)); });
+  // One thread prepares the scalars for all. What is shared takes no registers, which are scarce in the loops.
   __shared__ Tile tile;
   __shared__ uint64_t shared[sizeof(RuleScalars) / sizeof(uint64_t) + 1];
   RuleScalars& scalars = *reinterpret_cast<RuleScalars*>(shared);
   if (thread == 0) {
-    tile = tile_of(arguments, blockIdx.x);
-    const Row& row = arguments.rows[tile.row];
+    tile = found;
+    const Row& row = arguments.rows[found.row];
     scalars = row.has_recipe ? prepare<Rule, T>(arguments, row)
                              : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
   }
   __syncthreads();
-  update<Rule, T>(arguments, tile, arguments.rows[tile.row], scalars, thread);
+  update<Rule, T>(arguments, tile, scalars, thread);
 
   if (arguments.finished == nullptr) return;
   // The last block to come here moves the step counts on: all others have read them.
@@ -47,12 +49,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
   for (uint32_t i = threadIdx.x; i < arguments.count; i += kThreads) advance<Rule>(arguments, arguments.rows[i]);
 }
 
-struct Entry {
-  const char* rule;
-  void (*kernels[2])(Arguments);  // by arithmetic
-};
-#define DRACOPT_ENTRY(Rule) {Rule::name, {step<Rule, float>, step<Rule, double>}},
-const Entry kEntries[] = {DRACOPT_FOR_EACH_RULE(DRACOPT_ENTRY)};
+// The kernels, by the rule's index and the arithmetic.
+#define DRACOPT_KERNELS(Rule) {step<Rule, float>, step<Rule, double>},
+void (*const kKernels[][2])(Arguments) = {DRACOPT_FOR_EACH_RULE(DRACOPT_KERNELS)};
 
 // A piece of a table, by value.
 struct Piece {
@@ -63,8 +62,11 @@ struct Piece {
 };
 static_assert(sizeof(Piece) <= kArgumentBytes);
 
+// Each thread writes one vector. The threads of a warp wait for each other where they index the arguments, so that many
+// multiprocessors share the work.
 __global__ void write_piece(const __grid_constant__ Piece piece) {
-  for (uint32_t i = threadIdx.x; i < piece.count; i += blockDim.x) piece.to[i] = piece.vectors[i];
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < piece.count) piece.to[i] = piece.vectors[i];
 }
 
 const char* name_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorName(error); }
@@ -118,13 +120,8 @@ const std::vector<int>& architectures() {
   return list;
 }
 
-const char* launch(const char* rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
-  for (const Entry& entry : kEntries) {
-    if (std::strcmp(entry.rule, rule) == 0) {
-      return launch_kernel(entry.kernels[static_cast<int>(arithmetic)], arguments.blocks, arguments, stream);
-    }
-  }
-  return "no kernel of this rule";
+const char* launch(int rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
+  return launch_kernel(kKernels[rule][static_cast<int>(arithmetic)], arguments.blocks, arguments, stream);
 }
 
 const char* write_table(void* to, const void* from, size_t bytes, void* stream) {
@@ -134,7 +131,7 @@ const char* write_table(void* to, const void* from, size_t bytes, void* stream) 
     std::memcpy(piece.vectors, static_cast<const char*>(from) + done, size);
     piece.to = reinterpret_cast<Vector*>(static_cast<char*>(to) + done);
     piece.count = static_cast<uint32_t>(size / sizeof(Vector));
-    const char* const error = launch_kernel(write_piece, 1, piece, stream);
+    const char* const error = launch_kernel(write_piece, (piece.count + kThreads - 1) / kThreads, piece, stream);
     if (error != nullptr) return error;
   }
   return nullptr;

@@ -20,8 +20,8 @@ DRACOPT_EXPORT const std::vector<int>& architectures();
 
 // The following act on the current device and return null or the name of CUDA's error. A stream is a cudaStream_t.
 
-// Updates what the arguments describe, by the rule of this name.
-DRACOPT_EXPORT const char* launch(const char* rule, Arithmetic arithmetic, const Arguments& arguments, void* stream);
+// Updates what the arguments describe, by a rule of which `rule` is the index.
+DRACOPT_EXPORT const char* launch(int rule, Arithmetic arithmetic, const Arguments& arguments, void* stream);
 
 // Writes to the device's memory, in the stream's order and without a copy that a graph could not capture. The address
 // and the size are multiples of 16.

@@ -10,6 +10,7 @@
 #include "core/dtype.h"
 #include "core/layout.h"
 #include "core/rule_entry.h"
+#include "core/segment.h"
 
 namespace dracopt {
 namespace cuda {
@@ -30,20 +31,32 @@ constexpr int kBlocks = DRACOPT_BLOCKS;    // that a multiprocessor has room for
 constexpr int64_t kTile = DRACOPT_TILE;    // elements that a block updates
 constexpr int kVectorBytes = 16;           // the widest access there is
 
+// The dtypes of all streams fit into one word, two bits each.
+DRACOPT_HD constexpr uint32_t dtype_at(int stream, Dtype dtype) { return static_cast<uint32_t>(dtype) << 2 * stream; }
+
 // One tensor, as far as it stays the same from step to step. Zeroed before it is filled, so that equal rows are equal
 // byte for byte.
 struct alignas(16) Row {
   void* streams[kMaxStreams];  // but for the gradient, which is among the arguments
   void* carried[kMaxCarried];  // scalars of the state that lie on the device; null for those on the host
   int64_t numel;
-  uint32_t slot;   // where in Arguments::words its scalars begin, or the recipe for them
-  int32_t layout;  // in the table; kDense if every stream is dense
-  Dtype dtypes[kMaxStreams];
+  uint32_t slot;         // where in Arguments::words its scalars begin, or the recipe for them
+  int32_t layout;        // in the table; kDense if every stream is dense
+  uint16_t dtypes;       // by dtype_at
   uint8_t dense;         // bit k: stream k is
   uint8_t carried_fp32;  // bit k: carried scalar k is in fp32, else in fp64
   uint8_t states;
+  bool misaligned;  // some stream, apart from the gradient, begins within a vector
   bool maximize;
   bool has_recipe;
+
+  // Describes a stream. A row does not keep its gradient's address.
+  void describe(int stream, void* data, Dtype dtype, bool is_dense) {
+    if (stream != kGrad) streams[stream] = data;
+    if (stream != kGrad) misaligned |= reinterpret_cast<uintptr_t>(data) % kVectorBytes != 0;
+    dtypes = static_cast<uint16_t>(dtypes | dtype_at(stream, dtype));
+    dense = static_cast<uint8_t>(dense | is_dense << stream);
+  }
 };
 constexpr int32_t kDense = -1;
 

@@ -1,4 +1,4 @@
-// The work of one thread of a block, as functions of its number. The kernel calls them; so do the tests, on the host.
+// The work of a block and of each of its threads. The kernel calls these functions; so do the tests, on the host.
 #pragma once
 
 #include <type_traits>
@@ -119,14 +119,22 @@ struct Tile {
   int64_t number;  // of the tile in its tensor
 };
 
-// The row that holds a block's tile: the last one whose first tile is not beyond it.
-DRACOPT_HD Tile tile_of(const Arguments& arguments, uint32_t block) {
-  uint32_t low = 0;
-  for (uint32_t high = arguments.count; high - low > 1;) {
-    const uint32_t middle = low + (high - low) / 2;
-    (arguments.first_tiles[middle] <= block ? low : high) = middle;
+// Finds the row that holds a block's tile: the last one whose first tile is not beyond it. In each round every thread
+// looks at one row, evenly spread over those that are left. `count_threads` says for how many a condition holds.
+template <typename CountThreads>
+DRACOPT_HD Tile tile_of(const Arguments& arguments, uint32_t block, const CountThreads& count_threads) {
+  uint32_t row = 0;
+  for (uint32_t rows = arguments.count; rows > 1;) {
+    const uint32_t distance = (rows + kThreads - 1) / kThreads;
+    const auto is_passed = [&](uint32_t thread) {
+      const uint32_t at = thread * distance;
+      return at < rows && arguments.first_tiles[row + at] <= block;
+    };
+    const uint32_t passed = distance * (count_threads(is_passed) - 1);
+    row += passed;
+    rows = rows - passed < distance ? rows - passed : distance;
   }
-  return {low, static_cast<int64_t>(block - arguments.first_tiles[low])};
+  return {row, static_cast<int64_t>(block - arguments.first_tiles[row])};
 }
 
 // The elements of a tile, counted from its first, which is number `begin` of the tensor: those from `first` to `last`
@@ -233,10 +241,13 @@ struct Stored {
 // Anyhow is any other way: the loop looks at every stream's dtype as it runs.
 struct Anyhow {};
 
-// The vectors of a thread that VectorMath could not compute: bit n is its vector number n, of so many elements.
+// What the loops over vectors leave of a thread's share: the vectors that VectorMath could not compute, bit n for
+// vector number n, and the elements that are in no vector.
 struct Left {
-  uint32_t vectors;
-  int lanes;
+  static constexpr uint32_t kLoose = 1u << 31;  // all in one word, because registers are scarce in the loops
+
+  uint32_t bits;
+  int lanes;  // of a vector
 };
 
 // How a thread updates the elements of one tensor.
@@ -245,42 +256,41 @@ struct Update {
   static constexpr int kStreams = kFirstState + N;
   using RuleScalars = typename Rule::template Scalars<T>;
 
-  // Two numbers are rounded to bf16 at once where FastMath has made sure that neither is NaN.
+  // Two numbers are rounded to 16 bits at once where FastMath has made sure that neither is NaN.
   static constexpr bool kInPairs = std::is_same_v<VectorMath<T>, FastMath>;
 
   // The most elements that a thread works on at once: a vector of the narrowest dtype that is met beside T.
   static constexpr int kLanes = sizeof(T) == 8 ? 4 : 8;
 
   RuleScalars scalars;
-  T sign;
   Divisor<T> divisor;
   const Layout* layout;
   uint32_t dense;  // bit k: stream k is
-  bool divides;
-  bool all_aligned;
+  bool adjusts;    // the gradient is divided or negated
+  bool maximize;
   char* data[kStreams];
-  uint32_t dtypes;   // two bits for each stream; all in one register
-  uint32_t aligned;  // bit k: stream k has vectors where the tensor's vectors are
-  Range range;       // of the tile
+  uint32_t forms;  // the dtypes by dtype_at; bit kAligned + k: stream k has vectors where the tensor's vectors are
+  Range range;     // of the tile
 
-  DRACOPT_HD Update(const Arguments& arguments, const Tile& tile, const Row& row, const RuleScalars& prepared)
-      : scalars(prepared), sign(row.maximize ? T(-1) : T(1)) {
-    layout = row.layout == kDense ? nullptr : arguments.layouts + row.layout;
+  static constexpr int kAligned = 16;
+  static constexpr uint32_t kAllAligned = ((1u << kStreams) - 1) << kAligned;
+
+  DRACOPT_HD Update(const Arguments& arguments, const Tile& tile, const RuleScalars& prepared) : scalars(prepared) {
+    const Row& row = arguments.rows[tile.row];
+    maximize = row.maximize;
     dense = row.dense;
+    forms = row.dtypes;
+    layout = row.layout == kDense ? nullptr : arguments.layouts + row.layout;
     const auto number = static_cast<T>(arguments.grad_scale == nullptr ? arguments.divisor : *arguments.grad_scale);
-    divides = number != T(1);
     divisor = Divisor<T>::of(number);
-    dtypes = aligned = 0;
-    uintptr_t misaligned = 0;
+    adjusts = number != T(1) || maximize;
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       data[k] = k == kGrad ? reinterpret_cast<char*>(arguments.words[tile.row]) : static_cast<char*>(row.streams[k]);
-      dtypes |= static_cast<uint32_t>(row.dtypes[k]) << 2 * k;
-      aligned |= static_cast<uint32_t>(fills_vectors(k)) << k;
-      misaligned |= reinterpret_cast<uintptr_t>(data[k]) % kVectorBytes;
+      forms |= static_cast<uint32_t>(fills_vectors(k)) << (kAligned + k);
     }
-    all_aligned = misaligned == 0;
-    range = range_of(tile.number, row.numel, all_aligned ? 0 : align(), layout == nullptr ? kLanes : 0);
+    const bool misaligned = row.misaligned || reinterpret_cast<uintptr_t>(data[kGrad]) % kVectorBytes != 0;
+    range = range_of(tile.number, row.numel, misaligned ? align() : 0, layout == nullptr ? kLanes : 0);
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       if (is_dense(k)) data[k] += range.begin * itemsize(dtype(k));
@@ -303,10 +313,9 @@ struct Update {
         head = start;
       }
     }
-    aligned = 0;
+    forms &= ~kAllAligned;
     DRACOPT_UNROLL
-    for (int k = 0; k < kStreams; ++k) aligned |= static_cast<uint32_t>(is_aligned(k, head)) << k;
-    all_aligned = aligned == (1u << kStreams) - 1;
+    for (int k = 0; k < kStreams; ++k) forms |= static_cast<uint32_t>(is_aligned(k, head)) << (kAligned + k);
     return head;
   }
 
@@ -323,16 +332,15 @@ struct Update {
   // 16-bit numbers in fp64's arithmetic do not.
   DRACOPT_HD bool fills_vectors(int k) const { return kLanes * itemsize(dtype(k)) >= kVectorBytes; }
 
-  // Updates all of a thread's share of a tile that can be done in vectors. Models are mostly stored in one of three
-  // ways, which have loops of their own.
+  // Updates all of a thread's share of a tile that can be done in vectors. The ways in which models are mostly stored
+  // have loops of their own.
   DRACOPT_HD Left in_vectors(int thread) const {
-    using Plain = Stored<T, T, T>;
-    using Mixed = Stored<Bf16, Bf16, T>;
-    using Half = Stored<Bf16, Bf16, Bf16>;
-    if (all_stored<Plain>()) return vectors<Plain, kVectorBytes / sizeof(T)>(thread);
+    if (all_stored<Stored<T, T, T>>()) return vectors<Stored<T, T, T>, kVectorBytes / sizeof(T)>(thread);
     if constexpr (sizeof(T) == 4) {
-      if (all_stored<Mixed>()) return vectors<Mixed, kLanes>(thread);
-      if (all_stored<Half>()) return vectors<Half, kLanes>(thread);
+      if (all_stored<Stored<Bf16, Bf16, T>>()) return vectors<Stored<Bf16, Bf16, T>, kLanes>(thread);
+      if (all_stored<Stored<Bf16, Bf16, Bf16>>()) return vectors<Stored<Bf16, Bf16, Bf16>, kLanes>(thread);
+      if (all_stored<Stored<Fp16, Fp16, T>>()) return vectors<Stored<Fp16, Fp16, T>, kLanes>(thread);
+      if (all_stored<Stored<Fp16, Fp16, Fp16>>()) return vectors<Stored<Fp16, Fp16, Fp16>, kLanes>(thread);
     }
     return vectors<Anyhow, 4>(thread);
   }
@@ -340,25 +348,26 @@ struct Update {
   // Are all streams stored so, and aligned?
   template <typename Storage>
   DRACOPT_HD bool all_stored() const {
-    uint32_t such = 0;
+    uint32_t such = kAllAligned;
     DRACOPT_UNROLL
-    for (int k = 0; k < kStreams; ++k) such |= static_cast<uint32_t>(Storage::dtype(k)) << 2 * k;
-    return all_aligned && dtypes == such;
+    for (int k = 0; k < kStreams; ++k) such |= dtype_at(k, Storage::dtype(k));
+    return forms == such;
   }
 
   // Each way to store a tensor has its instance of this loop.
   template <typename Storage, int lanes>
   DRACOPT_HD Left vectors(int thread) const {
     constexpr int distance = lanes * kThreads;
-    static_assert(sizeof(T) == 8 || kTile <= 32 * distance, "a thread has a bit for each of its vectors");
-    uint32_t left = 0;
-    for (int i = range.first + thread * lanes; i < range.last; i += distance) {
+    static_assert(sizeof(T) == 8 || kTile + kLanes <= 31 * distance, "a thread has a bit for each of its vectors");
+    Left left = {range.first > 0 || range.last < range.end ? Left::kLoose : 0, lanes};
+    uint32_t bit = 1;
+    for (int i = range.first + thread * lanes; i < range.last; i += distance, bit <<= 1) {
       // All is loaded before any of it is used, so that the loads wait together.
       Lanes<lanes, T> stored[kStreams];
       DRACOPT_UNROLL
       for (int k = 0; k < kStreams; ++k) load<Storage>(k, i, stored[k]);
       if (!update_lanes<Storage>(stored)) {
-        left |= 1u << (i - range.first) / distance;
+        left.bits |= bit;
         continue;
       }
       DRACOPT_UNROLL
@@ -366,20 +375,21 @@ struct Update {
         if (k != kGrad) store<Storage>(k, i, stored[k]);
       }
     }
-    return {left, lanes};
+    return left;
   }
 
   // Updates the rest of it, one by one.
   DRACOPT_HD void one_by_one(int thread, Left left) const {
     const int loose = range.first + (range.end - range.last);
-    for (int i = thread, lane = 0; left.vectors != 0 || i < loose;) {
+    left.bits &= ~Left::kLoose;
+    for (int i = thread, lane = 0; left.bits != 0 || i < loose;) {
       int at = i < range.first ? i : range.last + (i - range.first);
-      if (left.vectors == 0) {
+      if (left.bits == 0) {
         i += kThreads;
       } else {
-        at = range.first + (thread + lowest_bit(left.vectors) * kThreads) * left.lanes + lane;
+        at = range.first + (thread + lowest_bit(left.bits) * kThreads) * left.lanes + lane;
         lane = (lane + 1) % left.lanes;
-        if (lane == 0) left.vectors &= left.vectors - 1;
+        if (lane == 0) left.bits &= left.bits - 1;
       }
       one(at);
     }
@@ -402,25 +412,28 @@ struct Update {
           }
         });
       }
+      if (adjusts) {
+        DRACOPT_UNROLL
+        for (int i = 0; i < part; ++i) adjust(x[i][kGrad], math);
+      }
       DRACOPT_UNROLL
       for (int i = 0; i < part; ++i) {
-        element(x[i], math);
-        math.require_number(x[i][kParam]);
+        Rule::template update<T, N>(scalars, x[i][kParam], x[i][kGrad], x[i] + kFirstState, math);
       }
       DRACOPT_UNROLL
       for (int k = 0; k < kStreams; ++k) {
         if (k == kGrad) continue;
         as_type<Storage>(k, [&](auto type) {
-          if constexpr (kInPairs && std::is_same_v<decltype(type), Bf16> && !std::is_same_v<Storage, Anyhow>) {
-            DRACOPT_UNROLL
-            for (int i = 0; i < part; i += 2) {
-              math.require_number(x[i][k]);
-              math.require_number(x[i + 1][k]);
-              stored[k].word((first + i) / 2) = round_pair_to_bf16(x[i][k], x[i + 1][k]);
+          constexpr bool in_pairs = kInPairs && sizeof(type) == 2 && !std::is_same_v<Storage, Anyhow>;
+          DRACOPT_UNROLL
+          for (int i = 0; i < part; i += 2) {
+            if (k == kParam || in_pairs) math.require_numbers(x[i][k], x[i + 1][k]);
+            if constexpr (in_pairs) {
+              stored[k].word((first + i) / 2) = narrow_pair(x[i][k], x[i + 1][k], type);
+            } else {
+              stored[k].set(first + i, narrow<decltype(type)>(x[i][k]));
+              stored[k].set(first + i + 1, narrow<decltype(type)>(x[i + 1][k]));
             }
-          } else {
-            DRACOPT_UNROLL
-            for (int i = 0; i < part; ++i) stored[k].set(first + i, narrow<decltype(type)>(x[i][k]));
           }
         });
       }
@@ -428,11 +441,19 @@ struct Update {
     return math.exact;
   }
 
+  // Returns the address of an element. A 64-bit product takes one instruction if the size is a constant, and registers
+  // if it is not.
+  template <typename Storage>
+  DRACOPT_HD char* address(int k, int at) const {
+    using Index = std::conditional_t<std::is_same_v<Storage, Anyhow>, int, int64_t>;
+    return data[k] + static_cast<Index>(at) * itemsize(dtype_in<Storage>(k));
+  }
+
   template <typename Storage, int lanes>
   DRACOPT_HD void load(int k, int at, Lanes<lanes, T>& to) const {
     const int bytes = itemsize(dtype_in<Storage>(k));
-    const char* const from = data[k] + static_cast<int64_t>(at) * bytes;
-    if (!std::is_same_v<Storage, Anyhow> || (aligned >> k & 1) != 0) {
+    const char* const from = address<Storage>(k, at);
+    if (!std::is_same_v<Storage, Anyhow> || (parts() >> (kAligned + k) & 1) != 0) {
       DRACOPT_UNROLL
       for (int v = 0; v < to.kVectors; ++v) {
         if ((v + 1) * kVectorBytes <= lanes * bytes) to.vectors[v] = read(reinterpret_cast<const Vector*>(from) + v);
@@ -449,8 +470,8 @@ struct Update {
   template <typename Storage, int lanes>
   DRACOPT_HD void store(int k, int at, const Lanes<lanes, T>& from) const {
     const int bytes = itemsize(dtype_in<Storage>(k));
-    char* const to = data[k] + static_cast<int64_t>(at) * bytes;
-    if (!std::is_same_v<Storage, Anyhow> || (aligned >> k & 1) != 0) {
+    char* const to = address<Storage>(k, at);
+    if (!std::is_same_v<Storage, Anyhow> || (parts() >> (kAligned + k) & 1) != 0) {
       DRACOPT_UNROLL
       for (int v = 0; v < from.kVectors; ++v) {
         if ((v + 1) * kVectorBytes <= lanes * bytes) write(reinterpret_cast<Vector*>(to) + v, from.vectors[v]);
@@ -464,7 +485,15 @@ struct Update {
     }
   }
 
-  DRACOPT_HD Dtype dtype(int k) const { return static_cast<Dtype>(dtypes >> 2 * k & 3); }
+  // Returns `forms` as something new, so that the compiler does not take it apart before a loop: it would keep each
+  // part in a register of its own.
+  DRACOPT_HD uint32_t parts() const {
+    uint32_t all = forms;
+    asm volatile("" : "+r"(all));
+    return all;
+  }
+
+  DRACOPT_HD Dtype dtype(int k) const { return static_cast<Dtype>(parts() >> 2 * k & 3); }
 
   template <typename Storage>
   DRACOPT_HD Dtype dtype_in(int k) const {
@@ -511,7 +540,8 @@ struct Update {
           k, [&](auto type) { x[k] = static_cast<T>(widen(reinterpret_cast<const decltype(type)*>(data[k])[at])); });
     }
     PlainMath math;
-    element(x, math);
+    if (adjusts) adjust(x[kGrad], math);
+    Rule::template update<T, N>(scalars, x[kParam], x[kGrad], x + kFirstState, math);
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       if (k == kGrad) continue;
@@ -523,25 +553,28 @@ struct Update {
 
   DRACOPT_HD int64_t place_of(int k, int i) const { return is_dense(k) ? i : offset_of(*layout, k, range.begin + i); }
 
+  // Divides a gradient by what the loss was multiplied by, and negates it where the objective is maximized.
   template <typename Math>
-  DRACOPT_HD void element(T (&x)[kStreams], Math& math) const {
-    if (divides) x[kGrad] = math.quotient(x[kGrad], divisor);
-    Rule::template update<T, N>(scalars, x[kParam], sign * x[kGrad], x + kFirstState, math);
+  DRACOPT_HD void adjust(T& grad, Math& math) const {
+    const T quotient = math.quotient(grad, divisor);
+    grad = maximize ? -quotient : quotient;
   }
 };
 
 // A thread's share of a block's tile.
 template <typename Rule, typename T, int N = Rule::min_states>
-DRACOPT_HD void update(const Arguments& arguments, const Tile& tile, const Row& row,
-                       const typename Rule::template Scalars<T>& scalars, int thread) {
+DRACOPT_HD void update(const Arguments& arguments, const Tile& tile, const typename Rule::template Scalars<T>& scalars,
+                       int thread) {
   if constexpr (N < Rule::max_states) {
-    if (row.states != N) return update<Rule, T, N + 1>(arguments, tile, row, scalars, thread);
+    if (arguments.rows[tile.row].states != N) return update<Rule, T, N + 1>(arguments, tile, scalars, thread);
   }
-  const Update<Rule, T, N> update(arguments, tile, row, scalars);
+  const Update<Rule, T, N> update(arguments, tile, scalars);
   const Left left = update.in_vectors(thread);
-  if (left.vectors == 0 && update.range.first == 0 && update.range.last == update.range.end) return;
-  // The facts about the tensor are read again, because registers are scarce in the loops before.
-  const Update<Rule, T, N> again(arguments, tile, row, scalars);
+  if (left.bits == 0) return;
+  // The facts about the tensor are read again, because registers are scarce in the loops before. The compiler would
+  // keep what it knows.
+  asm volatile("" ::: "memory");
+  const Update<Rule, T, N> again(arguments, tile, scalars);
   again.one_by_one(thread, left);
 }
 

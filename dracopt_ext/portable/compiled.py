@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import words
 
+_SCALAR_BYTES = 96  # of csrc/core/rule_entry.h
 _CODES = {name: code for code, name in enumerate(words.DTYPES.values())}  # of csrc/core/dtype.h
 
 
@@ -21,6 +22,14 @@ class Library(NamedTuple):
     isa: str
     update: Any
     parallel_for: Any
+    prepare: Any
+
+    def scalars(self, rule: str, is_fp64: bool, recipe: tuple[int, ...], flags: int) -> tuple[int, ...]:
+        """The recipe with what it leads to in its place, if it holds all numbers itself, for a row with these flags."""
+        given, found = array("q", recipe), array("q", bytes(_SCALAR_BYTES))
+        count = self.prepare(rule.encode(), is_fp64, given.buffer_info()[0], flags, found.buffer_info()[0])
+        assert count > 0, f"no compiled rule is named {rule}"
+        return (1 << words.PREPARED, *found[:count])
 
 
 def load(folder: Path) -> Library:
@@ -33,6 +42,14 @@ def load(folder: Path) -> Library:
     library.dracopt_isa.restype = ctypes.c_char_p
     library.dracopt_update.restype = ctypes.c_char_p
     library.dracopt_update.argtypes = [ctypes.c_char_p, ctypes.c_char_p, *[ctypes.c_void_p] * 3]
+    library.dracopt_prepare.restype = ctypes.c_size_t
+    library.dracopt_prepare.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_bool,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     why_not = ctypes.c_char_p()
     isa = library.dracopt_isa(ctypes.byref(why_not))
     if isa is None:
@@ -41,7 +58,7 @@ def load(folder: Path) -> Library:
         parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, ctypes.c_void_p)
     except (OSError, AttributeError):
         parallel_for = None  # one thread
-    return Library(isa.decode(), library.dracopt_update, parallel_for)
+    return Library(isa.decode(), library.dracopt_update, parallel_for, library.dracopt_prepare)
 
 
 class Launch(words.Launch):

@@ -37,9 +37,9 @@ HEADER_WORDS = 6
 a counter of finished programs, 0 if no carried scalar lies on the device; the number of rows; the number of programs.
 
 A recipe is what scalars are prepared from: flags, the hyperparameters, the carried scalars of the host; each number as
-the bits of an fp64 number or as an address.
+the bits of an fp64 number or as an address. Or it is flags and the scalars themselves, as csrc/rules has them.
 """
-RECIPE_FLAGS = FP32_ADDRESS, FP64_ADDRESS, FIRST = 0, 16, 32  # bits; the first two of number 0
+RECIPE_FLAGS = FP32_ADDRESS, FP64_ADDRESS, FIRST, PREPARED = 0, 16, 32, 33  # bits; the first two of number 0
 
 
 def number_bits(*numbers: float) -> tuple[int, ...]:

@@ -26,22 +26,22 @@ void step(const Arguments& arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
   for (uint32_t block = 0; block < arguments.blocks; ++block) {
-    const Tile tile = tile_of(arguments, block);
+    const Tile tile = tile_of(arguments, block, [](const auto& holds) {
+      uint32_t count = 0;
+      for (uint32_t thread = 0; thread < kThreads; ++thread) count += holds(thread);
+      return count;
+    });
     const Row& row = arguments.rows[tile.row];
     const RuleScalars scalars = row.has_recipe ? prepare<Rule, T>(arguments, row)
                                                : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
-    for (int thread = 0; thread < kThreads; ++thread) update<Rule, T>(arguments, tile, row, scalars, thread);
+    for (int thread = 0; thread < kThreads; ++thread) update<Rule, T>(arguments, tile, scalars, thread);
   }
   if (arguments.finished == nullptr) return;
   for (uint32_t i = 0; i < arguments.count; ++i) advance<Rule>(arguments, arguments.rows[i]);
 }
 
-template <typename Rule>
-bool step_if(const char* rule, Arithmetic arithmetic, const Arguments& arguments) {
-  if (std::strcmp(rule, Rule::name) != 0) return false;
-  arithmetic == Arithmetic::fp32 ? step<Rule, float>(arguments) : step<Rule, double>(arguments);
-  return true;
-}
+#define DRACOPT_STEPS(Rule) {step<Rule, float>, step<Rule, double>},
+void (*const kSteps[][2])(const Arguments&) = {DRACOPT_FOR_EACH_RULE(DRACOPT_STEPS)};
 
 }  // namespace
 
@@ -52,15 +52,14 @@ const std::vector<int>& architectures() {
   return none;
 }
 
-const char* launch(const char* rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
+const char* launch(int rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
   if (const char* error = fails("launch")) return error;
   if (arguments.blocks == 0) return "cudaErrorInvalidConfiguration";
   ++simulated_launches;
   simulated_table = arguments.rows;
   simulated_last_stream = static_cast<int>(reinterpret_cast<intptr_t>(stream));
-#define DRACOPT_STEP(Rule) || step_if<Rule>(rule, arithmetic, arguments)
-  const bool done = false DRACOPT_FOR_EACH_RULE(DRACOPT_STEP);
-  return done ? nullptr : "no kernel of this rule";
+  kSteps[rule][static_cast<int>(arithmetic)](arguments);
+  return nullptr;
 }
 
 const char* write_table(void* to, const void* from, size_t bytes, void*) {
