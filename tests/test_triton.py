@@ -184,9 +184,7 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
         widest = max(BYTES[dtype] for dtype in variant["dtypes"])
         vectors = [elements * widest // 16 * (BYTES[dtype] == widest) for dtype in variant["dtypes"]]
         loads, stores = sum(vectors), sum(vectors) - vectors[1]
-        limit = 104  # registers
         if variant["target"].startswith("sm_"):
-            limit = 96 if variant["dtypes"][0] == variant["dtypes"][1] else 104  # for five programs at once, or four
             ways = 2 if variant["fast"] else 1  # the loop tries the fast arithmetic before the other
             assert (variant["vector_loads"], variant["vector_stores"]) == (ways * loads, ways * stores), variant
             if widest == 4:
@@ -197,7 +195,13 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
             assert variant["exchanges"] == ways, variant
             estimates = {"rcp.approx.ftz.f32": elements, "rsqrt.approx.ftz.f32": elements}
             assert variant["estimates"] == (estimates if variant["fast"] else {}), variant
-            assert variant["registers"] <= limit, variant
+        else:  # whose compiler unrolls loops
+            assert variant["vector_loads"] >= loads, variant
+            assert variant["vector_stores"] >= stores, variant
+        if "fp64" not in variant["dtypes"]:
+            assert variant["fast"] == (variant["rule"] != "sgd" and variant["target"] != "gfx942"), variant
+            alike = variant["dtypes"][0] == variant["dtypes"][1] and variant["target"] != "gfx942"
+            assert variant["registers"] <= (96 if alike else 104), variant  # for five programs at once, or four
 
 
 def test_compiled_once(tmp_path: Path) -> None:
