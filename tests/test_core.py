@@ -368,6 +368,9 @@ int main() {
   for (uint32_t i = 0; i < 1000000; ++i) {  // of all sizes
     root_over(of_bits(random() & 0x7fffffffu), of_bits(random() % 0x00800000u | 0x3f000000u));
     quotient(of_bits(random()), of_bits(random() & 0x7fffffffu));
+    // Below the normal numbers, close to the middle between two numbers.
+    const float d = of_bits(random() % 0x00800000u + 0x5e000000u);
+    quotient(static_cast<float>(d * 0x1p-149 * (random() % 1000 + 0.5)), d);
   }
   const long before = exact, asked_before = asked;
   for (uint32_t i = 0; i < 1000000; ++i) {
