@@ -314,8 +314,11 @@ IN_MEMORY = ("cpu",)
 
 @cache
 def estimates_well(device: torch.device) -> bool:
-    """Whether a GPU is of a generation whose estimates the fast arithmetic was made for; so is what is simulated."""
-    return device.type != GPU or torch.cuda.get_device_capability(device)[0] in (8, 9, 10, 12)
+    """Whether the fast arithmetic was made for the estimates of this device, the current one, or of the interpreter."""
+    if INTERPRETED:
+        return True
+    architecture = triton.runtime.driver.active.get_current_target().arch
+    return isinstance(architecture, int) and architecture // 10 in (8, 9, 10, 12)  # AMD's have names
 
 
 def specialization(rule: Rule, dtypes: tuple[str, ...], target: str = TARGET, fast: bool = True) -> dict[str, Any]:
