@@ -191,8 +191,8 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
                 vectors = [elements * widest // 16 * (BYTES[dtype] == 2) for dtype in variant["dtypes"]]
                 halves = variant["half_vector_loads"], variant["half_vector_stores"]
                 assert halves == (ways * sum(vectors), ways * (sum(vectors) - vectors[1])), variant
-            # Threads exchange nothing but whether all are done and, at the end, who is the last.
-            assert variant["exchanges"] == ways, variant
+            # Threads exchange only whether all are done, by one store or two, and at the end who is the last.
+            assert variant["exchanges"] <= 2 * ways - 1, variant
             estimates = {"rcp.approx.ftz.f32": elements, "rsqrt.approx.ftz.f32": elements}
             assert variant["estimates"] == (estimates if variant["fast"] else {}), variant
         else:  # whose compiler unrolls loops
@@ -200,8 +200,9 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
             assert variant["vector_stores"] >= stores, variant
         if "fp64" not in variant["dtypes"]:
             assert variant["fast"] == (variant["rule"] != "sgd" and variant["target"] != "gfx942"), variant
-            alike = variant["dtypes"][0] == variant["dtypes"][1] and variant["target"] != "gfx942"
-            assert variant["registers"] <= (96 if alike else 104), variant  # for five programs at once, or four
+            is_usual = variant["rule"] != "nadam" and variant["dtypes"][0] == variant["dtypes"][1]
+            limit = 96 if is_usual and variant["target"] != "gfx942" else 104  # for five programs at once, or four
+            assert variant["registers"] <= limit, variant
 
 
 def test_compiled_once(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def compile_one(variant: Variant) -> dict[str, Any]:
     constants = step.specialization(rule, (param, grad, *[state] * len(rule.state_keys)), backend)
     signature = {"table": "*i64", "arguments": "*i64", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(step.step, signature=signature, constexprs=constants)
-    options = step.options((param, grad, state), backend)
+    options = step.options(rule, (param, grad, state), backend)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     constants_of = re.findall(r"arith\.constant (\S+) : f64", compiled.asm["ttir"])
     found = {

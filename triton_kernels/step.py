@@ -349,13 +349,14 @@ def specialization(rule: Rule, dtypes: tuple[str, ...], target: str = TARGET, fa
     }
 
 
-def options(dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
+def options(rule: Rule, dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
     """The compiler's options. The bits depend on the first of them."""
     chosen: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": WARPS}
     if target == "cuda":
-        # These limits spill nothing. With 96 registers five programs run at once; a gradient that is stored unlike the
-        # parameter, which is rare, takes a few more.
-        chosen["maxnreg"] = 168 if "fp64" in dtypes else 96 if dtypes[0] == dtypes[1] else 104
+        # These limits spill nothing. With 96 registers five programs run at once. NAdam takes a few more, and so does a
+        # gradient that is stored unlike the parameter, which is rare.
+        is_usual = rule.name != "nadam" and dtypes[0] == dtypes[1]
+        chosen["maxnreg"] = 168 if "fp64" in dtypes else 96 if is_usual else 104
     return chosen
 
 
@@ -404,7 +405,7 @@ class Launch(words.Launch):
             array = self.arguments(gradients, self._prepared(recipes), divisor, scaler, finished)
             arguments = upload(array, self.device, referred)
             constants = specialization(self.rule, self.dtypes, fast=estimates_well(self.device))
-            step[(self._programs,)](table, arguments, **constants, **options(self.dtypes))
+            step[(self._programs,)](table, arguments, **constants, **options(self.rule, self.dtypes))
             _launched.add(self._compiled_for)
         return referred
 
