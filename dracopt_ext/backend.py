@@ -212,7 +212,7 @@ def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) ->
         kernels = importlib.import_module("dracopt_ext.portable.compiled").Kernels(_LIBRARY)
     else:
         step = importlib.import_module("dracopt_ext.triton_kernels.step")
-        kernels = step.Kernels(on_cpu=asked_for == "triton", unavailable=why_no_triton_on, library=_library())
+        kernels = step.Kernels(on_cpu=asked_for == "triton", unavailable=why_no_triton_on, functions=_library())
     return plan.StepPlan(rule, optimizer, kernels)
 
 

@@ -82,7 +82,7 @@ def divide_by(x, d, inverse):
 
 @triton.jit
 def divisor_of(d):
-    """What others are divided by, with its reciprocal."""
+    """A number that others are divided by, with its reciprocal."""
     return d, unless_proved((d > 0) & (d <= MOST_DIVISOR), divide(d * 0 + 1, d))
 
 

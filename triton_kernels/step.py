@@ -314,7 +314,7 @@ IN_MEMORY = ("cpu",)
 
 @cache
 def estimates_well(device: torch.device) -> bool:
-    """Whether the fast arithmetic was made for the estimates of this device, the current one, or of the interpreter."""
+    """The fast arithmetic was made for the estimates of this device, the current one, or of the interpreter."""
     if INTERPRETED:
         return True
     architecture = triton.runtime.driver.active.get_current_target().arch
@@ -377,7 +377,7 @@ _launched: set[Any] = set()  # for which the kernel has been compiled and loaded
 class Launch(words.Launch):
     """One by Triton."""
 
-    library: compiled.Library | None  # what prepares scalars on the host; else the kernel does
+    functions: compiled.Library | None  # they prepare scalars on the host; without them the kernel does
     _table: Tensor | None = None
     _stream: Any = None  # in which the table was written
 
@@ -411,7 +411,7 @@ class Launch(words.Launch):
 
     def _prepared(self, recipes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The recipes, or what they lead to where nothing that they need lies on the GPU."""
-        if self.library is None:
+        if self.functions is None:
             return recipes
         is_fp64 = "fp64" in self.dtypes
         prepared: dict[Any, tuple[int, ...]] = {}
@@ -420,7 +420,7 @@ class Launch(words.Launch):
             has_address = recipe[0] & (1 << words.FIRST) - 1 or any(row[words.CARRIED : words.PARAM])
             key = recipe, row[words.FLAGS]
             if not has_address and key not in prepared:
-                prepared[key] = self.library.scalars(self.rule.name, is_fp64, *key)
+                prepared[key] = self.functions.scalars(self.rule.name, is_fp64, *key)
             found.append(recipe if has_address else prepared[key])
         return found
 
@@ -446,16 +446,16 @@ class Kernels:
     Args:
         on_cpu: whether its interpreter, if the kernels are in it, is to serve parameters on the CPU as well.
         unavailable: why the kernels cannot run on the GPU of an index; None if they can.
-        library: the compiled kernels, which prepare scalars on the host; None lets the kernel prepare them.
+        functions: those of the compiled kernels, which prepare scalars on the host; None lets the kernel prepare them.
     """
 
     def __init__(
         self,
         on_cpu: bool = False,
         unavailable: Callable[[int], str | None] = lambda index: None,
-        library: compiled.Library | None = None,
+        functions: compiled.Library | None = None,
     ) -> None:
-        self.launch = type("Launch", (Launch,), {"library": library})
+        self.launch = type("Launch", (Launch,), {"functions": functions})
         self._devices = {GPU} if not INTERPRETED else set(IN_MEMORY) - (set() if on_cpu else {"cpu"})
         self._unavailable = unavailable
 

@@ -241,8 +241,8 @@ struct Stored {
 // Anyhow is any other way: the loop looks at every stream's dtype as it runs.
 struct Anyhow {};
 
-// What the loops over vectors leave of a thread's share: the vectors that VectorMath could not compute, bit n for
-// vector number n, and the elements that are in no vector.
+// Left is what the loops over vectors leave of a thread's share: the vectors that VectorMath could not compute, bit n
+// for vector number n, and the elements that are in no vector.
 struct Left {
   static constexpr uint32_t kLoose = 1u << 31;  // all in one word, because registers are scarce in the loops
 
