@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp benchmarks/*/*.h benchmarks/*/*.cpp benchmarks/*/*.cu)
 
-.PHONY: train study test mutants triton sanitize lint format bench wheels test-wheel clean
+.PHONY: train study test test-integrations mutants triton sanitize lint format bench wheels test-wheel clean
 
 train: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_digits --out $(OUT)
@@ -17,6 +17,19 @@ study: $(VENV)/ready
 
 test: lint
 	$(BIN)/python -m pytest --cov=dracopt_ext --cov=triton_kernels --cov-fail-under=95
+
+# Other people's trainers with our classes, in an environment of their own. Our warnings are RuntimeWarnings.
+INTEGRATIONS := build/integrations
+test-integrations: $(INTEGRATIONS)/ready
+	$(INTEGRATIONS)/bin/python -m pip install -q --no-deps --force-reinstall .
+	cd tests/integrations && $(abspath $(INTEGRATIONS))/bin/python -m pytest -q -p no:cacheprovider --noconftest \
+	  -W ignore -W error::RuntimeWarning
+
+$(INTEGRATIONS)/ready: tests/integrations/requirements.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install -q "$(TORCH)"
+	$(INTEGRATIONS)/bin/python -m pip install -q -r $<
+	@touch $@
 
 # About 100 faults, built into a copy one after the other: each must fail the test that is named for it.
 mutants: $(VENV)/ready

@@ -8,13 +8,13 @@ class StepPlan:
     def __init__(self, rule: str, optimizer: str) -> None: ...
     def step(
         self,
-        param_groups: list[dict[str, Any]],
-        state: dict[torch.Tensor, Any],
+        param_groups: Any,
+        state: Any,
         grad_scale: float = 1.0,
         scaler: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         created: list[tuple[int, int]] | None = None,
         stepped: list[tuple[int, int]] = ...,
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int, str]], bool] | None: ...
+    ) -> Any: ...
     @property
     def updated(self) -> dict[str, int]:
         """How many parameters the last call updated, by type of device."""

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch.optim
@@ -41,9 +43,20 @@ __version__ = "0.1.0"
 
 __all__ = [*torch.optim.__all__, "backends"]
 
-# So that `import dracopt_ext.lr_scheduler` and `from dracopt_ext.swa_utils import ...` work as with torch.optim.
-sys.modules[f"{__name__}.lr_scheduler"] = lr_scheduler
-sys.modules[f"{__name__}.swa_utils"] = swa_utils
+
+def _with_our_classes(module: ModuleType) -> ModuleType:
+    """A submodule of ``torch.optim``; a copy that has our classes, if it has torch's."""
+    ours = {c.__name__: c for c in (SGD, Adam, AdamW, NAdam) if hasattr(module, c.__name__)}
+    if not ours:
+        return module
+    copy = ModuleType(module.__name__.replace("torch.optim", __name__), module.__doc__)
+    copy.__dict__.update({**{key: value for key, value in vars(module).items() if key[:2] != "__"}, **ours})
+    return copy
+
+
+# So that `import dracopt_ext.lr_scheduler` and `from dracopt_ext.adamw import AdamW` work as with torch.optim.
+for _path in [path for path in sys.modules if re.fullmatch(r"torch\.optim\.[a-z]\w*", path)]:
+    sys.modules[_path.replace("torch.optim", __name__)] = _with_our_classes(sys.modules[_path])
 
 if (_to_know := _notice()) is not None:
     warnings.warn(_to_know, RuntimeWarning, stacklevel=2)

@@ -189,10 +189,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """A state's entries that are tensors like the parameter."""
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(_number(item) for item in value)
-    return value.item() if isinstance(value, Tensor) else value
+DECAY_RATES = ("betas",)
+"""Hyperparameters that are several numbers, each at least 0 and less than 1."""
+FLAGS = ("amsgrad", "decoupled_weight_decay", "nesterov")
+"""Hyperparameters of which only the truth counts."""
+
+
+def numbers(rule: str, group: dict[str, Any]) -> dict[str, Any]:
+    """A rule's hyperparameters from the parameter group: numbers, tuples of numbers, and flags."""
+
+    def number(value: Any) -> Any:
+        return value.item() if isinstance(value, Tensor) else value
+
+    found: dict[str, Any] = {}
+    for name in hyperparameters(rule):
+        value = group[name]
+        if name in FLAGS:
+            found[name] = bool(value)
+        else:
+            found[name] = tuple(map(number, value)) if name in DECAY_RATES else number(value)
+    return found
 
 
 def update(
@@ -231,8 +247,7 @@ def update(
     of_rule = {name: state[name].clone() for name in CARRIED if name in state}
     if not first:
         of_rule.update({name: widened(value) for name, value in moments.items()})
-    numbers = {name: _number(group[name]) for name in hyperparameters(rule)}
-    p = RULES[rule](widened(param), -g if maximize else g, of_rule, **numbers)
+    p = RULES[rule](widened(param), -g if maximize else g, of_rule, **numbers(rule, group))
     # Nothing is modified before the rule is through.
     real(param).copy_(p)
     for name in CARRIED:

@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 import dracopt_ext
 
+collect_ignore = ["integrations"]  # make test-integrations runs them, without this file
+
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     reason = dracopt_ext.backends()["native:cpu"]

@@ -60,7 +60,7 @@ def take_steps(sizes: list[int], dtype: torch.dtype = torch.float32, **options: 
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.AdamW(params, **options)
-    optimizer._create_state(optimizer.param_groups[0])
+    optimizer._dracopt_kind.create_state(optimizer, optimizer.param_groups[0])
     plan = StepPlan("adam", "AdamW", triton_step.Kernels())
     for _ in range(2):
         optimizer.param_groups[0]["lr"] *= 0.9

@@ -46,7 +46,7 @@ DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "lay
 PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "tensor_facts.h", "overlap.cpp"))
 LAUNCH, GPU_TILE, LAUNCHES = "csrc/cuda/launch.h", "csrc/cuda/tile.h", "csrc/bindings/launches.cpp"
 FAST_MATH, FAST = "csrc/cuda/fast_math.h", "test_core::test_fast_math"
-BASE, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/reference.py"
+BASE, STEP, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/optim/_step.py", "dracopt_ext/reference.py"
 
 BITS = "test_bits::test_reference_in_fp32"
 COMPILE_FOR_THEMSELVES = ("test_core::", "test_gpu::", "test_gpu_kit::")
@@ -179,8 +179,8 @@ MUTANTS = [
     Mutant(
         "hyperparameters read once",
         PLAN,
-        "if (count < rule_.hyperparameters) group.hyperparameters[count] = value;",
-        "if (count < rule_.hyperparameters && prepared_.empty()) group.hyperparameters[count] = value;",
+        "  group.hyperparameters[count++] = value;\n",
+        "  if (prepared_.empty()) group.hyperparameters[count] = value;\n  ++count;\n",
         "test_life::test_hyperparameters_change",
     ),
     Mutant(
@@ -228,8 +228,8 @@ MUTANTS = [
     Mutant(
         "what torch steps not searched",
         PLAN,
-        "for (const Foreign& f : foreign_) with_memory_of(f.param",
-        "for (const Foreign& f : foreign_) if (false) with_memory_of(f.param",
+        "with_memory_of(located_[f.located].param",
+        "if (false) with_memory_of(located_[f.located].param",
         "test_fallback::test_a_gradient_inside_a_parameter_that_torch_steps",
     ),
     Mutant(
@@ -508,8 +508,8 @@ MUTANTS = [
     ),
     Mutant(
         "host waits where torch would not",
-        BASE,
-        "foreign == len(params) > 0",
+        STEP,
+        "foreign in (None, len(params))",
         "False",
         "test_gpu::test_scaler_where_no_kernel_serves",
     ),
@@ -530,14 +530,14 @@ MUTANTS = [
     # The Python part
     Mutant(
         "overflow not noticed",
-        BASE,
+        STEP,
         "if found_inf is None or not found_inf.item():",
         "if True:",
         "test_dtypes::test_grad_scaler_in_low_precision",
     ),
     Mutant(
         "scaled gradients left behind",
-        BASE,
+        STEP,
         "p.grad = grad\n",
         "pass\n",
         "test_fallback::test_unscaling_for_what_torch_steps",
@@ -545,8 +545,8 @@ MUTANTS = [
     Mutant(
         "state_dtype lost on loading",
         BASE,
-        "                    dtype = self.state_dtype\n",
-        "                    pass\n",
+        "                dtype = state_dtype\n",
+        "                pass\n",
         "test_checkpoints::test_state_dtype_holds_after_loading",
     ),
     Mutant(
@@ -566,35 +566,35 @@ MUTANTS = [
     Mutant(
         "options lost by pickle",
         BASE,
-        '("backend", "state_dtype", "_step_supports_amp_scaling")',
-        '("backend",)',
+        'kept["_step_supports_amp_scaling"] =',
+        "_ =",
         "test_dropin::test_pickle_and_deepcopy",
     ),
     Mutant(
         "half-made states left after an error",
-        BASE,
-        "self.state.pop(p, None)",
+        STEP,
+        "state.pop(p, None)",
         "pass",
         "test_refusals::test_interrupted_creation_of_states_leaves_none_behind",
     ),
     Mutant(
         "torch's fused CPU kernels for the rest",
-        BASE,
-        'return {**group, "fused": None}',
-        "return group",
+        STEP,
+        '"params": unfused, "fused": None}',
+        '"params": unfused}',
         "test_fallback::test_torchs_fused_kernels_are_never_used_on_the_cpu",
     ),
     Mutant(
         "mixed dtypes left to torch",
-        BASE,
-        'mixes = not group["differentiable"] and',
-        "mixes = False and",
+        PLAN,
+        "if (mixed) return form | kMixed;",
+        "",
         "test_fallback::test_mixed_dtypes_for_what_torch_steps",
     ),
     Mutant(
         "the reference does not look first",
-        BASE,
-        "        self._check_for_reference(groups)\n",
+        STEP,
+        "            self._check_for_reference(groups)\n",
         "",
         "test_fallback::test_the_reference_changes_nothing_before_it_raises",
     ),
@@ -784,9 +784,9 @@ MUTANTS = [
     ),
     Mutant(
         "Triton: state stays after a failure",
-        BASE,
-        "        with self._restored_on_error(created + others):\n",
-        "        with self._restored_on_error(others):\n",
+        STEP,
+        "        with self._restored_on_error(created + new):\n",
+        "        with self._restored_on_error(new):\n",
         "test_triton::test_failure_changes_nothing",
     ),
 ]

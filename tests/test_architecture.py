@@ -34,11 +34,13 @@ CPP_MAY_INCLUDE = {
 PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
     "backend": {"portable"},
-    "optim": {"backend", "reference"},
+    "containers": {"reference"},
+    "foreign": set(),
+    "optim": {"backend", "containers", "foreign", "reference"},
     "__init__": {"optim", "backend"},
     "__main__": {"backend"},
     "_build_info": set(),
-    "portable": set(),
+    "portable": {"containers", "foreign", "reference"},
     # of triton_kernels, which backend imports when it is needed
     "arithmetic": set(),
     "rules": {"arithmetic"},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import dracopt_ext
 from dracopt_ext import backend as backend_module
-from dracopt_ext.optim import _base
+from dracopt_ext.optim import _step
 from dracopt_ext.portable import plan
 from dracopt_ext.reference import MOMENTS
 
@@ -65,7 +65,7 @@ class Gpu:
 
     def launches(self, optimizer: Any) -> int:
         """Of the last step."""
-        return int(optimizer._plans[self.backend].launches)
+        return int(optimizer._dracopt_engine.plans[self.backend].launches)
 
 
 def needs_a_gpu(backend: str = "native") -> None:
@@ -124,7 +124,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     if torch.version.cuda is not None or torch.cuda.is_available():
         pytest.skip("torch takes one accelerator only, and this one has another")
     simulation = load_simulation()
-    monkeypatch.setattr(_base, "GPU", simulated_gpu.DEVICE)
+    monkeypatch.setattr(_step, "GPU", simulated_gpu.DEVICE)
     if backend == "triton":
         triton_step = pytest.importorskip("dracopt_ext.triton_kernels.step")
         interpreted.set_up(monkeypatch)
@@ -420,9 +420,9 @@ THREADS = """
 import os
 import torch, dracopt_ext
 from dracopt_ext import backend
-from dracopt_ext.optim import _base
+from dracopt_ext.optim import _step
 from tests import simulated_gpu
-_base.GPU = simulated_gpu.DEVICE
+_step.GPU = simulated_gpu.DEVICE
 backend._C = simulated_gpu.load().module
 torch.set_num_threads(4)
 params = [torch.nn.Parameter(torch.ones(1).to(simulated_gpu.DEVICE)) for _ in range(1000)]

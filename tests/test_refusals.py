@@ -183,7 +183,7 @@ BAD_GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
     "three betas": (
         lambda g: g.update(betas=(0.9, 0.9, 0.9)),
         ValueError,
-        r"\[1\] holds 8 hyperparameters",
+        r"param_groups\[1\]\['betas'\] must be 2 numbers, not 3",
     ),
     "not a number for lr": (
         lambda g: g.update(lr=float("nan")),
@@ -203,7 +203,12 @@ BAD_GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
         r"\['lr'\] must be a tensor of one element, not of shape \[2\]",
     ),
     "no lr": (lambda g: g.pop("lr"), KeyError, r"param_groups\[1\]\['lr'\] is missing"),
-    "a tuple of params": (lambda g: g.update(params=tuple(g["params"])), TypeError, r"\['params'\] must be a list"),
+    "one beta": (lambda g: g.update(betas=0.9), TypeError, r"\['betas'\] must be 2 numbers, not a float"),
+    "an iterator of params": (
+        lambda g: g.update(params=iter(g["params"])),
+        TypeError,
+        r"param_groups\[1\]\['params'\] must be a list of tensors or another sequence, not list_iterator",
+    ),
     "text in params": (lambda g: g["params"].append("p"), TypeError, r"\['params'\]\[1\] must be a Tensor, not str"),
 }
 
@@ -285,15 +290,15 @@ def test_interrupted_creation_of_states_leaves_none_behind(monkeypatch: pytest.M
         p.grad = torch.ones(4)
     optimizer = dracopt_ext.SGD([{"params": params[:1]}, {"params": params[1:]}], momentum=0.9, dampening=0.5, lr=1.0)
     optimizer.state[params[0]]["mine"] = torch.ones(1)
-    create = type(optimizer)._create_state
+    create = dracopt_ext.SGD._dracopt_kind.create_state
 
-    def interrupted(self: Any, group: dict[str, Any]) -> None:
-        create(self, group)
+    def interrupted(optimizer: Any, group: dict[str, Any]) -> None:
+        create(optimizer, group)
         if group["params"][0] is params[1]:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dracopt_ext.SGD, "_create_state", interrupted)
+        patch.setattr(dracopt_ext.SGD._dracopt_kind, "create_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert {p: list(s) for p, s in optimizer.state.items()} == {params[0]: ["mine"]}

@@ -244,7 +244,7 @@ def parameters(count: int) -> list[nn.Parameter]:
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is asked for, tensors on the CPU go to Triton, and what it does not serve to torch."""
-    monkeypatch.setattr("dracopt_ext.optim._base.GPU", "cpu")
+    monkeypatch.setattr("dracopt_ext.optim._step.GPU", "cpu")
     monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
     monkeypatch.setattr(backend_module, "NATIVE_REASON", "switched off")
     monkeypatch.setattr(

@@ -26,12 +26,15 @@ inline void prefetch_entries(PyObject* dict) {
 
 class KeyReader {
  public:
-  // Null-terminated. The strings are interned and never freed.
+  // The string is interned and never freed.
+  void append(const char* name) {
+    keys_.push_back(PyUnicode_InternFromString(name));
+    if (keys_.back() == nullptr) throw pybind11::error_already_set();
+  }
+
+  // Null-terminated.
   void append(const char* const* names) {
-    for (; *names != nullptr; ++names) {
-      keys_.push_back(PyUnicode_InternFromString(*names));
-      if (keys_.back() == nullptr) throw pybind11::error_already_set();
-    }
+    for (; *names != nullptr; ++names) append(*names);
   }
 
   size_t size() const { return keys_.size(); }

@@ -1,5 +1,6 @@
 #include "bindings/step_plan.h"
 
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/stable/c/shim.h>
 
@@ -32,6 +33,9 @@ constexpr const char* kDriverKeyNames[] = {"params", "maximize", "fused", "diffe
 constexpr size_t kDriverKeys = 5;
 constexpr size_t kMaxGroupKeys = kDriverKeys + kMaxHyperparameters;
 
+// A mode traces, counts or replaces the operations of torch, which kernels are not.
+constexpr const char* kUnderMode = "steps under a TorchDispatchMode";
+
 constexpr double kMaxStep = 9007199254740992.0;  // 2^53: beyond it a double no longer counts
 
 void in_parallel(int64_t count, int64_t grain, ParallelFunc function, void* context) {
@@ -60,6 +64,16 @@ void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
   body(readable_data(tensor, bytes), extent_of(tensor) * bytes);
 }
 
+// Does a tensor lie contiguously in the host's memory, itself or as the shard of a distributed one?
+bool lies_simply(PyObject* object) {
+  const auto is_simple = [](const c10::TensorImpl* tensor) { return is_on_cpu(tensor) && tensor->is_contiguous(); };
+  const c10::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
+  if (!is_python_subclass(tensor)) return is_simple(tensor);
+  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "_local_tensor"));
+  if (!local) PyErr_Clear();
+  return local && is_tensor(local.ptr()) && is_simple(THPVariable_Unpack(local.ptr()).unsafeGetTensorImpl());
+}
+
 }  // namespace
 
 StepPlan::StepPlan(const std::string& rule, std::string optimizer)
@@ -68,9 +82,10 @@ StepPlan::StepPlan(const std::string& rule, std::string optimizer)
         if (found == nullptr) throw py::value_error("no compiled rule is named '" + rule + "'");
         return *found;
       }()),
-      optimizer_(std::move(optimizer)) {
+      optimizer_(std::move(optimizer)),
+      defaultdict_(py::module_::import("collections").attr("defaultdict")) {
   group_keys_.append(kDriverKeyNames);
-  group_keys_.append(rule_.group_keys);
+  for (const GroupKey* key = rule_.group_keys; key->name != nullptr; ++key) group_keys_.append(key->name);
   state_keys_.append(rule_.carried_keys);
   state_keys_.append(rule_.state_keys);
 }
@@ -84,8 +99,9 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
   updated_.clear();
   for (Launches& launches : launches_) launches.clear();
   grad_scale_ = grad_scale;
-  read_groups(param_groups.ptr());
-  locate(state.ptr());
+  if (!read_groups(param_groups.ptr()) || !locate(state.ptr())) {
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  }
   const bool again = created.has_value();
   if (!again) created.emplace();
   std::sort(created->begin(), created->end());
@@ -104,8 +120,9 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
   return py::none();
 }
 
-void StepPlan::read_groups(PyObject* param_groups) {
-  if (!PyList_Check(param_groups)) throw py::type_error("param_groups must be a list");
+bool StepPlan::read_groups(PyObject* param_groups) {
+  under_mode_ = c10::impl::TorchDispatchModeTLS::stack_len() > 0;
+  if (!PyList_CheckExact(param_groups)) return false;
   constexpr Py_ssize_t ahead = 8;
   const Py_ssize_t count = PyList_GET_SIZE(param_groups);
   groups_.resize(static_cast<size_t>(count));
@@ -114,93 +131,102 @@ void StepPlan::read_groups(PyObject* param_groups) {
     if (g + ahead < count) prefetch_entries(PyList_GET_ITEM(param_groups, g + ahead));
     Group& group = groups_[static_cast<size_t>(g)];
     group.index = static_cast<int>(g);
-    read_group(PyList_GET_ITEM(param_groups, g), group);
+    if (!read_group(PyList_GET_ITEM(param_groups, g), group)) return false;
   }
+  return true;
 }
 
-void StepPlan::read_group(PyObject* dict, Group& group) {
-  if (!PyDict_Check(dict)) throw py::type_error("param_groups[" + std::to_string(group.index) + "] must be a dict");
+bool StepPlan::read_group(PyObject* dict, Group& group) {
+  if (!PyDict_CheckExact(dict)) return false;
   group.dict = dict;
   PyObject* values[kMaxGroupKeys];
   group_keys_.read(dict, group_keys_.size(), values);
   group.params = values[0];
-  if (group.params == nullptr || !PyList_Check(group.params)) {
-    throw py::type_error(describe_key(group.index, group_keys_[0]) + " must be a list of tensors");
-  }
+  if (group.params == nullptr || !PyList_CheckExact(group.params)) return false;
   group.maximize = is_true(values[1]);
   group.fused = is_true(values[2]);
-  group.foreign = nullptr;
-  if (is_true(values[3])) group.foreign = "differentiable=True";
+  group.foreign = under_mode_ ? kUnderMode : is_true(values[3]) ? "differentiable=True" : nullptr;
   group.capturable = is_true(values[4]);
   group.gpu.reset();
   group.fp32_address = group.fp64_address = 0;
 
   int count = 0;
-  const auto append = [&](PyObject* key, PyObject* number, bool is_decay_rate) {
-    double value = 0;
-    if (PyFloat_CheckExact(number)) {
-      value = PyFloat_AS_DOUBLE(number);
-    } else if (PyBool_Check(number)) {
-      value = number == Py_True;
-    } else if (is_tensor(number)) {
-      const c10::TensorImpl* tensor = THPVariable_Unpack(number).unsafeGetTensorImpl();
-      const Format& format = format_of(tensor);
-      if (tensor->numel() != 1) {
-        throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
-                              shape_of(tensor));
-      }
-      const bool is_real = format.is_native && !format.is_complex;
-      if (is_plain(tensor) && lacks_memory(tensor, 1, static_cast<int64_t>(tensor->itemsize()))) {
-        throw py::value_error(describe_key(group.index, key) + " is a tensor whose storage was freed");
-      }
-      if (is_on_cpu(tensor) && is_real) {
-        value = number_at(readable_data(tensor, format.bytes()), format.dtype);
-      } else if (is_on_gpu(tensor) && is_real && format.bytes() >= 4 && count < kMaxHyperparameters &&
-                 group.gpu.value_or(tensor->device()) == tensor->device()) {
-        group.gpu = tensor->device();
-        (format.dtype == Dtype::fp32 ? group.fp32_address : group.fp64_address) |= static_cast<uint16_t>(1 << count);
-        group.addresses[count] = readable_data(tensor, format.bytes());
-        group.hyperparameters[count++] = std::numeric_limits<double>::quiet_NaN();  // only the kernel sees it
-        return;
-      } else {
-        group.foreign = "hyperparameters that are tensors on another device or of another dtype";
-      }
-    } else {
-      value = PyFloat_AsDouble(number);
-      if (value == -1.0 && PyErr_Occurred()) {
-        PyErr_Clear();
-        throw py::type_error(describe_key(group.index, key) + " must be a number, not " + Py_TYPE(number)->tp_name);
-      }
-    }
-    if (!std::isfinite(value) || (is_decay_rate && !(value >= 0 && value < 1))) {
-      throw py::value_error(describe_key(group.index, key) + " is " + quoted(number) + "; it must be " +
-                            (is_decay_rate ? "at least 0 and less than 1" : "finite"));
-    }
-    if (count < rule_.hyperparameters) group.hyperparameters[count] = value;
-    ++count;
-  };
   for (size_t k = kDriverKeys; k < group_keys_.size(); ++k) {
-    PyObject* value = values[k];
-    if (value == nullptr) throw py::key_error(describe_key(group.index, group_keys_[k]) + " is missing");
-    if (PyTuple_Check(value) || PyList_Check(value)) {
-      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
-        append(group_keys_[k], PySequence_Fast_GET_ITEM(value, i), true);  // betas
-      }
-    } else {
-      append(group_keys_[k], value, false);
+    PyObject* const key = group_keys_[k];
+    PyObject* const value = values[k];
+    if (value == nullptr) throw py::key_error(describe_key(group.index, key) + " is missing");
+    switch (rule_.group_keys[k - kDriverKeys].kind) {
+      case KeyKind::number:
+        read_number(group, key, value, false, count);
+        break;
+      case KeyKind::flag:
+        group.hyperparameters[count++] = is_true(value);
+        break;
+      case KeyKind::decay_rates:
+        if (!PyTuple_CheckExact(value) && !PyList_CheckExact(value)) return false;
+        if (PySequence_Fast_GET_SIZE(value) != 2) {
+          throw py::value_error(describe_key(group.index, key) + " must be 2 numbers, not " +
+                                std::to_string(PySequence_Fast_GET_SIZE(value)));
+        }
+        for (Py_ssize_t i = 0; i < 2; ++i) read_number(group, key, PySequence_Fast_GET_ITEM(value, i), true, count);
+        break;
     }
   }
-  if (count != rule_.hyperparameters) {
-    throw py::value_error("param_groups[" + std::to_string(group.index) + "] holds " + std::to_string(count) +
-                          " hyperparameters, not " + std::to_string(rule_.hyperparameters) +
-                          ": is a tuple such as betas of another length?");
+  group.states = rule_.states(group.hyperparameters);
+  return true;
+}
+
+// Reads the `count`-th hyperparameter, and counts it.
+void StepPlan::read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) const {
+  double value = 0;
+  if (PyFloat_CheckExact(number)) {
+    value = PyFloat_AS_DOUBLE(number);
+  } else if (PyBool_Check(number)) {
+    value = number == Py_True;
+  } else if (is_tensor(number)) {
+    const c10::TensorImpl* tensor = THPVariable_Unpack(number).unsafeGetTensorImpl();
+    const Format& format = format_of(tensor);
+    if (tensor->numel() != 1) {
+      throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
+                            shape_of(tensor));
+    }
+    const bool is_real = format.is_native && !format.is_complex;
+    if (is_plain(tensor) && lacks_memory(tensor, 1, static_cast<int64_t>(tensor->itemsize()))) {
+      throw py::value_error(describe_key(group.index, key) + " is a tensor whose storage was freed");
+    }
+    if (is_on_cpu(tensor) && is_real) {
+      value = number_at(readable_data(tensor, format.bytes()), format.dtype);
+    } else if (is_on_gpu(tensor) && is_real && format.bytes() >= 4 &&
+               group.gpu.value_or(tensor->device()) == tensor->device()) {
+      group.gpu = tensor->device();
+      (format.dtype == Dtype::fp32 ? group.fp32_address : group.fp64_address) |= static_cast<uint16_t>(1 << count);
+      group.addresses[count] = readable_data(tensor, format.bytes());
+      group.hyperparameters[count++] = std::numeric_limits<double>::quiet_NaN();  // only the kernel sees it
+      return;
+    } else {
+      group.foreign = "hyperparameters that are tensors on another device or of another dtype";
+      group.hyperparameters[count++] = std::numeric_limits<double>::quiet_NaN();  // only torch reads it
+      return;
+    }
+  } else {
+    value = PyFloat_AsDouble(number);
+    if (value == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      throw py::type_error(describe_key(group.index, key) + " must be a number, not " + Py_TYPE(number)->tp_name);
+    }
   }
-  group.states = group.foreign == nullptr ? rule_.states(group.hyperparameters) : 0;
+  if (!std::isfinite(value) || (is_decay_rate && !(value >= 0 && value < 1))) {
+    throw py::value_error(describe_key(group.index, key) + " is " + quoted(number) + "; it must be " +
+                          (is_decay_rate ? "at least 0 and less than 1" : "finite"));
+  }
+  group.hyperparameters[count++] = value;
 }
 
 // Finds the parameters that have a gradient, and their states. All that needs Python is done here.
-void StepPlan::locate(PyObject* state) {
-  if (!PyDict_Check(state)) throw py::type_error("the optimizer's state must be a dict");
+bool StepPlan::locate(PyObject* state) {
+  if (!PyDict_CheckExact(state) && !py::handle(reinterpret_cast<PyObject*>(Py_TYPE(state))).is(defaultdict_)) {
+    return false;
+  }
   located_.clear();
   for (const Group& group : groups_) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i) {
@@ -235,11 +261,13 @@ void StepPlan::locate(PyObject* state) {
       if (located_[i].state != nullptr) prefetch_entries(located_[i].state);
     }
     for (size_t i = first; i < count; ++i) {
-      if (located_[i].state == nullptr || !PyDict_Check(located_[i].state)) continue;
+      if (located_[i].state == nullptr) continue;
+      if (!PyDict_CheckExact(located_[i].state)) return false;
       state_keys_.read(located_[i].state, static_cast<size_t>(wanted_states(*located_[i].group)), located_[i].values);
     }
   }
   located_.resize(count);
+  return true;
 }
 
 // Why a tensor cannot be the gradient or a moment of a parameter, which is plain.
@@ -338,8 +366,7 @@ bool StepPlan::examine_state(const Located& located, Examined& examined) const {
   for (int k = 0; k < wanted; ++k) {
     if (located.values[k] != nullptr && located.values[k] != Py_None) continue;
     // As in torch, a rule that carries scalars creates its state as a whole, so that a part of it is a mistake.
-    const bool partial = rule_.carried > 0 && located.state != nullptr && PyDict_Check(located.state) &&
-                         PyDict_GET_SIZE(located.state) > 0;
+    const bool partial = rule_.carried > 0 && located.state != nullptr && PyDict_GET_SIZE(located.state) > 0;
     examined.verdict = partial ? Verdict::partial_state : Verdict::missing_state;
     examined.culprit = k;
     return !partial;
@@ -481,7 +508,7 @@ void StepPlan::settle(const Indices& stepped) {
       if (examined.strided) lay_out(examined, segments_[i]);
       keep(i, kept++);
     } else if (examined.verdict == Verdict::foreign) {
-      foreign_.push_back({index.first, index.second, examined.reason, located_[i].param, located_[i].grad});
+      foreign_.push_back({i, examined.reason});
     } else {
       refuse(examined);
     }
@@ -576,7 +603,9 @@ void StepPlan::set_aside_overlapping() {
         memory_.add(i, examined.carried_data[k], examined.carried[k].is_fp32 ? 4 : 8);
       }
     }
-    for (const Foreign& f : foreign_) with_memory_of(f.param, [&](auto... range) { memory_.add(count_, range...); });
+    for (const Foreign& f : foreign_) {
+      with_memory_of(located_[f.located].param, [&](auto... range) { memory_.add(count_, range...); });
+    }
     memory_.sort();
   }
   overlapping_.clear();
@@ -585,7 +614,8 @@ void StepPlan::set_aside_overlapping() {
     memory_.append_overlapping(i, segments_[i].streams[kGrad].data, examined_[i].bytes[kGrad], overlapping_);
   }
   for (const Foreign& f : foreign_) {
-    with_memory_of(f.grad, [&](auto... range) { memory_.append_overlapping(count_, range..., overlapping_); });
+    with_memory_of(located_[f.located].grad,
+                   [&](auto... range) { memory_.append_overlapping(count_, range..., overlapping_); });
   }
   if (overlapping_.empty()) return;
 
@@ -594,8 +624,7 @@ void StepPlan::set_aside_overlapping() {
   size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
     if (aside[i]) {
-      const Located& located = located_[examined_[i].located];
-      foreign_.push_back({located.group->index, located.index, "tensors that share memory", nullptr, nullptr});
+      foreign_.push_back({examined_[i].located, "tensors that share memory"});
     } else {
       keep(i, kept++);
     }
@@ -811,10 +840,47 @@ size_t StepPlan::launches() const {
   return count;
 }
 
+// What must be known to step it by torch: see dracopt_ext/foreign.py.
+int StepPlan::form_of(const Located& located) const {
+  enum Form { kNew = 1, kMixed = 2, kSparse = 4, kFusable = 8 };
+  int form = 0;
+  const int wanted = wanted_states(*located.group);
+  for (int k = 0; k < wanted; ++k) {
+    if (located.values[k] == nullptr || located.values[k] == Py_None) form = kNew;
+  }
+  const c10::TensorImpl* grad = located.grad;
+  if (grad->is_sparse()) return form | kSparse;
+  if (grad->is_sparse_compressed() || grad->is_mkldnn()) return form;
+  const auto dtype = located.param->dtype();
+  const bool is_short = grad->dtype() == at::kBFloat16 || grad->dtype() == at::kHalf;
+  bool mixed = grad->dtype() != dtype || grad->is_conj() || (grad_scale_ != 1 && is_short);
+  for (int k = rule_.carried; k < wanted; ++k) {
+    if (located.values[k] == nullptr || !is_tensor(located.values[k])) continue;
+    mixed |= THPVariable_Unpack(located.values[k]).dtype() != dtype;
+  }
+  if (mixed) return form | kMixed;
+  const Format& format = format_of(located.param);
+  if (!located.group->fused || !format.is_native || format.is_complex) return form;
+  const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(located.param->grad()));
+  bool fusable = lies_simply(located.parameter) && lies_simply(wrapped.ptr());
+  for (int k = rule_.carried; fusable && k < wanted; ++k) {
+    PyObject* const value = located.values[k];
+    fusable = value == nullptr || !is_tensor(value) || lies_simply(value);
+  }
+  return fusable ? form | kFusable : form;
+}
+
 py::object StepPlan::todo(bool host_decides) const {
-  py::list foreign;
-  for (const Foreign& f : foreign_) foreign.append(py::make_tuple(f.group, f.index, f.reason));
-  return py::make_tuple(missing_, foreign, host_decides);
+  py::list foreign(foreign_.size());
+  const char* reason = nullptr;
+  py::str words;
+  for (size_t i = 0; i < foreign_.size(); ++i) {
+    const Located& located = located_[foreign_[i].located];
+    if (foreign_[i].reason != reason) words = py::str(reason = foreign_[i].reason);
+    PyList_SET_ITEM(foreign.ptr(), static_cast<Py_ssize_t>(i),
+                    py::make_tuple(located.group->index, located.index, words, form_of(located)).release().ptr());
+  }
+  return py::make_tuple(missing_, foreign, host_decides, count_ == 0 && missing_.empty());
 }
 
 }  // namespace dracopt

@@ -29,11 +29,15 @@ class StepPlan {
   using Indices = std::vector<Index>;
 
   // Steps every parameter that has a gradient and returns None. If there is something for Python to do first, changes
-  // nothing and returns (missing, foreign, host_decides): the indices of parameters whose state is yet to be created;
-  // those that the native kernels do not serve, with the reason; and whether `scaler` must be read by the host after
-  // all, for which there is then a `grad_scale`, or no step. Python does it and calls again: the parameters in
-  // `created` then take their first step, and those in `stepped` are passed over. Gradients are divided by `grad_scale`
-  // where they are read. Bad input raises, and nothing has changed.
+  // nothing and returns (missing, foreign, host_decides, all_foreign): the indices of parameters whose state is yet to
+  // be created; those that the native kernels do not serve, each with the reason and its form, as
+  // dracopt_ext/foreign.py has it; whether `scaler` must be read by the host after all, for which there is then a
+  // `grad_scale`, or no step; and whether nothing is left for the plan. Python does it and calls again: the parameters
+  // in `created` then take their first step, and those in `stepped` are passed over. Gradients are divided by
+  // `grad_scale` where they are read. Bad input raises, and nothing has changed.
+  //
+  // Containers other than exact lists and dicts (for `state` also defaultdict, for decay rates also tuples) may answer
+  // by methods of their own, which this does not call. It then changes nothing and returns NotImplemented.
   pybind11::object step(pybind11::handle param_groups, pybind11::handle state, double grad_scale, const Scaler& scaler,
                         std::optional<Indices> created, Indices stepped);
 
@@ -116,14 +120,15 @@ class StepPlan {
   };
 
   struct Foreign {
-    int group, index;
+    size_t located;
     const char* reason;
-    const c10::TensorImpl *param, *grad;
   };
 
-  void read_groups(PyObject* param_groups);
-  void read_group(PyObject* dict, Group& group);
-  void locate(PyObject* state);
+  // Those that return a bool return false for containers that Python must read.
+  bool read_groups(PyObject* param_groups);
+  bool read_group(PyObject* dict, Group& group);
+  void read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) const;
+  bool locate(PyObject* state);
   void examine(const Indices& created);
   void examine(const Located& located, Examined& examined, Segment& segment) const;
   bool examine_state(const Located& located, Examined& examined) const;
@@ -145,12 +150,14 @@ class StepPlan {
   Launches& launches_for(const Examined& examined);
   size_t fill_slot(const Examined& examined, uint64_t* words) const;
   void record(const Examined& examined) const;
+  int form_of(const Located& located) const;
   pybind11::object todo(bool host_decides) const;
 
   int wanted_states(const Group& group) const { return rule_.carried + group.states; }
 
   const RuleEntry& rule_;
   const std::string optimizer_;
+  const pybind11::object defaultdict_;
   KeyReader group_keys_, state_keys_;
 
   std::vector<Group> groups_;
@@ -162,6 +169,7 @@ class StepPlan {
   size_t count_ = 0;
   double grad_scale_ = 1;
   bool inference_mode_ = false;
+  bool under_mode_ = false;
   Indices missing_;
   bool missing_is_hosts_ = false;  // some of these will not be stepped by kernels on a GPU alone
   std::vector<Foreign> foreign_;

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "core/carried.h"
+#include "core/group_key.h"
 #include "core/segment.h"
 
 namespace dracopt {
@@ -29,7 +30,7 @@ struct PowerMemo {
 struct RuleEntry {
   const char* name;
   int index;                        // in the list of rules/all.h
-  const char* const* group_keys;    // of the parameter group, null-terminated; a tuple counts as its items
+  const GroupKey* group_keys;       // of the parameter group, ended by one without a name
   const char* const* carried_keys;  // scalars of the parameter's state, null-terminated; the step count is the first
   const char* const* state_keys;    // streams of the parameter's state, null-terminated
   int hyperparameters;              // doubles that `group_keys` yield

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/carried.h"
+#include "core/group_key.h"
 #include "rules/moments.h"
 
 namespace dracopt {
@@ -13,8 +14,13 @@ struct NAdam {
   struct Hyperparameters {
     double lr, beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay;
   };
-  static constexpr const char* group_keys[] = {
-      "lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", nullptr};
+  static constexpr GroupKey group_keys[] = {{"lr"},
+                                            {"betas", KeyKind::decay_rates},
+                                            {"eps"},
+                                            {"weight_decay"},
+                                            {"momentum_decay"},
+                                            {"decoupled_weight_decay", KeyKind::flag},
+                                            {}};
   static constexpr const char* carried_keys[] = {"step", "mu_product", nullptr};
   static constexpr const char* state_keys[] = {"exp_avg", "exp_avg_sq", nullptr};
   static constexpr int min_states = 2, max_states = 2;

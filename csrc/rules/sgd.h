@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/carried.h"
+#include "core/group_key.h"
 #include "core/math.h"
 
 namespace dracopt {
@@ -14,7 +15,8 @@ struct Sgd {
   struct Hyperparameters {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
-  static constexpr const char* group_keys[] = {"lr", "momentum", "dampening", "weight_decay", "nesterov", nullptr};
+  static constexpr GroupKey group_keys[] = {
+      {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov", KeyKind::flag}, {}};
   static constexpr const char* carried_keys[] = {nullptr};
   static constexpr const char* state_keys[] = {"momentum_buffer", nullptr};
   static constexpr int min_states = 0, max_states = 1;

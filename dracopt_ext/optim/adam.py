@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
+from ._step import Engine, Kind
+
+_SPARSE_ERROR = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -31,9 +36,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     The formula stands with :func:`dracopt_ext.reference.adam`.
     """
 
-    _rule = "adam"
-    _counts_steps = True
-    _sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
+    _dracopt_kind = Kind("adam", torch.optim.Adam, _SPARSE_ERROR)
 
     def __init__(
         self,
@@ -53,7 +56,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
+        self._dracopt_engine = Engine(backend, state_dtype)
+        # Past torch's AdamW, if it stands between, which takes less.
+        passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
+        torchs: Any = super(passed, self)
+        torchs.__init__(
             params,
             lr,
             betas,
@@ -66,8 +73,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
-            backend=backend,
-            state_dtype=state_dtype,
         )
 
 
@@ -76,6 +81,8 @@ class AdamW(Adam, torch.optim.AdamW):
 
     Takes what :class:`Adam` takes, but ``decoupled_weight_decay`` is always on and ``weight_decay`` is 1e-2 by default.
     """
+
+    _dracopt_kind = Kind("adam", torch.optim.AdamW, _SPARSE_ERROR)
 
     def __init__(
         self,
@@ -94,8 +101,8 @@ class AdamW(Adam, torch.optim.AdamW):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        # Past Adam, whose signature differs from torch's AdamW.
-        super(Adam, self).__init__(
+        self._dracopt_engine = Engine(backend, state_dtype)
+        super(FusedOptimizer, self).__init__(
             params,
             lr,
             betas,
@@ -107,6 +114,4 @@ class AdamW(Adam, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
-            backend=backend,
-            state_dtype=state_dtype,
         )

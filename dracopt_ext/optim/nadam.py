@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
+from ._step import Engine, Kind
 
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):
@@ -32,9 +33,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
     The formula stands with :func:`dracopt_ext.reference.nadam`.
     """
 
-    _rule = "nadam"
-    _counts_steps = True
-    _sparse_error = "NAdam does not support sparse gradients"
+    _dracopt_kind = Kind("nadam", torch.optim.NAdam, "NAdam does not support sparse gradients")
 
     def __init__(
         self,
@@ -53,7 +52,8 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
+        self._dracopt_engine = Engine(backend, state_dtype)
+        super(FusedOptimizer, self).__init__(
             params,
             lr,
             betas,
@@ -65,6 +65,4 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
-            backend=backend,
-            state_dtype=state_dtype,
         )

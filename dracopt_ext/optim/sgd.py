@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._base import FusedOptimizer, Group
+from ..containers import Group
+from ._base import FusedOptimizer
+from ._step import Engine, Kind
+
+
+class SgdKind(Kind):
+    """Its state is the momentum buffer alone, if there is momentum."""
+
+    counts_steps = False
+    keeps_fused = False  # torch's fused kernel for the CPU leaves whole vectors of 16-bit parameters as they are
+
+    def lacks_state(self, entries: Any, group: Group) -> bool:
+        return bool(group["momentum"] != 0) and (entries or {}).get("momentum_buffer") is None
+
+    def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:
+        # Filled by the first step, which writes the buffer without reading it.
+        for p in group["params"]:
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p)
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -31,9 +50,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     The formula stands with :func:`dracopt_ext.reference.sgd`.
     """
 
-    _rule = "sgd"
-    _counts_steps = False
-    _sparse_error = "`_fused_sgd` does not support sparse gradients"
+    _dracopt_kind = SgdKind("sgd", torch.optim.SGD, "`_fused_sgd` does not support sparse gradients")
 
     def __init__(
         self,
@@ -51,7 +68,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
+        self._dracopt_engine = Engine(backend, state_dtype)
+        super(FusedOptimizer, self).__init__(
             params,
             lr,
             momentum,
@@ -62,14 +80,4 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
-            backend=backend,
-            state_dtype=state_dtype,
         )
-
-    def _lacks_state(self, p: Tensor, group: Group) -> bool:
-        return bool(group["momentum"] != 0) and self.state.get(p, {}).get("momentum_buffer") is None
-
-    def _create_state(self, group: Group) -> None:
-        # Filled by the first step, which writes the buffer without reading it.
-        for p in group["params"]:
-            self.state[p]["momentum_buffer"] = torch.empty_like(p)

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..containers import NotPlainError, is_plain_state
+from ..foreign import UNDER_MODE, Foreign, form_of, is_under_mode
+from ..reference import DECAY_RATES, FLAGS
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
 from .words import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, MAX_CARRIED, MAX_STATES, Launch, number_bits
 
 Index = tuple[int, int]
 Scaler = tuple[Tensor | None, Tensor | None]
-Todo = tuple[list[Index], list[tuple[int, int, str]], bool]
+Todo = tuple[list[Index], list[Foreign], bool, bool]
 
 GPU = "cuda"
 """The type of GPUs, NVIDIA's and AMD's alike."""
@@ -61,13 +64,15 @@ class Group:
     def __init__(self, index: int, values: dict[str, Any], rule: Rule) -> None:
         self.index = index
         self.values = values
-        if not isinstance(values.get("params"), list):
-            raise TypeError(f"{self._name('params')} must be a list of tensors")
+        if type(values) is not dict or type(values.get("params")) is not list:
+            raise NotPlainError
         self.params: list[Tensor] = values["params"]
         self.maximize = bool(values.get("maximize"))
         self.fused = bool(values.get("fused"))
         self.capturable = bool(values.get("capturable"))
-        self.foreign = "differentiable=True" if values.get("differentiable") else None
+        self.foreign = (
+            UNDER_MODE if is_under_mode() else "differentiable=True" if values.get("differentiable") else None
+        )
         self.device: torch.device | None = None  # of the hyperparameters that are tensors on a GPU
         self.numbers: list[float] = []
         self._flags = 0  # of a recipe
@@ -76,14 +81,17 @@ class Group:
             if key not in values:
                 raise KeyError(f"{self._name(key)} is missing")
             value = values[key]
-            rates = isinstance(value, (tuple, list))
-            for number in value if rates else (value,):
-                self._append(key, number, is_decay_rate=rates)
-        if len(self.numbers) != rule.hyperparameters:
-            raise ValueError(
-                f"param_groups[{index}] holds {len(self.numbers)} hyperparameters, not {rule.hyperparameters}: is a "
-                "tuple such as betas of another length?"
-            )
+            if key in FLAGS:
+                self.numbers.append(float(bool(value)))
+            elif key not in DECAY_RATES:
+                self._append(key, value, is_decay_rate=False)
+            elif type(value) not in (tuple, list):
+                raise NotPlainError
+            elif len(value) != 2:
+                raise ValueError(f"{self._name(key)} must be 2 numbers, not {len(value)}")
+            else:
+                for number in value:
+                    self._append(key, number, is_decay_rate=True)
         words = number_bits(*self.numbers)
         self.recipe = self._flags, *(self._addresses.get(k, word) for k, word in enumerate(words))
         self.states = rule.states(self.numbers)
@@ -121,7 +129,8 @@ class Group:
         known_here = self.device in (None, tensor.device) and tensor.dtype in (torch.float32, torch.float64)
         if not is_plain or tensor.device.type != GPU or not known_here:
             self.foreign = "hyperparameters that are tensors on another device or of another dtype"
-            return 0.0
+            self.numbers.append(math.nan)  # only torch reads it
+            return None
         self.device = tensor.device
         k = len(self.numbers)
         self._flags |= 1 << k + (FP32_ADDRESS if tensor.dtype == torch.float32 else FP64_ADDRESS)
@@ -296,13 +305,13 @@ class StepPlan:
 
     def step(
         self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
+        param_groups: Any,
+        state: Any,
         grad_scale: float = 1.0,
         scaler: Scaler = (None, None),
         created: Collection[Index] | None = None,
         stepped: Collection[Index] = (),
-    ) -> Todo | None:
+    ) -> Any:
         """Step every parameter that has a gradient; the contract is that of csrc/bindings/step_plan.h."""
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
@@ -310,7 +319,11 @@ class StepPlan:
                 "own"
             )
         try:
+            if type(param_groups) is not list or not is_plain_state(state):
+                return NotImplemented
             return self._step(param_groups, state, grad_scale, scaler, created, set(stepped))
+        except NotPlainError:
+            return NotImplemented
         finally:
             self._running.release()
 
@@ -348,7 +361,8 @@ class StepPlan:
         if missing or foreign or host_decides:
             if created is not None:
                 raise RuntimeError("parameters or states have changed while step() was creating states")
-            return [p.where for p in missing], [(*p.where, reason) for p, reason in foreign], host_decides
+            others = [self._foreign(p, reason, grad_scale) for p, reason in foreign]
+            return [p.where for p in missing], others, host_decides, not (ready or missing)
         factors = self._factors(ready, numbers)
         if not known:
             self._facts = None
@@ -389,7 +403,9 @@ class StepPlan:
                 if grad is None or (stepped and (group.index, number) in stepped):
                     continue
                 entries = state.get(p)
-                known = entries if isinstance(entries, dict) else {}
+                if entries is not None and type(entries) is not dict:
+                    raise NotPlainError
+                known = entries or {}
                 carried = [known.get(key) for key in rule.carried_keys]
                 states = [known.get(key) for key in state_keys]
                 located.append(Located(group, number, p, grad, entries, carried, states))
@@ -512,6 +528,12 @@ class StepPlan:
             elif k == 0 and not _is_step(value.item()):
                 return "step counts that are not natural numbers"
         return None
+
+    def _foreign(self, located: Located, reason: str, grad_scale: float) -> Foreign:
+        new = any(value is None for value in (*located.carried, *located.states))
+        with torch._C.DisableTorchFunctionSubclass():
+            form = form_of(located.param, located.states, new=new, fused=located.group.fused, grad_scale=grad_scale)
+        return (*located.where, reason, form)
 
     def _check_memory(self, located: Located) -> None:
         tensors = {
