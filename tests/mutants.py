@@ -47,6 +47,7 @@ PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "t
 LAUNCH, GPU_TILE, LAUNCHES = "csrc/cuda/launch.h", "csrc/cuda/tile.h", "csrc/bindings/launches.cpp"
 FAST_MATH, FAST = "csrc/cuda/fast_math.h", "test_core::test_fast_math"
 BASE, STEP, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/optim/_step.py", "dracopt_ext/reference.py"
+SGD_CLASS, CONTAINERS = "dracopt_ext/optim/sgd.py", "dracopt_ext/containers.py"
 
 BITS = "test_bits::test_reference_in_fp32"
 COMPILE_FOR_THEMSELVES = ("test_core::", "test_gpu::", "test_gpu_kit::")
@@ -788,6 +789,112 @@ MUTANTS = [
         "        with self._restored_on_error(created + new):\n",
         "        with self._restored_on_error(new):\n",
         "test_triton::test_failure_changes_nothing",
+    ),
+    # ---- Other people's code
+    Mutant(
+        "overridden methods passed by",
+        STEP,
+        "if found is not method:",
+        "if False:",
+        "test_other_peoples_code::test_init_group_overridden",
+    ),
+    Mutant(
+        "methods replaced in torch's class passed by",
+        STEP,
+        " or not _is_torchs(found)",
+        "",
+        "test_other_peoples_code::test_init_group_replaced",
+    ),
+    Mutant(
+        "methods of the instance passed by",
+        STEP,
+        "            if name in own:\n                return name\n",
+        "",
+        "test_other_peoples_code::test_init_group_replaced",
+    ),
+    Mutant(
+        "options dropped for a class that torch steps",
+        STEP,
+        "            if value is not None:\n",
+        "            if False:\n",
+        "test_other_peoples_code::test_what_torchs_step_cannot_keep_is_refused",
+    ),
+    Mutant(
+        "a subclass's attribute taken for the backend",
+        BASE,
+        "if value is None or (isinstance(value, str) and value in backend_module.NAMES):",
+        "if True:",
+        "test_other_peoples_code::test_attributes_of_a_subclass_are_not_taken_for_our_options",
+    ),
+    Mutant(
+        "modes see nothing",
+        PLAN,
+        "under_mode_ = c10::impl::TorchDispatchModeTLS::stack_len() > 0;",
+        "under_mode_ = false;",
+        "test_other_peoples_code::test_modes_see_the_operations",
+    ),
+    Mutant(
+        "any dict read past its methods",
+        PLAN,
+        "if (!PyDict_CheckExact(dict)) return false;",
+        "if (!PyDict_Check(dict)) return false;",
+        "test_other_peoples_code::test_groups_in_other_mappings",
+    ),
+    Mutant(
+        "states that are no exact dicts read past their methods",
+        PLAN,
+        "if (!PyDict_CheckExact(located_[i].state)) return false;",
+        "if (!PyDict_Check(located_[i].state)) continue;",
+        "test_other_peoples_code::test_states_in_other_mappings",
+    ),
+    Mutant(
+        "any list of parameters read past its methods",
+        PLAN,
+        "group.params == nullptr || !PyList_CheckExact(group.params)",
+        "group.params == nullptr || !PyList_Check(group.params)",
+        "test_other_peoples_code::test_parameters_in_other_sequences",
+    ),
+    Mutant(
+        "keys that a mapping does not list",
+        CONTAINERS,
+        "for key in defaults if key not in plain and _knows(group, key)",
+        "for key in ()",
+        "test_other_peoples_code::test_groups_in_other_mappings",
+    ),
+    Mutant(
+        "flags read as numbers",
+        PLAN,
+        "group.hyperparameters[count++] = is_true(value);",
+        "read_number(group, key, value, false, count);",
+        "test_other_peoples_code::test_flags_are_asked_for_their_truth",
+    ),
+    Mutant(
+        "torch's fused kernels for strides that they take for others",
+        PLAN,
+        "is_on_cpu(tensor) && tensor->is_contiguous(); };",
+        "is_on_cpu(tensor); };",
+        "test_other_peoples_code::test_fused_is_dropped_where_it_is_wrong",
+    ),
+    Mutant(
+        "torch's fused kernels dropped",
+        STEP,
+        "(as_it_is if keeps_fused else unfused).append(p)",
+        "unfused.append(p)",
+        "test_other_peoples_code::test_fused_is_kept_where_it_is_right",
+    ),
+    Mutant(
+        "torch's fused SGD",
+        SGD_CLASS,
+        "keeps_fused = False",
+        "keeps_fused = True",
+        "test_other_peoples_code::test_fused_sgd_of_torch_is_not_used",
+    ),
+    Mutant(
+        "an engine shared by copies",
+        BASE,
+        '{"_dracopt_engine": copy.copy(engine_of(self))}',
+        '{"_dracopt_engine": engine_of(self)}',
+        "test_other_peoples_code::test_instances_that_pickle_all_their_attributes",
     ),
 ]
 

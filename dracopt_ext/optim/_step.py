@@ -101,7 +101,7 @@ def _is_torchs(function: Any) -> bool:
     return code is not None and code.co_filename.startswith(_TORCH)
 
 
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 
 class Engine:
