@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,9 @@ def _with_our_classes(module: ModuleType) -> ModuleType:
     ours = {c.__name__: c for c in (SGD, Adam, AdamW, NAdam) if hasattr(module, c.__name__)}
     if not ours:
         return module
-    copy = ModuleType(module.__name__.replace("torch.optim", __name__), module.__doc__)
-    copy.__dict__.update({**{key: value for key, value in vars(module).items() if key[:2] != "__"}, **ours})
+    copy = ModuleType(module.__name__.replace("torch.optim", __name__))
+    copy.__dict__.update({**vars(module), **ours, "__name__": copy.__name__, "__package__": __name__})
+    copy.__spec__ = ModuleSpec(copy.__name__, None)
     return copy
 
 

@@ -34,12 +34,14 @@ def plain_groups(param_groups: Any, defaults: Mapping[str, Any]) -> list[Group]:
     Raises:
         TypeError: for what torch could not read either, and for an iterator, which would be empty in the next step.
     """
+    if iter(param_groups) is param_groups:
+        raise TypeError(f"param_groups must be a list of dicts or another sequence, not {type(param_groups).__name__}")
     groups = []
     for index, group in enumerate(param_groups):
         name = f"param_groups[{index}]"
         plain = _as_dict(group, name)
         if plain is not group:
-            plain.update({key: group[key] for key in defaults if key not in plain and _knows(group, key)})
+            plain.update({key: group[key] for key in ("params", *defaults) if key not in plain and _knows(group, key)})
         changed: Group = {}
         if type(plain.get("params")) is not list:
             changed["params"] = _as_list(plain.get("params"), f"{name}['params']")
@@ -58,6 +60,26 @@ def plain_state(groups: list[Group], state: Any) -> dict[Tensor, dict[str, Any]]
             if isinstance(p, Tensor) and p in state:
                 plain[p] = _as_dict(state[p], f"the state of parameter {index} of group {group_index}")
     return plain
+
+
+def entries_of(state: Any, p: Tensor) -> Any:
+    """A parameter's state; an empty one if there is none."""
+    if p in state:
+        return state[p]
+    return {}
+
+
+def restore(state: Any, p: Tensor, entries: dict[str, Any] | None) -> None:
+    """Give a parameter's state these entries and no others; None if it had no state."""
+    if entries is None and p not in state:
+        return
+    now = state[p]
+    for key in [key for key in now.keys() if key not in (entries or {})]:  # noqa: SIM118
+        del now[key]
+    for key, value in (entries or {}).items():
+        now[key] = value
+    if entries is None:
+        del state[p]
 
 
 def _as_dict(mapping: Any, name: str) -> dict[Any, Any]:

@@ -574,7 +574,7 @@ MUTANTS = [
     Mutant(
         "half-made states left after an error",
         STEP,
-        "state.pop(p, None)",
+        "restore(state, p, entries)",
         "pass",
         "test_refusals::test_interrupted_creation_of_states_leaves_none_behind",
     ),
@@ -583,7 +583,7 @@ MUTANTS = [
         STEP,
         '"params": unfused, "fused": None}',
         '"params": unfused}',
-        "test_fallback::test_torchs_fused_kernels_are_never_used_on_the_cpu",
+        "test_fallback::test_torchs_fused_kernels_are_not_used_where_strides_have_gaps",
     ),
     Mutant(
         "mixed dtypes left to torch",
@@ -794,15 +794,15 @@ MUTANTS = [
     Mutant(
         "overridden methods passed by",
         STEP,
-        "if found is not method:",
+        "if not _wraps(found, self.originals[name]):",
         "if False:",
         "test_other_peoples_code::test_init_group_overridden",
     ),
     Mutant(
         "methods replaced in torch's class passed by",
         STEP,
-        " or not _is_torchs(found)",
-        "",
+        "if code is None or not code.co_filename.startswith(_TORCH) or not",
+        "if not",
         "test_other_peoples_code::test_init_group_replaced",
     ),
     Mutant(
@@ -829,8 +829,8 @@ MUTANTS = [
     Mutant(
         "modes see nothing",
         PLAN,
-        "under_mode_ = c10::impl::TorchDispatchModeTLS::stack_len() > 0;",
-        "under_mode_ = false;",
+        "return c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||",
+        "return",
         "test_other_peoples_code::test_modes_see_the_operations",
     ),
     Mutant(
@@ -857,7 +857,7 @@ MUTANTS = [
     Mutant(
         "keys that a mapping does not list",
         CONTAINERS,
-        "for key in defaults if key not in plain and _knows(group, key)",
+        'for key in ("params", *defaults) if key not in plain and _knows(group, key)',
         "for key in ()",
         "test_other_peoples_code::test_groups_in_other_mappings",
     ),
@@ -871,9 +871,37 @@ MUTANTS = [
     Mutant(
         "torch's fused kernels for strides that they take for others",
         PLAN,
-        "is_on_cpu(tensor) && tensor->is_contiguous(); };",
-        "is_on_cpu(tensor); };",
+        "is_on_cpu(tensor) && tensor->is_contiguous() &&",
+        "is_on_cpu(tensor) &&",
         "test_other_peoples_code::test_fused_is_dropped_where_it_is_wrong",
+    ),
+    Mutant(
+        "torch's fused kernels for shapes that differ",
+        PLAN,
+        "!lies_simply(grad) || !same_shape(grad, param)",
+        "!lies_simply(grad)",
+        "test_other_peoples_code::test_shapes_that_torchs_fused_kernels_would_not_look_at",
+    ),
+    Mutant(
+        "torch's fused kernels for tensors that share memory",
+        PLAN,
+        "located.group->fused && foreign.reason != kSharesMemory",
+        "located.group->fused",
+        "test_other_peoples_code::test_fused_is_dropped_for_memory_that_is_shared",
+    ),
+    Mutant(
+        "bad input not looked for under a mode",
+        PLAN,
+        "  settle(stepped);\n",
+        "  if (is_under_mode()) for (Examined& e : examined_) e.be_foreign(kUnderMode);\n  settle(stepped);\n",
+        "test_other_peoples_code::test_bad_input_under_a_mode",
+    ),
+    Mutant(
+        "modes before dispatch see nothing",
+        PLAN,
+        "c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch)",
+        "false",
+        "test_other_peoples_code::test_a_traced_training_step_trains",
     ),
     Mutant(
         "torch's fused kernels dropped",

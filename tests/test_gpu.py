@@ -65,7 +65,7 @@ class Gpu:
 
     def launches(self, optimizer: Any) -> int:
         """Of the last step."""
-        return int(optimizer._dracopt_engine.plans[self.backend].launches)
+        return sum(plan.launches for name, plan in optimizer._dracopt_engine.plans_ran if name == self.backend)
 
 
 def needs_a_gpu(backend: str = "native") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import importlib.util
 import inspect
 import pickle
 import types
@@ -175,6 +176,30 @@ def test_init_group_replaced(name: str, where: str, monkeypatch: pytest.MonkeyPa
 
 
 @left_to_torch
+@every_class
+def test_init_group_replaced_in_wrappers_of_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the original is torch's, not whatever torch has wrapped. torch.compile wraps the original."""
+    init_group = torchs(name)._init_group
+
+    def halved(self: Any, group: Any, params: Any, grads: Any, *more: Any) -> Any:
+        found = init_group(self, group, params, grads, *more)
+        grads[:] = [grad / 2 for grad in grads]
+        return found
+
+    for wrap in (torch.no_grad(), torch._dynamo.disable):
+        with monkeypatch.context() as patch:
+            patch.setattr(torchs(name), "_init_group", wrap(halved))  # type: ignore[operator]
+            optimizers = [module(fresh(), **options_of(name)) for module in (ours(name), torchs(name))]
+            assert_same_bits(*map(step, optimizers))
+            assert optimizers[0].last_backend == TORCH
+            patch.setattr(torchs(name), "_init_group", wrap(init_group))  # type: ignore[operator]
+            step(optimizers[0], 1)
+            assert optimizers[0].last_backend == NATIVE
+    step(optimizers[0], 1)
+    assert optimizers[0].last_backend == NATIVE
+
+
+@left_to_torch
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam"])
 def test_every_method_that_torchs_step_calls(name: str) -> None:
     """Whatever they are in this version of torch."""
@@ -279,6 +304,16 @@ def test_attributes_of_a_subclass_are_not_taken_for_our_options(name: str, value
     assert assert_native_like(name, lambda optimizer: None, of_class).backend == value
 
 
+def test_our_options_set_before_the_constructor() -> None:
+    class Before(dracopt_ext.AdamW):
+        def __init__(self, params: Any, **options: Any) -> None:
+            self.backend, self.state_dtype = "reference", torch.float64
+            super().__init__(params, **options)
+
+    assert (Before(fresh()).backend, Before(fresh()).state_dtype) == ("reference", torch.float64)
+    assert Before(fresh(), backend="native").backend == "native"
+
+
 def test_our_options_can_be_changed_between_steps() -> None:
     optimizer = dracopt_ext.AdamW(fresh())
     step(optimizer, 1)
@@ -286,6 +321,8 @@ def test_our_options_can_be_changed_between_steps() -> None:
     step(optimizer, 1)
     assert optimizer.last_backend == {"cpu": frozenset({"reference"})}
     optimizer.backend = None
+    engine = optimizer._dracopt_engine
+    assert len(engine.plans) == 1  # captured graphs refer to what a plan holds
     optimizer.state_dtype = torch.float64
     optimizer.load_state_dict(optimizer.state_dict())
     step(optimizer, 1)
@@ -356,7 +393,6 @@ def test_constructor_passed_by(name: str) -> None:
     assert_native_like(name, lambda optimizer: None, bare)
 
 
-@pytest.mark.usefixtures("monkeypatch")
 def test_constructor_passed_by_heeds_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRACOPT_BACKEND", "reference")
 
@@ -634,7 +670,7 @@ class Knowing(dict[str, Any]):
     """Knows keys that it does not list."""
 
     def __init__(self, entries: Any) -> None:
-        super().__init__({key: value for key, value in entries.items() if key in ("params", "lr")})
+        super().__init__({"lr": entries["lr"]})
         self.rest = {key: value for key, value in entries.items() if key not in self}
 
     def __missing__(self, key: str) -> Any:
@@ -670,28 +706,36 @@ def test_groups_in_other_sequences(name: str, kind: Any) -> None:
     assert_native_like(name, change)
 
 
-class Reversed(list[Any]):
-    """A list that shows its parameters in another order than it stores them."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(reversed(list(params)))
+class Hiding(list[Any]):
+    """A list that stores one parameter more than it shows."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(list.__getitem__(self, slice(None, None, -1)))
+        return iter(list.__getitem__(self, slice(1, None)))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [tuple, deque, nn.ParameterList, Reversed, lambda params: {str(i): p for i, p in enumerate(params)}.values()],
-)
+OTHER_SEQUENCES: dict[str, Callable[[Any], Any]] = {
+    "tuple": tuple,
+    "deque": deque,
+    "ParameterList": nn.ParameterList,
+    "values": lambda params: {str(i): p for i, p in enumerate(params)}.values(),
+    "hiding": lambda params: Hiding([nn.Parameter(torch.ones(64)), *params]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SEQUENCES)
 @every_class
-def test_parameters_in_other_sequences(name: str, kind: Any) -> None:
+def test_parameters_in_other_sequences(name: str, kind: str) -> None:
     def change(optimizer: Any) -> None:
-        optimizer.param_groups[0]["params"] = kind(optimizer.param_groups[0]["params"])
+        params = OTHER_SEQUENCES[kind](optimizer.param_groups[0]["params"])
+        if kind == "hiding":
+            list.__getitem__(params, 0).grad = torch.ones(64)
+        optimizer.param_groups[0]["params"] = params
 
     optimizer = assert_native_like(name, change)
-    if kind is not tuple:
-        return
+    params = optimizer.param_groups[0]["params"]
+    if kind == "hiding":
+        assert (list.__getitem__(params, 0) == 1).all()
+        assert list.__getitem__(params, 0) not in optimizer.state
     optimizer.backend = "reference"
     step(optimizer, 1)
     assert optimizer.last_backend == {"cpu": frozenset({"reference"})}
@@ -765,7 +809,25 @@ def test_the_state_in_another_mapping(name: str, kind: Any) -> None:
         if kind is not Keyed:
             optimizer.state = kind({p: {} for p in params_of(optimizer)})
 
-    assert_native_like(name, change)
+    optimizer = assert_native_like(name, change)
+    optimizer.backend = "reference"
+    step(optimizer, 1)
+    assert optimizer.last_backend == {"cpu": frozenset({"reference"})}
+
+
+@left_to_torch
+def test_the_error_is_seen_where_a_state_deletes_nothing() -> None:
+    optimizer = dracopt_ext.AdamW([*fresh(), *tagged()])
+    optimizer.state = Keyed()
+    for p in params_of(optimizer):
+        p.grad = torch.ones_like(p)
+    last = params_of(optimizer)[-1]
+    last.grad = torch.ones(len(last)).to_sparse()
+    before = [p.detach().clone() for p in params_of(optimizer)]
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        optimizer.step()
+    assert all(map(torch.equal, params_of(optimizer), before))
+    assert not any(len(entries) for entries in optimizer.state.values())
 
 
 @pytest.mark.parametrize(
@@ -776,14 +838,23 @@ def test_the_state_in_another_mapping(name: str, kind: Any) -> None:
             lambda o: o.param_groups[0].update(params=(p for p in fresh())),
             r"param_groups\[0\]\['params'\] must be a list of tensors or another sequence, not generator",
         ),
+        (
+            lambda o: setattr(o, "param_groups", iter(o.param_groups)),
+            "param_groups must be a list of dicts or another sequence, not list_iterator",
+        ),
         (lambda o: o.param_groups[0].update(params=fresh()[0]), r"must be a list of tensors .*, not Parameter"),
         (
             lambda o: o.state.__setitem__(params_of(o)[1], 3),
             "the state of parameter 1 of group 0 must be a dict or another mapping, not int",
         ),
+        (
+            lambda o: o.state.__setitem__(params_of(o)[1], None),
+            "the state of parameter 1 of group 0 must be a dict or another mapping, not NoneType",
+        ),
     ],
 )
 def test_containers_that_nobody_can_read(change: Any, message: str) -> None:
+    """An iterator is empty in the next step."""
     optimizer = dracopt_ext.AdamW(fresh())
     group, state = optimizer.param_groups[0], dict(optimizer.state)
     params = list(group["params"])
@@ -792,10 +863,39 @@ def test_containers_that_nobody_can_read(change: Any, message: str) -> None:
     change(optimizer)
     with pytest.raises(TypeError, match=message):
         optimizer.step()
-    optimizer.param_groups[0], optimizer.state = {**group, "params": params}, defaultdict(dict, state)
+    optimizer.param_groups, optimizer.state = [{**group, "params": params}], defaultdict(dict, state)
     assert all(torch.equal(p, q) for p, q in zip(params, fresh(), strict=True))
     assert not optimizer.state
     optimizer.step()
+
+
+def test_an_iterator_of_parameters_is_not_exhausted_for_a_class_that_torch_steps() -> None:
+    optimizer = cautious(dracopt_ext.AdamW)(fresh())
+    params = params_of(optimizer)
+    optimizer.param_groups[0]["params"] = iter(params)
+    with (
+        pytest.warns(RuntimeWarning, match="overrides _init_group"),
+        pytest.raises(TypeError, match="must be a list of tensors or another sequence, not list_iterator"),
+    ):
+        optimizer.step()
+    assert list(optimizer.param_groups[0]["params"]) == params
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        ({"betas": (0.9, 0.9, 0.9)}, ValueError, r"param_groups\[1\]\['betas'\] must be 2 numbers, not 3"),
+        ({"lr": "0.1"}, TypeError, r"param_groups\[1\]\['lr'\] must be a number, not str"),
+    ],
+)
+def test_the_reference_looks_at_all_groups_first(edit: dict[str, Any], error: type[Exception], message: str) -> None:
+    optimizer = dracopt_ext.AdamW([{"params": [p]} for p in fresh()], backend="reference")
+    step(optimizer, 1)
+    before = snapshot(optimizer)
+    optimizer.param_groups[1].update(edit)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
 
 
 # Tensors that go to torch, with fused=True
@@ -872,6 +972,59 @@ def test_fused_is_dropped_where_it_is_wrong(name: str, what: str) -> None:
         torch.testing.assert_close(results[0].float(), inputs([48, 48], torch.float32, 0)[0][0].view(6, 8))
 
 
+def as_tagged(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(Tagged)
+
+
+@left_to_torch
+@pytest.mark.parametrize("what", ["gradient", "state"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_shapes_that_torchs_fused_kernels_would_not_look_at(name: str, what: str) -> None:
+    """It would write beyond the end. torch's other implementations refuse."""
+    optimizer = ours(name)(tagged()[:1], fused=True)
+    (p,) = params_of(optimizer)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    if what == "gradient":
+        p.data = torch.ones(2 * len(p))
+    else:
+        optimizer.state[p]["exp_avg"] = as_tagged(torch.ones(len(p) // 2))
+    with pytest.raises(RuntimeError, match="must match"):
+        optimizer.step()
+
+
+@left_to_torch
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
+def test_step_counts_that_torchs_fused_kernels_refuse(dtype: torch.dtype) -> None:
+    for params in (fresh(), tagged()):
+        found = []
+        for fused in (True, None):
+            optimizer = dracopt_ext.AdamW([p.detach().clone() for p in params], fused=fused)
+            for p in params_of(optimizer):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            for entries in optimizer.state.values():
+                entries["step"] = entries["step"].to(dtype)
+            optimizer.step()
+            assert optimizer.last_backend == TORCH
+            found.append(snapshot(optimizer))
+        assert_same_bits(*found)
+
+
+@left_to_torch
+def test_fused_is_dropped_for_memory_that_is_shared() -> None:
+    """torch's fused kernel would read elements of the gradient that it has updated."""
+    found = []
+    for module, fused in ((dracopt_ext, True), (torch.optim, None)):
+        base = inputs([4097], torch.float32, 0)[0][0]
+        p = nn.Parameter(base[1:])
+        p.grad = base[:-1]
+        optimizer = module.AdamW([p], lr=0.5, fused=fused, foreach=None if fused else False)  # type: ignore[attr-defined]
+        optimizer.step()
+        found.append(snapshot(optimizer))
+    assert_same_bits(*found)
+
+
 @left_to_torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_sgd_of_torch_is_not_used(dtype: torch.dtype) -> None:
@@ -944,6 +1097,7 @@ def test_distributed_tensors(name: str, mesh: Any, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("module", ["adam", "adamw", "nadam", "sgd", "optimizer", "rmsprop", "lr_scheduler", "lbfgs"])
 def test_submodules_have_our_classes(module: str) -> None:
     found = importlib.import_module(f"dracopt_ext.{module}")
+    assert importlib.util.find_spec(f"dracopt_ext.{module}") is not None
     theirs = importlib.import_module(f"torch.optim.{module}")
     for name, value in vars(theirs).items():
         if not name.startswith("__"):
@@ -1008,26 +1162,57 @@ def test_modes_see_the_operations(name: str, fused: bool | None) -> None:
 
 @left_to_torch
 def test_flops_are_counted_as_torchs() -> None:
-    model = nn.Linear(64, 64)
-    optimizer = dracopt_ext.AdamW(model.parameters())
-    with FlopCounterMode(display=False) as counter:
-        model(torch.ones(4, 64)).sum().backward()
-        optimizer.step()
-    assert counter.get_total_flops() > 0
-    assert optimizer.last_backend == TORCH
+    found = []
+    for module in (dracopt_ext, torch.optim):
+        model = nn.Linear(64, 64)
+        optimizer = module.AdamW(model.parameters())  # type: ignore[attr-defined]
+        with FlopCounterMode(display=False) as counter, Counting() as operations:
+            model(torch.ones(4, 64)).sum().backward()
+            optimizer.step()
+        found.append((counter.get_flop_counts(), operations.operations))
+    assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("backend", ["native"])
-def test_modes_are_refused_by_an_explicit_backend(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_modes_and_an_explicit_backend(backend: str) -> None:
+    """The reference consists of torch's operations."""
     optimizer = dracopt_ext.AdamW(fresh(), backend=backend)
     before = snapshot(optimizer)
     for p in params_of(optimizer):
         p.grad = torch.ones_like(p)
-    with Counting(), pytest.raises(RuntimeError, match=f"backend='{backend}' does not serve steps under a TorchDis"):
+    if backend == "reference":
+        with Counting() as mode:
+            optimizer.step()
+        assert len(mode.operations) > 0
+        return
+    with Counting(), pytest.raises(RuntimeError, match="backend='native' does not serve steps under a TorchDispatchM"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before)
     optimizer.step()
     assert optimizer.last_backend == NATIVE
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("what", ["freed gradient", "state of another shape", "expanded state", "part of a state"])
+def test_bad_input_under_a_mode(what: str, fused: bool | None) -> None:
+    """It is refused as without one, and nothing has changed."""
+    optimizer = dracopt_ext.AdamW(fresh(), fused=fused)
+    step(optimizer, 1)
+    p = params_of(optimizer)[-1]
+    entries = optimizer.state[p]
+    if what == "freed gradient":
+        p.grad = torch.ones_like(p)
+        p.grad.untyped_storage().resize_(0)
+    elif what == "state of another shape":
+        entries["exp_avg_sq"] = torch.ones(3)
+    elif what == "expanded state":
+        entries["exp_avg"] = torch.ones(1).expand(len(p))
+    else:
+        del entries["exp_avg"]
+    before = snapshot(optimizer)
+    with Counting(), pytest.raises((ValueError, KeyError), match="parameter 4 of group 0"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
 
 
 @left_to_torch
@@ -1046,8 +1231,9 @@ def test_real_parameters_under_a_fake_mode(name: str) -> None:
 
 
 @left_to_torch
+@pytest.mark.parametrize("pre_dispatch", [False, True])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_a_traced_training_step_trains(name: str) -> None:
+def test_a_traced_training_step_trains(name: str, pre_dispatch: bool) -> None:
     """By the pattern of torch.optim.swap_in_optimizer_params_and_state. torch's NAdam cannot be traced."""
     swap_in = getattr(torch.optim, "swap_in_optimizer_params_and_state", None)
     if swap_in is None:
@@ -1062,7 +1248,7 @@ def test_a_traced_training_step_trains(name: str) -> None:
                 optimizer.step()
             return [p.detach() for p in params.values()]
 
-        return make_fx(training_step, tracing_mode="real")(*copies(optimizer, model), *data)
+        return make_fx(training_step, tracing_mode="real", pre_dispatch=pre_dispatch)(*copies(optimizer, model), *data)
 
     def copies(optimizer: Any, model: nn.Module) -> Any:
         params = {key: p.detach().clone().requires_grad_() for key, p in model.named_parameters()}

@@ -1,5 +1,6 @@
 #include "bindings/step_plan.h"
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -33,8 +34,23 @@ constexpr const char* kDriverKeyNames[] = {"params", "maximize", "fused", "diffe
 constexpr size_t kDriverKeys = 5;
 constexpr size_t kMaxGroupKeys = kDriverKeys + kMaxHyperparameters;
 
-// A mode traces, counts or replaces the operations of torch, which kernels are not.
 constexpr const char* kUnderMode = "steps under a TorchDispatchMode";
+constexpr const char* kSharesMemory = "tensors that share memory";
+
+// A mode traces, counts or replaces the operations of torch, which kernels are not. Those of make_fx with
+// pre_dispatch=True are kept apart from the others.
+bool is_under_mode() {
+  return c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
+}
+
+// Says for as long as it lives that a step is running.
+struct Running {
+  explicit Running(bool& is_running) : running(is_running) { running = true; }
+  ~Running() { running = false; }
+  Running(const Running&) = delete;
+  bool& running;
+};
 
 constexpr double kMaxStep = 9007199254740992.0;  // 2^53: beyond it a double no longer counts
 
@@ -64,14 +80,23 @@ void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
   body(readable_data(tensor, bytes), extent_of(tensor) * bytes);
 }
 
-// Does a tensor lie contiguously in the host's memory, itself or as the shard of a distributed one?
-bool lies_simply(PyObject* object) {
-  const auto is_simple = [](const c10::TensorImpl* tensor) { return is_on_cpu(tensor) && tensor->is_contiguous(); };
+// The tensor that holds a tensor's elements: the shard of a distributed one, or itself. Null for other wrappers.
+const c10::TensorImpl* local_of(PyObject* object) {
   const c10::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
-  if (!is_python_subclass(tensor)) return is_simple(tensor);
+  if (!is_python_subclass(tensor)) return tensor;
   const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "_local_tensor"));
-  if (!local) PyErr_Clear();
-  return local && is_tensor(local.ptr()) && is_simple(THPVariable_Unpack(local.ptr()).unsafeGetTensorImpl());
+  if (!local) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+    PyErr_Clear();
+  }
+  // The distributed tensor keeps it alive.
+  return local && is_tensor(local.ptr()) ? THPVariable_Unpack(local.ptr()).unsafeGetTensorImpl() : nullptr;
+}
+
+// Does a tensor lie contiguously in the host's memory, which suffices for it?
+bool lies_simply(const c10::TensorImpl* tensor) {
+  return tensor != nullptr && is_on_cpu(tensor) && tensor->is_contiguous() &&
+         !lacks_memory(tensor, tensor->numel(), static_cast<int64_t>(tensor->itemsize()));
 }
 
 }  // namespace
@@ -96,6 +121,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
     throw std::runtime_error(
         "step() of this optimizer is already running in another thread; give each thread an optimizer of its own");
   }
+  const Running running(running_);
   updated_.clear();
   for (Launches& launches : launches_) launches.clear();
   grad_scale_ = grad_scale;
@@ -109,6 +135,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
   examine(*created);
   settle(stepped);
   set_aside_overlapping();
+  if (is_under_mode()) set_aside_all(kUnderMode);
   check_capture();
   set_aside_missing();
   const bool waits = host_decides(scaler);
@@ -121,7 +148,6 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
 }
 
 bool StepPlan::read_groups(PyObject* param_groups) {
-  under_mode_ = c10::impl::TorchDispatchModeTLS::stack_len() > 0;
   if (!PyList_CheckExact(param_groups)) return false;
   constexpr Py_ssize_t ahead = 8;
   const Py_ssize_t count = PyList_GET_SIZE(param_groups);
@@ -145,7 +171,7 @@ bool StepPlan::read_group(PyObject* dict, Group& group) {
   if (group.params == nullptr || !PyList_CheckExact(group.params)) return false;
   group.maximize = is_true(values[1]);
   group.fused = is_true(values[2]);
-  group.foreign = under_mode_ ? kUnderMode : is_true(values[3]) ? "differentiable=True" : nullptr;
+  group.foreign = is_true(values[3]) ? "differentiable=True" : nullptr;
   group.capturable = is_true(values[4]);
   group.gpu.reset();
   group.fp32_address = group.fp64_address = 0;
@@ -624,13 +650,19 @@ void StepPlan::set_aside_overlapping() {
   size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
     if (aside[i]) {
-      foreign_.push_back({examined_[i].located, "tensors that share memory"});
+      foreign_.push_back({examined_[i].located, kSharesMemory});
     } else {
       keep(i, kept++);
     }
   }
   count_ = kept;
   searched_ = false;
+}
+
+void StepPlan::set_aside_all(const char* reason) {
+  for (size_t i = 0; i < count_; ++i) foreign_.push_back({examined_[i].located, reason});
+  searched_ = searched_ && count_ == 0;
+  count_ = 0;
 }
 
 // Only now, so that torch gets those of them that share memory, and creates their states itself.
@@ -805,12 +837,8 @@ void StepPlan::run_on_cpu() {
     record(examined_[i]);
     for (int k = 0; k < examined_[i].stream_count; ++k) alive.push_back(examined_[i].streams[k]->storage());
   }
-  running_ = true;
-  {
-    py::gil_scoped_release release;
-    in_parallel(step.work.units, kGrainUnits, cpu::run, &step.work);
-  }
-  running_ = false;
+  const py::gil_scoped_release release;
+  in_parallel(step.work.units, kGrainUnits, cpu::run, &step.work);
 }
 
 // What a step leaves beside the data.
@@ -840,9 +868,10 @@ size_t StepPlan::launches() const {
   return count;
 }
 
-// What must be known to step it by torch: see dracopt_ext/foreign.py.
-int StepPlan::form_of(const Located& located) const {
+// The form of a parameter that torch is to step: see dracopt_ext/foreign.py.
+int StepPlan::form_of(const Foreign& foreign) const {
   enum Form { kNew = 1, kMixed = 2, kSparse = 4, kFusable = 8 };
+  const Located& located = located_[foreign.located];
   int form = 0;
   const int wanted = wanted_states(*located.group);
   for (int k = 0; k < wanted; ++k) {
@@ -859,15 +888,28 @@ int StepPlan::form_of(const Located& located) const {
     mixed |= THPVariable_Unpack(located.values[k]).dtype() != dtype;
   }
   if (mixed) return form | kMixed;
+  const bool may_fuse = located.group->fused && foreign.reason != kSharesMemory;
+  return may_fuse && is_fusable(located) ? form | kFusable : form;
+}
+
+// Are torch's fused kernels for the CPU right for these tensors? They look at no strides and no sizes.
+bool StepPlan::is_fusable(const Located& located) const {
   const Format& format = format_of(located.param);
-  if (!located.group->fused || !format.is_native || format.is_complex) return form;
-  const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(located.param->grad()));
-  bool fusable = lies_simply(located.parameter) && lies_simply(wrapped.ptr());
-  for (int k = rule_.carried; fusable && k < wanted; ++k) {
-    PyObject* const value = located.values[k];
-    fusable = value == nullptr || !is_tensor(value) || lies_simply(value);
+  if (!format.is_native || format.is_complex) return false;
+  const c10::TensorImpl* param = local_of(located.parameter);
+  const auto gradient = py::reinterpret_steal<py::object>(THPVariable_Wrap(located.param->grad()));
+  const c10::TensorImpl* grad = local_of(gradient.ptr());
+  if (!lies_simply(param) || !lies_simply(grad) || !same_shape(grad, param)) return false;
+  for (int k = 0; k < wanted_states(*located.group); ++k) {
+    if (located.values[k] == nullptr) continue;  // torch creates it
+    if (!is_tensor(located.values[k])) return false;
+    const c10::TensorImpl* state = local_of(located.values[k]);
+    if (!lies_simply(state)) return false;
+    const bool fits =
+        k < rule_.carried ? state->dtype() == at::kFloat && state->numel() == 1 : same_shape(state, param);
+    if (!fits) return false;
   }
-  return fusable ? form | kFusable : form;
+  return true;
 }
 
 py::object StepPlan::todo(bool host_decides) const {
@@ -878,7 +920,7 @@ py::object StepPlan::todo(bool host_decides) const {
     const Located& located = located_[foreign_[i].located];
     if (foreign_[i].reason != reason) words = py::str(reason = foreign_[i].reason);
     PyList_SET_ITEM(foreign.ptr(), static_cast<Py_ssize_t>(i),
-                    py::make_tuple(located.group->index, located.index, words, form_of(located)).release().ptr());
+                    py::make_tuple(located.group->index, located.index, words, form_of(foreign_[i])).release().ptr());
   }
   return py::make_tuple(missing_, foreign, host_decides, count_ == 0 && missing_.empty());
 }

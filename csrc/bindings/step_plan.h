@@ -140,6 +140,7 @@ class StepPlan {
   void lay_out(const Examined& examined, Segment& segment);
   [[noreturn]] void refuse(const Examined& examined) const;
   void set_aside_overlapping();
+  void set_aside_all(const char* reason);
   void set_aside_missing();
   void keep(size_t from, size_t to);  // among the examined and their segments
   void check_capture() const;
@@ -150,7 +151,8 @@ class StepPlan {
   Launches& launches_for(const Examined& examined);
   size_t fill_slot(const Examined& examined, uint64_t* words) const;
   void record(const Examined& examined) const;
-  int form_of(const Located& located) const;
+  int form_of(const Foreign& foreign) const;
+  bool is_fusable(const Located& located) const;
   pybind11::object todo(bool host_decides) const;
 
   int wanted_states(const Group& group) const { return rule_.carried + group.states; }
@@ -169,7 +171,6 @@ class StepPlan {
   size_t count_ = 0;
   double grad_scale_ = 1;
   bool inference_mode_ = false;
-  bool under_mode_ = false;
   Indices missing_;
   bool missing_is_hosts_ = false;  // some of these will not be stepped by kernels on a GPU alone
   std::vector<Foreign> foreign_;

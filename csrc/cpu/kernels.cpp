@@ -108,8 +108,18 @@ constexpr void fill(UpdateFn* table) {
 }
 
 template <typename Rule>
+constexpr size_t numbers_in_group() {
+  size_t count = 0;
+  for (const GroupKey& key : Rule::group_keys) {
+    count += key.name == nullptr ? 0 : key.kind == KeyKind::decay_rates ? 2 : 1;
+  }
+  return count;
+}
+
+template <typename Rule>
 constexpr RuleEntry entry() {
   using Hyperparameters = typename Rule::Hyperparameters;
+  static_assert(sizeof(Hyperparameters) == numbers_in_group<Rule>() * sizeof(double), "group_keys yield other numbers");
   static_assert(sizeof(Hyperparameters) <= kMaxHyperparameters * sizeof(double), "raise kMaxHyperparameters");
   RuleEntry e{};
   e.name = Rule::name;

@@ -24,12 +24,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     A subclass names its kind. Which engine runs is decided parameter by parameter in each step: the native kernels
     where they can, torch's own implementation for the rest.
 
-    Whoever subclasses our classes must not meet names of ours: all but two options, ``last_backend`` and what torch's
-    classes have begin with ``_dracopt``.
+    Users' subclasses must not meet our names. All that is not torch's begins with ``_dracopt``, except ``backend``,
+    ``state_dtype`` and ``last_backend``.
     """
 
     _dracopt_kind: ClassVar[Kind]
-    _dracopt_engine: Engine  # by engine_of(), for the constructor may have been passed by
+    _dracopt_engine: Engine  # engine_of() finds it, or makes it where the constructor was passed by
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # For a subclass that calls super(Adam, self).__init__(params, defaults), which with torch's Adam means this.
@@ -46,7 +46,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @backend.setter
     def backend(self, value: Any) -> None:
         if value is None or (isinstance(value, str) and value in backend_module.NAMES):
-            self._dracopt_engine = Engine(value, engine_of(self).state_dtype)
+            engine_of(self).backend = backend_module.resolve(value)
             self.__dict__.pop("backend", None)
         else:
             self.__dict__["backend"] = value
@@ -79,8 +79,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         engine = engine_of(self)
         ran = {device: set(names) for device, names in engine.others_ran.items()}
-        for name in engine.plans_ran:
-            for device in engine.plans[name].updated:
+        for name, plan in engine.plans_ran:
+            for device in plan.updated:
                 ran.setdefault(device, set()).add(name)
         return {device: frozenset(names) for device, names in ran.items()}
 

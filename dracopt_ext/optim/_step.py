@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from .. import backend as backend_module
 from .. import reference
 from ..backend import GPU, warn_once
-from ..containers import Group, plain_groups, plain_state
+from ..containers import Group, entries_of, plain_groups, plain_state, restore
 from ..foreign import FUSABLE, MIXED, NEW, SPARSE, Foreign, form_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Kind:
     counts_steps = True
     """Whether a parameter's state counts its steps, and is zero before the first; else the first step fills it."""
     keeps_fused = True
-    """Whether torch's fused kernels for the CPU are right for this class, where they are for the tensors."""
+    """Whether torch's fused kernels for the CPU are right for this class, if they are right for the tensors."""
 
     def __init__(self, rule: str, torch_class: Any, sparse_error: str) -> None:
         self.rule = rule
@@ -72,6 +72,7 @@ class Kind:
         used = ((name, getattr(torch_class, name, None)) for name in self.torch_step.__code__.co_names)
         self.methods: dict[str, Any] = {name: method for name, method in used if callable(method)}
         """The methods of torch's class that its step calls, and ours does not."""
+        self.originals = {name: inspect.unwrap(method) for name, method in self.methods.items()}
 
     def overridden(self, optimizer: FusedOptimizer) -> str | None:
         """A method that only torch's step calls, and that an optimizer has of its own."""
@@ -81,10 +82,9 @@ class Kind:
                 return name
             found = getattr(of_class, name)
             if found is not method:
-                # torch.compile wraps them in torch's classes themselves.
-                if found is not getattr(self.torch_class, name) or not _is_torchs(found):
+                if not _wraps(found, self.originals[name]):
                     return name
-                self.methods[name] = found
+                self.methods[name] = found  # torch.compile wraps the methods of torch's classes
         return None
 
     def lacks_state(self, entries: Any, group: Group) -> bool:
@@ -96,9 +96,14 @@ class Kind:
         self.torch_class._init_group(optimizer, group, [], [], [], [], [], [])
 
 
-def _is_torchs(function: Any) -> bool:
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_filename.startswith(_TORCH)
+def _wraps(function: Any, original: Any) -> bool:
+    """Is a function the original, in no wrappers but torch's?"""
+    while function is not original:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_TORCH) or not hasattr(function, "__wrapped__"):
+            return False
+        function = function.__wrapped__
+    return True
 
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
@@ -118,13 +123,22 @@ class Engine:
 
     def __setstate__(self, asked_for: tuple[str | None, torch.dtype | None]) -> None:
         self.backend, self.state_dtype = asked_for
-        self.plans: dict[str, StepPlan] = {}  # by backend, those that were needed so far
-        self.plans_ran: list[str] = []  # in the last step
+        # By the backend that a plan is for, and the one that was asked for: those that were needed so far. They stay,
+        # because captured graphs refer to their tables.
+        self.plans: dict[tuple[str, str | None], StepPlan] = {}
+        self.plans_ran: list[tuple[str, StepPlan]] = []  # in the last step, with their backends
         self.others_ran: dict[str, set[str]] = {}  # by device type, what ran beside the plans in the last step
 
 
-_MOMENTS = frozenset(reference.MOMENTS)
 STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def give_engine(optimizer: FusedOptimizer, backend: str | None, state_dtype: torch.dtype | None) -> None:
+    """What our constructors do before torch's. Options that a subclass has set before hold where they are None here."""
+    before: Engine | None = optimizer.__dict__.get("_dracopt_engine")
+    if before is not None:
+        backend, state_dtype = backend or before.backend, state_dtype or before.state_dtype
+    optimizer._dracopt_engine = Engine(backend, state_dtype)
 
 
 def engine_of(optimizer: FusedOptimizer) -> Engine:
@@ -187,6 +201,7 @@ class Step:
             f"{name} overrides {method}, which only torch's own step calls: it is stepped by torch's own "
             "implementation, which is slower"
         )
+        self._make_plain()  # raises for iterators, which this would exhaust
         with torch._C.DisableTorchFunctionSubclass():
             params = [p for group in self.groups for p in group["params"] if p.grad is not None]
             devices = set(map(attrgetter("device"), params))
@@ -261,11 +276,12 @@ class Step:
 
     def _run_plan(self, name: str, *more: Any) -> Any:
         """Let a backend's plan step; what it returns is described in csrc/bindings/step_plan.h."""
-        plan = self.engine.plans.get(name)
+        key = name, self.engine.backend
+        plan = self.engine.plans.get(key)
         if plan is None:
             class_name = type(self.optimizer).__name__
             plan = backend_module.step_plan(name, self.kind.rule, class_name, self.engine.backend)
-            self.engine.plans[name] = plan
+            self.engine.plans[key] = plan
         state = self.optimizer.state
         todo = NotImplemented if self.is_odd else plan.step(self.groups, state, *more)
         if todo is NotImplemented:
@@ -273,7 +289,7 @@ class Step:
             self._make_plain()
             todo = plan.step(self.groups, plain_state(self.groups, state), *more)
         if todo is None:
-            self.engine.plans_ran.append(name)
+            self.engine.plans_ran.append((name, plan))
         return todo
 
     def _make_plain(self) -> None:
@@ -335,10 +351,12 @@ class Step:
                 for i, p in enumerate(group["params"]):
                     if p.grad is None:
                         continue
-                    entries = state.get(p) or {}
-                    moments = [entries[name] for name in entries if name in _MOMENTS]
+                    entries = entries_of(state, p)
+                    carried = [entries[name] for name in reference.CARRIED if name in entries]
+                    moments = [entries[name] for name in reference.MOMENTS if name in entries]
                     new = self.kind.lacks_state(entries, group)
-                    others.append((g, i, "", form_of(p, moments, new=new, fused=fused, grad_scale=grad_scale)))
+                    form = form_of(p, carried, moments, new=new, may_fuse=fused, grad_scale=grad_scale)
+                    others.append((g, i, "", form))
         return others
 
     def _update_by_torch(self, others: list[Foreign], grad_scale: float) -> None:
@@ -432,7 +450,7 @@ class Step:
         with torch.no_grad(), self._restored_on_error(groups):
             for group in groups:
                 for p in group["params"]:
-                    new = self.kind.lacks_state(state.get(p), group)
+                    new = self.kind.lacks_state(entries_of(state, p), group)
                     if new:
                         self._create_moments({**group, "params": [p]})
                     reference.update(
@@ -453,10 +471,14 @@ class Step:
             if group.get("differentiable") or (group.get("capturable") and not group.get("fused")):
                 raise RuntimeError("the reference implementation serves neither differentiable nor capturable groups")
             for key, value in reference.numbers(self.kind.rule, group).items():
+                where = f"param_groups[{self._find(group['params'][0])[0]}][{key!r}]"
                 rates = isinstance(value, tuple)
-                for number in map(float, value if rates else [value]):
+                if rates and len(value) != 2:
+                    raise ValueError(f"{where} must be 2 numbers, not {len(value)}")
+                for number in value if rates else [value]:
+                    if isinstance(number, str):
+                        raise TypeError(f"{where} must be a number, not str")
                     if not math.isfinite(number) or (rates and not 0 <= number < 1):
-                        where = f"param_groups[{self._find(group['params'][0])[0]}][{key!r}]"
                         must = "at least 0 and less than 1" if rates else "finite"
                         raise ValueError(f"{where} is {number}; it must be {must}")
             for p in group["params"]:
@@ -470,8 +492,8 @@ class Step:
                 f"the reference implementation takes dense tensors only, not the {grad.layout} gradient of "
                 f"{self._describe(*self._find(p))}"
             )
-        entries = self.optimizer.state.get(p)
-        state = {} if self.kind.lacks_state(entries, group) else entries or {}
+        entries = entries_of(self.optimizer.state, p)
+        state = {} if self.kind.lacks_state(entries, group) else entries
         if state and group.get("amsgrad") and "max_exp_avg_sq" not in state:
             raise KeyError(f"the state of {self._describe(*self._find(p))} has no 'max_exp_avg_sq'")
         for name in ("the gradient", *reference.MOMENTS):
@@ -501,20 +523,17 @@ class Step:
     def _restored_on_error(self, groups: list[Group]) -> Iterator[None]:
         """Should the block raise, these parameters' states hold the entries that they hold now."""
         state = self.optimizer.state
-        before = [
-            (p, {key: state[p][key] for key in state[p]} if p in state else None)
-            for group in groups
-            for p in group["params"]
-        ]
+        before: list[tuple[Tensor, dict[str, Any] | None]] = []
+        for p in [p for group in groups for p in group["params"]]:
+            known = p in state
+            entries = state[p] if known else {}
+            before.append((p, {key: entries[key] for key in entries.keys()} if known else None))  # noqa: SIM118
         try:
             yield
         except BaseException:
             for p, entries in before:
-                if entries is None:
-                    state.pop(p, None)
-                else:
-                    state[p].clear()
-                    state[p].update(entries)
+                with suppress(Exception):  # A container may refuse deletion. The block's own error is the one to show.
+                    restore(state, p, entries)
             raise
 
     def _find(self, p: Tensor) -> Index:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._step import Engine, Kind
+from ._step import Kind, give_engine
 
 _SPARSE_ERROR = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -56,7 +56,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        self._dracopt_engine = Engine(backend, state_dtype)
+        give_engine(self, backend, state_dtype)
         # Past torch's AdamW, if it stands between, which takes less.
         passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
         torchs: Any = super(passed, self)
@@ -101,7 +101,7 @@ class AdamW(Adam, torch.optim.AdamW):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        self._dracopt_engine = Engine(backend, state_dtype)
+        give_engine(self, backend, state_dtype)
         super(FusedOptimizer, self).__init__(
             params,
             lr,

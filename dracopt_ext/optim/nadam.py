@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._step import Engine, Kind
+from ._step import Kind, give_engine
 
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):
@@ -52,7 +52,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        self._dracopt_engine = Engine(backend, state_dtype)
+        give_engine(self, backend, state_dtype)
         super(FusedOptimizer, self).__init__(
             params,
             lr,

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..containers import Group
 from ._base import FusedOptimizer
-from ._step import Engine, Kind
+from ._step import Kind, give_engine
 
 
 class SgdKind(Kind):
@@ -20,7 +20,7 @@ class SgdKind(Kind):
     keeps_fused = False  # torch's fused kernel for the CPU leaves whole vectors of 16-bit parameters as they are
 
     def lacks_state(self, entries: Any, group: Group) -> bool:
-        return bool(group["momentum"] != 0) and (entries or {}).get("momentum_buffer") is None
+        return bool(group["momentum"] != 0) and entries.get("momentum_buffer") is None
 
     def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:
         # Filled by the first step, which writes the buffer without reading it.
@@ -68,7 +68,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        self._dracopt_engine = Engine(backend, state_dtype)
+        give_engine(self, backend, state_dtype)
         super(FusedOptimizer, self).__init__(
             params,
             lr,

@@ -13,6 +13,7 @@ import struct
 import threading
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..containers import NotPlainError, is_plain_state
-from ..foreign import UNDER_MODE, Foreign, form_of, is_under_mode
+from ..foreign import SHARES_MEMORY, UNDER_MODE, Foreign, form_of, is_under_mode
 from ..reference import DECAY_RATES, FLAGS
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
@@ -36,6 +37,7 @@ GPU = "cuda"
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE = (*DTYPES, torch.complex64, torch.complex128)
+_NO_STATE: dict[str, Any] = {}
 _MAX_STEP = 2.0**53  # beyond it a double no longer counts
 
 
@@ -70,9 +72,7 @@ class Group:
         self.maximize = bool(values.get("maximize"))
         self.fused = bool(values.get("fused"))
         self.capturable = bool(values.get("capturable"))
-        self.foreign = (
-            UNDER_MODE if is_under_mode() else "differentiable=True" if values.get("differentiable") else None
-        )
+        self.foreign = "differentiable=True" if values.get("differentiable") else None
         self.device: torch.device | None = None  # of the hyperparameters that are tensors on a GPU
         self.numbers: list[float] = []
         self._flags = 0  # of a recipe
@@ -146,7 +146,7 @@ class Located(NamedTuple):
     number: int  # in the group
     param: Tensor
     grad: Tensor
-    entries: Any  # the state's, normally a dict; None if there is none
+    entries: dict[str, Any]  # the state's
     carried: list[Any]  # by the rule's carried_keys, None where absent
     states: list[Any]  # by the rule's state_keys
 
@@ -321,7 +321,10 @@ class StepPlan:
         try:
             if type(param_groups) is not list or not is_plain_state(state):
                 return NotImplemented
-            return self._step(param_groups, state, grad_scale, scaler, created, set(stepped))
+            under_mode = is_under_mode()
+            # Its operations are not those that a mode is for.
+            with torch._C._DisableTorchDispatch() if under_mode else nullcontext():
+                return self._step(param_groups, state, grad_scale, scaler, created, set(stepped), under_mode)
         except NotPlainError:
             return NotImplemented
         finally:
@@ -335,6 +338,7 @@ class StepPlan:
         scaler: Scaler,
         created: Collection[Index] | None,
         stepped: set[Index],
+        under_mode: bool,
     ) -> Todo | None:
         self.updated, self.launches = {}, 0
         groups = [Group(index, values, self._rule) for index, values in enumerate(param_groups)]
@@ -345,7 +349,7 @@ class StepPlan:
         numbers: list[Numbers] = []
         # Kept until the end: another thread may give the tensors other memory while kernels run.
         storages: list[Any] = []
-        known = self._facts is not None and facts == self._facts and self._guards.check(*tensors)
+        known = not under_mode and self._facts is not None and facts == self._facts and self._guards.check(*tensors)
         if known:
             storages = [tensor.untyped_storage() for p in located for tensor in (p.grad, *p.written)]
             known = self._lie_as_before(located, storages)
@@ -354,6 +358,9 @@ class StepPlan:
             known = all(_is_step(of_p[0]) for of_p in numbers if of_p)
         if not known:
             ready, missing, foreign, written = self._examine(located)
+            if under_mode:
+                foreign += [(p, UNDER_MODE) for p in (*ready, *missing)]
+                ready, missing = [], []
             storages = [tensor.untyped_storage() for p in ready for tensor in (p.grad, *p.written)]
             numbers = [_numbers_on_host(p) for p in ready]
         capturing = self._check_capture(ready, missing, foreign)
@@ -402,12 +409,11 @@ class StepPlan:
                 grad = p.grad
                 if grad is None or (stepped and (group.index, number) in stepped):
                     continue
-                entries = state.get(p)
-                if entries is not None and type(entries) is not dict:
+                entries = state.get(p, _NO_STATE)
+                if type(entries) is not dict:
                     raise NotPlainError
-                known = entries or {}
-                carried = [known.get(key) for key in rule.carried_keys]
-                states = [known.get(key) for key in state_keys]
+                carried = [entries.get(key) for key in rule.carried_keys]
+                states = [entries.get(key) for key in state_keys]
                 located.append(Located(group, number, p, grad, entries, carried, states))
                 tensors += (p, grad, *carried, *states)
                 numbers.append(number)
@@ -446,7 +452,7 @@ class StepPlan:
             else:
                 ready.append(p)
         shared, written = self._sharing_memory(ready, missing, foreign)
-        foreign += [(p, "tensors that share memory") for p in (*ready, *missing) if p.where in shared]
+        foreign += [(p, SHARES_MEMORY) for p in (*ready, *missing) if p.where in shared]
         ready, missing = ([p for p in part if p.where not in shared] for part in (ready, missing))
         return ready, missing, foreign, written
 
@@ -531,8 +537,11 @@ class StepPlan:
 
     def _foreign(self, located: Located, reason: str, grad_scale: float) -> Foreign:
         new = any(value is None for value in (*located.carried, *located.states))
+        may_fuse = located.group.fused and reason is not SHARES_MEMORY
         with torch._C.DisableTorchFunctionSubclass():
-            form = form_of(located.param, located.states, new=new, fused=located.group.fused, grad_scale=grad_scale)
+            form = form_of(
+                located.param, located.carried, located.states, new=new, may_fuse=may_fuse, grad_scale=grad_scale
+            )
         return (*located.where, reason, form)
 
     def _check_memory(self, located: Located) -> None:

@@ -13,7 +13,7 @@ class Rule(NamedTuple):
 
     name: str
     group_keys: tuple[str, ...]
-    """Of the parameter group; a tuple there counts as its items."""
+    """Of the parameter group; decay rates are two numbers each."""
     hyperparameters: int
     """Numbers that ``group_keys`` yield."""
     carried_keys: tuple[str, ...]
