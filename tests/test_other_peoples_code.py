@@ -977,7 +977,7 @@ def as_tagged(tensor: Tensor) -> Tensor:
 
 
 @left_to_torch
-@pytest.mark.parametrize("what", ["gradient", "state"])
+@pytest.mark.parametrize("what", ["parameter", "gradient", "state"])
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_shapes_that_torchs_fused_kernels_would_not_look_at(name: str, what: str) -> None:
     """It would write beyond the end. torch's other implementations refuse."""
@@ -985,8 +985,10 @@ def test_shapes_that_torchs_fused_kernels_would_not_look_at(name: str, what: str
     (p,) = params_of(optimizer)
     p.grad = torch.ones_like(p)
     optimizer.step()
-    if what == "gradient":
+    if what == "parameter":
         p.data = torch.ones(2 * len(p))
+    elif what == "gradient":
+        p.grad.data = torch.ones(len(p) // 2)
     else:
         optimizer.state[p]["exp_avg"] = as_tagged(torch.ones(len(p) // 2))
     with pytest.raises(RuntimeError, match="must match"):
