@@ -367,7 +367,8 @@ class Step:
         with torch._C.DisableTorchFunctionSubclass():
             for g, members in groupby(sorted(others), itemgetter(0)):
                 group = self.groups[g]
-                as_it_is, unfused, mixed = self._sort_for_torch(group, members, devices)
+                as_it_is, unfused, mixed = self._sort_for_torch(group, members)
+                devices.update(map(attrgetter("device"), (*as_it_is, *unfused)))
                 by_torch += [{**group, "params": as_it_is}] if as_it_is else []
                 by_torch += [{**group, "params": unfused, "fused": None}] if unfused else []
                 by_reference += [{**group, "params": mixed}] if mixed else []
@@ -379,11 +380,11 @@ class Step:
         self._step_by_reference(by_reference, grad_scale)
 
     def _sort_for_torch(
-        self, group: Group, members: Iterator[Foreign], devices: set[torch.device]
+        self, group: Group, members: Iterator[Foreign]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Those that torch steps as their group is; those that it steps without ``fused``; and the reference's.
 
-        Adds to the devices of the first two. Raises what torch would only raise after it has changed something.
+        Raises what torch would only raise after it has changed something.
         """
         as_it_is: list[Tensor] = []
         unfused: list[Tensor] = []
@@ -401,7 +402,6 @@ class Step:
             if keeps_state_dtype or (form & MIXED and may_mix):
                 mixed.append(p)
                 continue
-            devices.add(p.device)
             if not fused:
                 as_it_is.append(p)
             elif form & FUSABLE:
