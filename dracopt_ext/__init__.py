@@ -46,14 +46,15 @@ __all__ = [*torch.optim.__all__, "backends"]
 
 
 def _with_our_classes(module: ModuleType) -> ModuleType:
-    """A submodule of ``torch.optim``; a copy that has our classes, if it has torch's."""
+    """A submodule of ``torch.optim``; or one that passes on to it, but has our classes where it has torch's."""
     ours = {c.__name__: c for c in (SGD, Adam, AdamW, NAdam) if hasattr(module, c.__name__)}
     if not ours:
         return module
-    copy = ModuleType(module.__name__.replace("torch.optim", __name__))
-    copy.__dict__.update({**vars(module), **ours, "__name__": copy.__name__, "__package__": __name__})
-    copy.__spec__ = ModuleSpec(copy.__name__, None)
-    return copy
+    passing_on = ModuleType(module.__name__.replace("torch.optim", __name__), module.__doc__)
+    passing_on.__spec__ = ModuleSpec(passing_on.__name__, None)
+    passing_on.__package__ = __name__
+    vars(passing_on).update(ours, __getattr__=lambda name: getattr(module, name), __dir__=lambda: dir(module))
+    return passing_on
 
 
 # So that `import dracopt_ext.lr_scheduler` and `from dracopt_ext.adamw import AdamW` work as with torch.optim.

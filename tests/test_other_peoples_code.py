@@ -1104,6 +1104,12 @@ def test_submodules_have_our_classes(module: str) -> None:
     for name, value in vars(theirs).items():
         if not name.startswith("__"):
             assert getattr(found, name) is (ours(name) if name in CLASSES else value)
+    assert dir(found) == dir(theirs)
+    names: dict[str, Any] = {}
+    exec(f"from dracopt_ext.{module} import *", names)
+    assert set(theirs.__all__) <= set(names)
+    with pytest.raises(AttributeError, match="Adan"):
+        _ = found.Adan
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
