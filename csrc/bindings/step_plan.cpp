@@ -44,7 +44,7 @@ bool is_under_mode() {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
 }
 
-// Says for as long as it lives that a step is running.
+// A step is running as long as one of these lives.
 struct Running {
   explicit Running(bool& is_running) : running(is_running) { running = true; }
   ~Running() { running = false; }

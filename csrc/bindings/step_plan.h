@@ -124,7 +124,7 @@ class StepPlan {
     const char* reason;
   };
 
-  // Those that return a bool return false for containers that Python must read.
+  // Functions that return a bool return false for containers that Python must read.
   bool read_groups(PyObject* param_groups);
   bool read_group(PyObject* dict, Group& group);
   void read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) const;
