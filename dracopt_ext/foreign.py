@@ -1,4 +1,4 @@
-"""Parameters that no backend serves, and what is to be known of them to step them by torch."""
+"""Parameters that no backend serves, and the facts about them by which torch steps them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SHORT = (torch.bfloat16, torch.float16)
 
 
 def is_under_mode() -> bool:
-    """Is a TorchDispatchMode active? Those of make_fx with ``pre_dispatch=True`` are kept apart from the others."""
+    """Is a TorchDispatchMode active? torch keeps the modes of make_fx with ``pre_dispatch=True`` apart from others."""
     before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     return before_dispatch or torch._C._len_torch_dispatch_stack() > 0
 

@@ -967,9 +967,14 @@ def test_fused_is_dropped_where_it_is_wrong(name: str, what: str) -> None:
                 entries = optimizer.state[p]
                 entries["exp_avg_sq"] = wrap(transposed(entries["exp_avg_sq"].as_subclass(Tensor)))
         results.append(p.detach().as_subclass(Tensor).clone())
-    torch.testing.assert_close(results[0], results[1])
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(results[0].float(), inputs([48, 48], torch.float32, 0)[0][0].view(6, 8))
+    start = inputs([48, 48], torch.float32, 0)[0][0].view(6, 8).to(results[0].dtype)
+    if what == "dtype":
+        assert torch.equal(*results)
+        return
+    torch.testing.assert_close(*results)
+    for error in (-1, 0.01):  # no update at all; one that is 1% too large
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(results[0] + error * (results[0] - start), results[1])
 
 
 def as_tagged(tensor: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ constexpr size_t kMaxGroupKeys = kDriverKeys + kMaxHyperparameters;
 constexpr const char* kUnderMode = "steps under a TorchDispatchMode";
 constexpr const char* kSharesMemory = "tensors that share memory";
 
-// A mode traces, counts or replaces the operations of torch, which kernels are not. Those of make_fx with
-// pre_dispatch=True are kept apart from the others.
+// A mode traces, counts or replaces the operations of torch, which kernels are not. torch keeps the modes of make_fx
+// with pre_dispatch=True apart from the others.
 bool is_under_mode() {
   return c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
@@ -80,22 +80,22 @@ void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
   body(readable_data(tensor, bytes), extent_of(tensor) * bytes);
 }
 
-// The tensor that holds a tensor's elements: the shard of a distributed one, or itself. Null for other wrappers.
-const c10::TensorImpl* local_of(PyObject* object) {
-  const c10::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
-  if (!is_python_subclass(tensor)) return tensor;
+// The tensor that holds a tensor's elements: the shard of a distributed one, or itself. Undefined for other wrappers.
+at::Tensor local_of(PyObject* object) {
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (!is_python_subclass(tensor.unsafeGetTensorImpl())) return tensor;
   const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "_local_tensor"));
   if (!local) {
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
     PyErr_Clear();
   }
-  // The distributed tensor keeps it alive.
-  return local && is_tensor(local.ptr()) ? THPVariable_Unpack(local.ptr()).unsafeGetTensorImpl() : nullptr;
+  return local && is_tensor(local.ptr()) ? THPVariable_Unpack(local.ptr()) : at::Tensor();
 }
 
 // Does a tensor lie contiguously in the host's memory, which suffices for it?
-bool lies_simply(const c10::TensorImpl* tensor) {
-  return tensor != nullptr && is_on_cpu(tensor) && tensor->is_contiguous() &&
+bool lies_simply(const at::Tensor& held) {
+  const c10::TensorImpl* tensor = held.unsafeGetTensorImpl();
+  return held.defined() && is_on_cpu(tensor) && tensor->is_contiguous() &&
          !lacks_memory(tensor, tensor->numel(), static_cast<int64_t>(tensor->itemsize()));
 }
 
@@ -896,17 +896,19 @@ int StepPlan::form_of(const Foreign& foreign) const {
 bool StepPlan::is_fusable(const Located& located) const {
   const Format& format = format_of(located.param);
   if (!format.is_native || format.is_complex) return false;
-  const c10::TensorImpl* param = local_of(located.parameter);
+  const at::Tensor param = local_of(located.parameter);
   const auto gradient = py::reinterpret_steal<py::object>(THPVariable_Wrap(located.param->grad()));
-  const c10::TensorImpl* grad = local_of(gradient.ptr());
-  if (!lies_simply(param) || !lies_simply(grad) || !same_shape(grad, param)) return false;
+  const at::Tensor grad = local_of(gradient.ptr());
+  const auto has_its_shape = [&](const at::Tensor& tensor) {
+    return same_shape(tensor.unsafeGetTensorImpl(), param.unsafeGetTensorImpl());
+  };
+  if (!lies_simply(param) || !lies_simply(grad) || !has_its_shape(grad)) return false;
   for (int k = 0; k < wanted_states(*located.group); ++k) {
-    if (located.values[k] == nullptr) continue;  // torch creates it
+    if (located.values[k] == nullptr || located.values[k] == Py_None) continue;  // torch creates it
     if (!is_tensor(located.values[k])) return false;
-    const c10::TensorImpl* state = local_of(located.values[k]);
+    const at::Tensor state = local_of(located.values[k]);
     if (!lies_simply(state)) return false;
-    const bool fits =
-        k < rule_.carried ? state->dtype() == at::kFloat && state->numel() == 1 : same_shape(state, param);
+    const bool fits = k < rule_.carried ? state.dtype() == at::kFloat && state.numel() == 1 : has_its_shape(state);
     if (!fits) return false;
   }
   return true;

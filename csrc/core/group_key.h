@@ -1,4 +1,4 @@
-// What a rule reads of a parameter group.
+// A key of the parameter group that a rule reads.
 #pragma once
 
 namespace dracopt {

@@ -1,4 +1,4 @@
-"""What all optimizers share: step(), two options, and checkpoints that keep them."""
+"""The base class of all optimizers: step(), two options, and checkpoints that keep them."""
 
 from __future__ import annotations
 

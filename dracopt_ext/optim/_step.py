@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
 Index = tuple[int, int]
-"""Of a group, and of a parameter in it."""
+"""The index of a group, and that of a parameter in it."""
 Scaler = tuple[Tensor | None, Tensor | None]
 """GradScaler's tensors found_inf and grad_scale."""
 
 
 class StepPlan(Protocol):
-    """What steps an optimizer by one backend's kernels: see csrc/bindings/step_plan.h and portable/plan.py."""
+    """A plan steps an optimizer by one backend's kernels: see csrc/bindings/step_plan.h and portable/plan.py."""
 
     def step(
         self,
@@ -59,9 +59,9 @@ class Kind:
     """
 
     counts_steps = True
-    """Whether a parameter's state counts its steps, and is zero before the first; else the first step fills it."""
+    """A parameter's state counts its steps, and is zero before the first; else the first step fills it."""
     keeps_fused = True
-    """Whether torch's fused kernels for the CPU are right for this class, if they are right for the tensors."""
+    """torch's fused kernels for the CPU are right for this class, if they are right for the tensors."""
 
     def __init__(self, rule: str, torch_class: Any, sparse_error: str) -> None:
         self.rule = rule
@@ -134,7 +134,7 @@ STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float1
 
 
 def give_engine(optimizer: FusedOptimizer, backend: str | None, state_dtype: torch.dtype | None) -> None:
-    """What our constructors do before torch's. Options that a subclass has set before hold where they are None here."""
+    """Our constructors call this before torch's. An option that is None here keeps what a subclass has set before."""
     before: Engine | None = optimizer.__dict__.get("_dracopt_engine")
     if before is not None:
         backend, state_dtype = backend or before.backend, state_dtype or before.state_dtype
@@ -150,7 +150,7 @@ def engine_of(optimizer: FusedOptimizer) -> Engine:
 
 
 class Part(NamedTuple):
-    """Of a step: what one backend is to do once states are created."""
+    """A backend's part of a step, which it does once states are created."""
 
     backend: str
     missing: list[Index]
