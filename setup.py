@@ -18,6 +18,7 @@ They are compiled for all of ``CUDA_ARCHITECTURES`` that this nvcc knows; or onl
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import platform
 import re
@@ -60,6 +61,11 @@ if os.environ.get("DRACOPT_CUDA_ARCHITECTURES"):
     CUDA_ARCHITECTURES = sorted(map(int, wanted))
     if PTX in CUDA_ARCHITECTURES:
         raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES: {PTX} stands for PTX here; the code for 86 runs on such a GPU")
+# Kernels and bindings are told what they must know of each other: the headers that both include.
+SHARED_HEADERS = [*sorted((ROOT / "csrc/core").glob("*.h")), *map(Path, ("csrc/cpu/kernels.h", "csrc/cuda/kernels.h"))]
+SHARED_HEADERS.append(Path("csrc/cuda/launch.h"))
+INTERFACE = hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in SHARED_HEADERS)).hexdigest()[:16]
+INTERFACE_MACRO = ("DRACOPT_INTERFACE", f"0x{INTERFACE}u")
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
 # Elsewhere the binding contains the kernels.
 SHARED_KERNELS = sys.platform == "linux"
@@ -171,6 +177,7 @@ def binding(version: str, make: Callable[..., Extension] = Extension, **where: A
         "dracopt_ext.native.torch_{}_{}._C".format(*minor(version)),
         [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/bindings/*.cpp"))],
         include_dirs=[str(ROOT / "csrc"), *where.pop("include_dirs", [])],
+        define_macros=[INTERFACE_MACRO],
         extra_compile_args=BINDING_FLAGS,
         extra_link_args=[*LINKED, *where.pop("extra_link_args", [])],
         **where,
@@ -255,6 +262,8 @@ class BuildNative(BuildExtension):
             extension.extra_link_args += [f"-L{folder}" for folder in folders]
             if SHARED_KERNELS:
                 extension.runtime_library_dirs = ["$ORIGIN/.."]
+                # As RPATH, which does not give way to LD_LIBRARY_PATH as RUNPATH does.
+                extension.extra_link_args.append("-Wl,--disable-new-dtags")
         super().build_extensions()
 
     def build_extension(self, extension: Extension) -> None:
@@ -266,6 +275,7 @@ class BuildNative(BuildExtension):
     def compile_for_cpu(self) -> list[str]:
         """The objects of the kernels, once for each instruction set, and of what chooses between them."""
         kernels = Path("csrc/cpu/kernels.cpp")
+        macros = [INTERFACE_MACRO, *([("DRACOPT_X86_64", "1")] if "avx2" in ISA_FLAGS else [])]
         jobs = [(isa, [kernels], [*KERNEL_FLAGS, *flags]) for isa, flags in ISA_FLAGS.items()]
         jobs.append(("host", sorted({*kernels.parent.glob("*.cpp")} - {kernels}), COMMON_FLAGS))
         objects = []
@@ -273,7 +283,7 @@ class BuildNative(BuildExtension):
             objects += self.compiler.compile(
                 [str(source) for source in sources],
                 output_dir=str(Path(self.build_temp) / isa),
-                macros=[("DRACOPT_ISA", isa), *([("DRACOPT_X86_64", "1")] if "avx2" in ISA_FLAGS else [])],
+                macros=[("DRACOPT_ISA", isa), *macros],
                 include_dirs=["csrc"],
                 extra_postargs=flags,
             )

@@ -1,7 +1,7 @@
-"""Parameter groups and states in lists and dicts, whatever containers their user keeps them in.
+"""Parameter groups and states in lists, dicts, numbers and flags, whatever objects their user keeps them in.
 
-A plan reads exact lists and dicts, past their methods. Any other container may answer by methods of its own: it is
-read through them, into a list or dict that a plan can read.
+A plan reads exact lists, dicts and strings, numbers of Python's own and tensors, past their methods. Any other object
+may answer by methods of its own: it is read through them, into what a plan can read.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .reference import DECAY_RATES
+from .reference import CARRIED, DECAY_RATES, FLAGS, MOMENTS
 
 Group = dict[str, Any]
 
 
+_FLAGS = ("maximize", "fused", "differentiable", "capturable", *FLAGS)
+_TEXT = (str, bytes, bytearray)
+
+
 class NotPlainError(Exception):
-    """Raised inside of a plan that meets a container it does not read."""
+    """Raised inside of a plan that meets an object it does not read."""
 
 
 def is_plain_state(state: Any) -> bool:
@@ -26,29 +30,51 @@ def is_plain_state(state: Any) -> bool:
     return type(state) in (dict, defaultdict)
 
 
-def plain_groups(param_groups: Any, defaults: Mapping[str, Any]) -> list[Group]:
-    """The parameter groups as dicts, with ``params`` in lists and pairs such as ``betas`` in tuples.
+def is_plain_dict(mapping: Any) -> bool:
+    """Is it a dict in which no key has methods of its own?"""
+    return type(mapping) is dict and all(type(key) is str for key in mapping)
 
-    ``defaults`` names the keys that a group may know without listing them.
+
+def is_plain_flag(value: Any) -> bool:
+    return value is None or value is True or value is False
+
+
+def plain_groups(param_groups: Any, defaults: Mapping[str, Any], hyperparameters: Iterable[str]) -> list[Group]:
+    """The parameter groups as dicts, with ``params`` in lists, pairs such as ``betas`` in tuples, and plain numbers.
+
+    Args:
+        param_groups: an optimizer's.
+        defaults: has the keys that a group may know without listing them.
+        hyperparameters: the keys of the rule's numbers, pairs of numbers and flags.
 
     Raises:
-        TypeError: for what torch could not read either, and for an iterator, which would be empty in the next step.
+        TypeError, ValueError: for what torch could not read either, and for an iterator, which would be empty in the
+            next step. What an object's own methods raise is passed on, except that a number may say by a TypeError,
+            ValueError or OverflowError that it is none.
     """
     if iter(param_groups) is param_groups:
         raise TypeError(f"param_groups must be a list of dicts or another sequence, not {type(param_groups).__name__}")
     groups = []
     for index, group in enumerate(param_groups):
         name = f"param_groups[{index}]"
-        plain = _as_dict(group, name)
+        plain = _as_dict(group, name, ("params", *defaults))
         if plain is not group:
             plain.update({key: group[key] for key in ("params", *defaults) if key not in plain and _knows(group, key)})
         changed: Group = {}
         if type(plain.get("params")) is not list:
             changed["params"] = _as_list(plain.get("params"), f"{name}['params']")
-        for key in DECAY_RATES:
-            if key in plain and type(plain[key]) not in (tuple, list):
-                changed[key] = _as_tuple(plain[key], f"{name}[{key!r}]")
-        groups.append({**plain, **changed} if changed else plain)
+        for key in (*_FLAGS, *hyperparameters):
+            if key not in plain:
+                continue
+            value = plain[key]
+            if key in _FLAGS:
+                changed[key] = value if is_plain_flag(value) else bool(value)
+            elif key in DECAY_RATES:
+                numbers = _as_tuple(value, f"{name}[{key!r}]")
+                changed[key] = tuple([_as_number(number, f"{name}[{key!r}]") for number in numbers])
+            else:
+                changed[key] = _as_number(value, f"{name}[{key!r}]")
+        groups.append({**plain, **changed})
     return groups
 
 
@@ -58,7 +84,9 @@ def plain_state(groups: list[Group], state: Any) -> dict[Tensor, dict[str, Any]]
     for group_index, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
             if isinstance(p, Tensor) and p in state:
-                plain[p] = _as_dict(state[p], f"the state of parameter {index} of group {group_index}")
+                plain[p] = _as_dict(
+                    state[p], f"the state of parameter {index} of group {group_index}", (*CARRIED, *MOMENTS)
+                )
     return plain
 
 
@@ -82,12 +110,17 @@ def restore(state: Any, p: Tensor, entries: dict[str, Any] | None) -> None:
         del state[p]
 
 
-def _as_dict(mapping: Any, name: str) -> dict[Any, Any]:
-    if type(mapping) is dict:
-        return mapping
+def _as_dict(mapping: Any, name: str, ours: Iterable[str]) -> dict[str, Any]:
+    """A mapping as a plain dict. ``ours`` are the keys that we read."""
+    if is_plain_dict(mapping):
+        return mapping  # type: ignore[no-any-return]
     if not (hasattr(mapping, "keys") and hasattr(mapping, "__getitem__")):
         raise TypeError(f"{name} must be a dict or another mapping, not {type(mapping).__name__}")
-    return {key: mapping[key] for key in mapping.keys()}  # noqa: SIM118  (a mapping need not iterate over its keys)
+    keys = list(mapping.keys())  # a mapping need not iterate over its keys
+    plain = {key: mapping[key] for key in keys if type(key) is str}
+    if len(plain) < len(keys):  # another key may be equal to one of ours
+        plain.update({key: mapping[key] for key in ours if key not in plain and key in mapping})
+    return plain
 
 
 def _knows(mapping: Any, key: str) -> bool:
@@ -109,3 +142,16 @@ def _as_tuple(numbers: Any, name: str) -> tuple[Any, ...]:
         return tuple(numbers)
     except TypeError:
         raise TypeError(f"{name} must be 2 numbers, not a {type(numbers).__name__}") from None
+
+
+def _as_number(value: Any, name: str) -> float | Tensor:
+    if isinstance(value, (float, Tensor)):
+        return value
+    try:
+        if isinstance(value, _TEXT):  # which float() would read
+            raise TypeError
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large for a float") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}") from error

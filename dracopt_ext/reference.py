@@ -13,7 +13,7 @@ state's scalars in place, and returns the new parameter. What surrounds a rule i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -211,6 +211,62 @@ def numbers(rule: str, group: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def in_fp64(param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> bool:
+    """Is the arithmetic of a parameter's update fp64, and not fp32?"""
+    tensors = [param, grad, *(state.get(name) for name in MOMENTS)]
+    return any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors)
+
+
+def are_modest(numbers: Iterable[Any], most: float = 1e18) -> bool:
+    """Do numbers, also those in tuples, lie between 0 and ``most``? With such hyperparameters no scalar is infinite."""
+    return all(are_modest(n, most) if isinstance(n, tuple) else 0 <= n <= most for n in numbers)
+
+
+def check_finite(
+    rule: str, numbers: dict[str, Any], carried: dict[str, float], in_fp64: bool, group_index: int, parameter: str
+) -> None:
+    """Refuse hyperparameters from which a rule computes scalars that are infinite in its arithmetic.
+
+    Args:
+        rule: a name in :data:`RULES`.
+        numbers: the hyperparameters, as :func:`numbers` returns them.
+        carried: the scalars of the parameter's state before this step; empty if it has none yet.
+        in_fp64: whether the arithmetic is fp64, else fp32.
+        group_index: of the parameter group, for errors.
+        parameter: what errors call the parameter.
+
+    Raises:
+        ValueError: names the largest of the hyperparameters without which the scalars would be finite.
+    """
+    dtype = torch.float64 if in_fp64 else torch.float32
+
+    def are_finite(numbers: dict[str, Any]) -> bool:
+        zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
+        state = {"step": zero.clone(), "mu_product": one.clone(), **dict.fromkeys(MOMENTS, zero)}
+        state["exp_avg_sq"] = state["max_exp_avg_sq"] = one
+        state.update({name: torch.tensor(value, dtype=torch.float64) for name, value in carried.items()})
+        single = [n for value in numbers.values() for n in (value if isinstance(value, tuple) else (value,))]
+        try:
+            return max(map(abs, single)) <= torch.finfo(dtype).max and bool(
+                RULES[rule](zero, zero, state, **numbers).isfinite()
+            )
+        except (OverflowError, ZeroDivisionError):
+            return False
+
+    scalars = (value for name, value in carried.items() if name != "step")
+    if (are_modest(numbers.values()) and are_modest(scalars, 1.0)) or are_finite(numbers):
+        return
+    consequence = f": it makes the update infinite in {'fp64' if in_fp64 else 'fp32'}"
+    single = [key for key in numbers if key not in FLAGS and key not in DECAY_RATES]
+    culprits = [key for key in single if are_finite({**numbers, key: 0.0})]
+    if culprits:
+        culprit = max(culprits, key=lambda key: abs(numbers[key]))
+        raise ValueError(f"param_groups[{group_index}][{culprit!r}] is {float(numbers[culprit])!r}{consequence}")
+    raise ValueError(
+        f"the state of {parameter} has wrong scalars{consequence}. Delete this parameter's state to start it afresh"
+    )
+
+
 def update(
     rule: str,
     param: Tensor,
@@ -233,13 +289,13 @@ def update(
         first: whether the moments hold nothing yet. The rule is then not shown them.
     """
     moments = {name: state[name] for name in MOMENTS if state.get(name) is not None}
-    in_fp64 = any(t.dtype in (torch.float64, torch.complex128) for t in (param, grad, *moments.values()))
+    dtype = torch.float64 if in_fp64(param, grad, moments) else torch.float32
 
     def real(tensor: Tensor) -> Tensor:
         return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
     def widened(tensor: Tensor) -> Tensor:
-        return real(tensor).to(torch.float64 if in_fp64 else torch.float32)
+        return real(tensor).to(dtype)
 
     g = widened(grad.resolve_conj())
     if grad_scale != 1:

@@ -43,7 +43,8 @@ TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
 ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
-PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "tensor_facts.h", "overlap.cpp"))
+PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "tensor_facts.h", "overlap.h"))
+KEYS, DISPATCH = "csrc/bindings/key_reader.h", "csrc/cpu/dispatch.cpp"
 LAUNCH, GPU_TILE, LAUNCHES = "csrc/cuda/launch.h", "csrc/cuda/tile.h", "csrc/bindings/launches.cpp"
 FAST_MATH, FAST = "csrc/cuda/fast_math.h", "test_core::test_fast_math"
 BASE, STEP, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/optim/_step.py", "dracopt_ext/reference.py"
@@ -83,11 +84,11 @@ MUTANTS = [
     Mutant("momentum of this step for the next", NADAM, "mu_next = momentum(step + 1, h)", "mu_next = mu", BITS),
     # The loop and its tiles
     Mutant("lost tail", KERNELS, "i < words; ++i)", "i < (words & ~7); ++i)", BITS),
-    Mutant("maximize ignored", KERNELS, "segment.maximize ? T(-1) : T(1)", "T(1)", BITS),
+    Mutant("maximize ignored", KERNELS, "segment.update->maximize ? T(-1) : T(1)", "T(1)", BITS),
     Mutant(
         "grad_scale ignored",
         KERNELS,
-        "if (segment.grad_scale != 1)",
+        "if (grad_scale != 1)",
         "if (false)",
         "test_dtypes::test_grad_scale_is_divided_by",
     ),
@@ -115,8 +116,8 @@ MUTANTS = [
     Mutant(
         "strides ignored",
         PLAN,
-        "segment.streams[k].dense = segment.layout->dense(k)",
-        "segment.streams[k].dense = true",
+        "segment.dense[k] = segment.layout->dense(k)",
+        "segment.dense[k] = true",
         "test_layouts::test_one_layout",
     ),
     Mutant(
@@ -173,8 +174,8 @@ MUTANTS = [
     Mutant(
         "hyperparameters of the first group for all",
         PLAN,
-        "first, group->hyperparameters, powers",
-        "first, groups_[0].hyperparameters, powers",
+        "first, group.hyperparameters, powers,",
+        "first, groups_[0].hyperparameters, powers,",
         "test_known_defects::test_parameters_in_groups_have_their_own_hyperparameters",
     ),
     Mutant(
@@ -187,7 +188,7 @@ MUTANTS = [
     Mutant(
         "step count of the neighbour",
         PLAN,
-        "same = last->carried[k].value == examined.carried[k].value &&",
+        "same = carried[k].value == last_carried[k].value &&",
         "same =",
         "test_life::test_late_missing_and_frozen_gradients",
     ),
@@ -201,7 +202,7 @@ MUTANTS = [
     Mutant(
         "shared memory not searched for",
         OVERLAP,
-        "range.begin < furthest->end",
+        "pieces_[i].begin < reach",
         "false",
         "test_fallback::test_parameters_that_share_memory",
     ),
@@ -222,15 +223,15 @@ MUTANTS = [
     Mutant(
         "only the last range before a reader looked at",
         OVERLAP,
-        "range.reach = reach = std::max(reach, range.end);",
-        "range.reach = reach = range.end;",
+        "reach = std::max(reach, end_of(piece))",
+        "reach = end_of(piece)",
         "test_fallback::test_a_gradient_inside_a_parameter_that_encloses_another",
     ),
     Mutant(
         "what torch steps not searched",
         PLAN,
-        "with_memory_of(located_[f.located].param",
-        "if (false) with_memory_of(located_[f.located].param",
+        "if (bytes > 0) memory_.add(count_ + i, 0, data);",
+        "(void)data, (void)bytes, (void)i;",
         "test_fallback::test_a_gradient_inside_a_parameter_that_torch_steps",
     ),
     Mutant(
@@ -239,6 +240,97 @@ MUTANTS = [
         "fp64 |= stored.dtype == Dtype::fp64;",
         "fp64 |= k == kParam && stored.dtype == Dtype::fp64;",
         "test_dtypes::test_reference",
+    ),
+    Mutant(
+        "memory is taken to be there since other memory was",
+        PLAN,
+        "  if (segments_.size() < count_) segments_.resize(count_);",
+        "  if (examined_.empty()) segments_.resize(count_);",
+        "test_hostile_programs::test_memory_runs_out_and_is_there_again",
+    ),
+    Mutant(
+        "a parent's step runs in its child",
+        PLAN,
+        "if (running_in_ == cpu::forks())",
+        "if (running_in_ != kNoProcess)",
+        "test_hostile_programs::test_a_child_forked_during_a_step",
+    ),
+    Mutant(
+        "a parent's step of Python runs in its child",
+        STEP,
+        "if engine.running_in == process:",
+        "if engine.running_in is not None:",
+        "test_hostile_programs::test_a_child_forked_during_a_step",
+    ),
+    Mutant(
+        "a step within a step",
+        STEP,
+        "if engine.running_in == process:",
+        "if False:",
+        "test_hostile_programs::test_a_step_within_a_step_is_refused",
+    ),
+    Mutant(
+        "methods of keys called",
+        KEYS,
+        "if (!all_strings) return false;",
+        "",
+        "test_hostile_programs::test_edits_while_a_group_is_read",
+    ),
+    Mutant(
+        "a shard's parameter not held",
+        PLAN,
+        "    objects.push_back(py::reinterpret_borrow<py::object>(located.parameter));",
+        "",
+        "test_hostile_programs::test_edits_while_a_shard_is_looked_at",
+    ),
+    Mutant(
+        "a learned learning rate is an old one",
+        PLAN,
+        "read(place_of(group), group.addresses[k], group.bytes[k]);",
+        "",
+        "test_hostile_programs::test_a_learned_learning_rate",
+    ),
+    Mutant(
+        "a hyperparameter may lie anywhere",
+        PLAN,
+        "reads_moved_ |= group.bytes[count] != bytes || group.addresses[count] != data;",
+        "",
+        "test_hostile_programs::test_a_hyperparameter_that_moves_into_a_parameter",
+    ),
+    Mutant(
+        "infinite scalars",
+        PLAN,
+        "if (!finite && !examined.has_recipe)",
+        "if (false)",
+        "test_hostile_programs::test_hyperparameters_that_the_arithmetic_does_not_hold",
+    ),
+    Mutant(
+        "an exponential without end",
+        MATH,
+        "if (x > 709.0) return __builtin_inf();",
+        "",
+        "test_core::test_nadams_momenta_are_those_of_libm_up_to_a_million_steps",
+    ),
+    Mutant(
+        "odd addresses",
+        PLAN,
+        "if (!is_aligned(data, stored.dtype) && extent > 0)",
+        "if (false)",
+        "test_hostile_programs::test_odd_addresses",
+    ),
+    Mutant(
+        "errors in any bytes",
+        DISPATCH,
+        "printable(wanted) + ",
+        "std::string(wanted) + ",
+        "test_hostile_programs::test_an_instruction_set_in_any_bytes",
+    ),
+    Mutant(
+        "kernels of any build",
+        "csrc/bindings/module.cpp",
+        "dracopt::cpu::interface() != DRACOPT_INTERFACE",
+        "false",
+        "test_hostile_programs::test_kernels_of_another_build_are_refused",
     ),
     Mutant(
         "gradients of any shape taken",
@@ -405,7 +497,7 @@ MUTANTS = [
     Mutant(
         "threads are waited for before a launch",
         PLAN,
-        "if (count_ > 0 && is_on_gpu(located_.front().param)) {",
+        "if (count_ > 0 && is_on_gpu(located_.front().param())) {",
         "if (false) {",
         "test_gpu::test_no_other_thread_is_waited_for",
     ),
@@ -517,8 +609,8 @@ MUTANTS = [
     Mutant(
         "freed memory written to",
         FACTS,
-        "extent > 0 && bytes > tensor->unsafe_storage().nbytes()",
-        "false && bytes > 0",
+        "extent > 0 && end * static_cast<uint64_t>(itemsize) >",
+        "false && end * static_cast<uint64_t>(itemsize) >",
         "test_refusals::test_freed_memory",
     ),
     Mutant(
@@ -574,7 +666,7 @@ MUTANTS = [
     Mutant(
         "half-made states left after an error",
         STEP,
-        "restore(state, p, entries)",
+        "restore(state, p, before.get(i))",
         "pass",
         "test_refusals::test_interrupted_creation_of_states_leaves_none_behind",
     ),
@@ -708,8 +800,8 @@ MUTANTS = [
     Mutant(
         "Triton: freed gradients are taken",
         TRITON_PLAN,
-        "            if any(_lacks_memory(p.grad) for p in located):\n",
-        "            if not gradients:\n",
+        "if any(_lacks_memory(p.grad) or _is_misaligned(p.grad)",
+        "if any(_is_misaligned(p.grad)",
         "test_triton::test_freed_gradient",
     ),
     Mutant(
@@ -765,7 +857,7 @@ MUTANTS = [
     Mutant(
         "words: ascent for descent",
         "csrc/cpu/words.cpp",
-        "(row.flags & kMaximize) != 0",
+        "(flags & kMaximize) != 0",
         "false",
         "test_portable::test_bits",
     ),
@@ -843,8 +935,8 @@ MUTANTS = [
     Mutant(
         "states that are no exact dicts read past their methods",
         PLAN,
-        "if (!PyDict_CheckExact(located_[i].state)) return false;",
-        "if (!PyDict_Check(located_[i].state)) continue;",
+        "if (!PyDict_CheckExact(entries)) return false;",
+        "if (!PyDict_Check(entries)) continue;",
         "test_other_peoples_code::test_states_in_other_mappings",
     ),
     Mutant(
@@ -864,8 +956,8 @@ MUTANTS = [
     Mutant(
         "flags read as numbers",
         PLAN,
-        "group.hyperparameters[count++] = is_true(value);",
-        "read_number(group, key, value, false, count);",
+        "if (!read_flag(value, flag)) return false;",
+        "flag = PyObject_IsTrue(value) == 1 && !PyUnicode_Check(value);",
         "test_other_peoples_code::test_flags_are_asked_for_their_truth",
     ),
     Mutant(
@@ -885,7 +977,7 @@ MUTANTS = [
     Mutant(
         "torch's fused kernels for tensors that share memory",
         PLAN,
-        "located.group->fused && foreign.reason != kSharesMemory",
+        "group_of(located).fused && foreign.reason != kSharesMemory",
         "located.group->fused",
         "test_other_peoples_code::test_fused_is_dropped_for_memory_that_is_shared",
     ),

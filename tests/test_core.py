@@ -64,12 +64,13 @@ int main() {
     }
   }
   double worst = 0;
-  for (double x = 0; x > -709; x -= 0.0137) {
+  for (double x = -707.99; x < 709; x += 0.0137) {
     worst = std::fmax(worst, std::fabs(dracopt::exponential(x, 0) - std::exp(x)) / std::exp(x));
   }
-  const bool ends = dracopt::exponential(-1e300, 0) == 0 && dracopt::exponential(-INFINITY, 0) == 0 &&
+  const bool ends = dracopt::exponential(1e300, 0) == INFINITY &&
+                    dracopt::exponential(-1e300, 0) == 0 && dracopt::exponential(-INFINITY, 0) == 0 &&
                     std::isnan(dracopt::exponential(NAN, 0)) && dracopt::exponential(0, 0) == 1;
-  std::printf("%ld %ld %d %d", wrong, wrong_by_more, worst < 4.5e-16 || worst == 1, int(ends));
+  std::printf("%ld %ld %d %d", wrong, wrong_by_more, worst < 4.5e-16, int(ends));
 }
 """
 
@@ -90,6 +91,7 @@ static std::vector<Range> ranges;
 static void update(const Segment& s, int64_t begin, int64_t end) { ranges.push_back({&s, begin, end}); }
 int main() {
   long faults = 0;
+  const Update recording{update, nullptr, 1, false};
   const int64_t large = int64_t(1) << 31;
   const std::vector<std::vector<int64_t>> lists = {
       {large + 77}, {0, large * 512, 0, 1}, {5, large, large - 1, large + 1, 0, 63, 64, 65}, {0}, {1, 1, 1}};
@@ -98,7 +100,7 @@ int main() {
       std::vector<Segment> segments(list.size());
       int64_t units = 0;
       for (size_t i = 0; i < list.size(); ++i) {
-        segments[i].update = update;
+        segments[i].update = &recording;
         segments[i].numel = list[i];
         segments[i].unit_numel = unit_numel;
         segments[i].first_unit = units;

@@ -446,7 +446,7 @@ def test_one_optimizer_in_two_threads_raises_or_takes_turns() -> None:
                 optimizer.step()
                 taken.append(True)
             except RuntimeError as error:
-                assert "already running in another thread" in str(error)  # noqa: PT017
+                assert "already running, in another thread" in str(error)  # noqa: PT017
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:

@@ -71,7 +71,7 @@ def test_bits_bites(case: Case, fault: type[NoOp], request: pytest.FixtureReques
 def test_what_holds_for_the_native_backend() -> None:
     """The same tests, in a process in which these kernels take its place."""
     names = ("bits", "dtypes", "layouts", "refusals", "life", "known_defects", "fallback", "checkpoints", "dropin")
-    names += ("other_peoples_code",)
+    names += ("other_peoples_code", "hostile_programs")
     files = [HERE / f"test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.as_native"]
     run = subprocess.run(

@@ -149,7 +149,7 @@ def power(x, n):
 
 @triton.jit
 def exponential(x, correction):
-    """e^(x + correction) in fp64 for x <= 0 and a tiny correction; as csrc/core/math.h has it."""
+    """e^(x + correction) in fp64 for a correction that is tiny beside x; as csrc/core/math.h has it."""
     # A number that is given a name or is written in a call would be rounded to fp32.
     ln2 = tl.full((), 0.6931471805599453, tl.float64)
     ln2_rest = tl.full((), 2.3190468138462996e-17, tl.float64)
@@ -162,7 +162,8 @@ def exponential(x, correction):
         series = fma(series, r * (1.0 / k), 1.0)
     series = fma(series, r, 1.0)
     scale = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-    return tl.where(x > -708.0, series * scale, tl.where(x != x, x, 0.0))
+    found = tl.where(x > 709.0, float("inf"), series * scale)
+    return tl.where(x > -708.0, found, tl.where(x != x, x, 0.0))
 
 
 # ---- how numbers are stored

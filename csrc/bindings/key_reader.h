@@ -40,22 +40,30 @@ class KeyReader {
   size_t size() const { return keys_.size(); }
   PyObject* operator[](size_t k) const { return keys_[k]; }
 
-  // The values of the first `count` keys, borrowed, null where absent. One walk that compares pointers with the order
-  // in which the last dict had its keys takes half the time of lookups; what the walk does not meet is looked up.
-  void read(PyObject* dict, size_t count, PyObject** values) {
+  // Finds the values of the first `count` keys, borrowed, null where absent. One walk that compares pointers with the
+  // order in which the last dict had its keys takes half the time of lookups; what the walk does not meet is looked up.
+  // Returns false if that would call a method of some key, which may equal one of ours.
+  bool read(PyObject* dict, size_t count, PyObject** values) {
     std::fill(values, values + count, nullptr);
     size_t found = 0, i = 0;
+    bool all_strings = true;
     PyObject *key, *value;
     for (Py_ssize_t position = 0; found < count && PyDict_Next(dict, &position, &key, &value); ++i) {
       if (i == order_.size()) order_.push_back({nullptr, 0});
       if (order_[i].key != key) order_[i] = {key, index_of(key)};
-      if (order_[i].index >= count) continue;
+      if (order_[i].index >= count) {
+        all_strings &= PyUnicode_CheckExact(key);
+        continue;
+      }
       values[order_[i].index] = value;
       ++found;
     }
-    for (size_t k = 0; found < count && k < count; ++k) {
+    if (found == count) return true;
+    if (!all_strings) return false;
+    for (size_t k = 0; k < count; ++k) {
       if (values[k] == nullptr) values[k] = lookup(dict, keys_[k]);
     }
+    return true;
   }
 
  private:

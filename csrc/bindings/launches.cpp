@@ -22,8 +22,9 @@ c10::Stream current_stream(c10::Device device) { return c10::impl::VirtualGuardI
 // The stream's cudaStream_t, from a binary that knows no CUDA.
 void* handle_of(const c10::Stream& stream) {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 11
-  const auto current = pybind11::module_::import("torch._C").attr("_cuda_getCurrentRawStream");
-  return reinterpret_cast<void*>(current(stream.device_index()).cast<uintptr_t>());
+  // Not by an import, which can be replaced by code that would run in the middle of a step.
+  const auto module = pybind11::reinterpret_borrow<pybind11::object>(PyImport_AddModule("torch._C"));
+  return reinterpret_cast<void*>(module.attr("_cuda_getCurrentRawStream")(stream.device_index()).cast<uintptr_t>());
 #else
   return stream.native_handle();
 #endif
@@ -58,10 +59,9 @@ void Launches::clear() {
 }
 
 void Launches::begin_launch() {
-  if (launches_ == arguments_.size()) {
-    arguments_.emplace_back();
-    filled_.emplace_back();
-  }
+  // Memory may run out between the two.
+  if (launches_ == arguments_.size()) arguments_.emplace_back();
+  if (launches_ == filled_.size()) filled_.emplace_back();
   filled_[launches_] = {};
   arguments_[launches_].count = 0;
   slots_.clear();
@@ -94,13 +94,13 @@ void Launches::add(const Segment& segment, int states, void* const* carried, uin
     std::memcpy(arguments.words + at, slot, slot_words * sizeof(uint64_t));
     slots_.push_back({group, at, slot_words});
   }
-  arguments.words[arguments.count++] = reinterpret_cast<uint64_t>(segment.streams[kGrad].data);
-  arguments.divisor = segment.grad_scale;
+  arguments.words[arguments.count++] = reinterpret_cast<uint64_t>(segment.data[kGrad]);
+  arguments.divisor = segment.update->grad_scale;
 
   rows_.emplace_back();
   cuda::Row& row = rows_.back();
   for (int k = 0; k < kFirstState + states; ++k) {
-    row.describe(k, segment.streams[k].data, segment.streams[k].dtype, segment.streams[k].dense);
+    row.describe(k, segment.data[k], segment.dtypes[k], segment.dense[k]);
   }
   for (int k = 0; k < kMaxCarried; ++k) {
     row.carried[k] = carried[k];
@@ -115,7 +115,7 @@ void Launches::add(const Segment& segment, int states, void* const* carried, uin
   }
   row.carried_fp32 = carried_fp32;
   row.states = static_cast<uint8_t>(states);
-  row.maximize = segment.maximize;
+  row.maximize = segment.update->maximize;
   row.has_recipe = has_recipe;
   first_tiles_.push_back(static_cast<uint32_t>(first_tile));
 }

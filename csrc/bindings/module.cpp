@@ -8,6 +8,10 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   using Indices = dracopt::StepPlan::Indices;
+  using Runs = dracopt::StepPlan::Runs;
+  if (dracopt::cpu::interface() != DRACOPT_INTERFACE) {
+    throw py::import_error("libdracopt_kernels.so is of another build than its binding. Build both again");
+  }
   dracopt::cpu::kernels();  // a wrong DRACOPT_ISA fails the import, with its reason, not the first step
   m.def("isa", [] { return dracopt::cpu::kernels().isa; });
   m.def("cuda_unavailable", &dracopt::cuda::unavailable, py::arg("device"));
@@ -17,8 +21,8 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "step",
           [](dracopt::StepPlan& plan, py::handle param_groups, py::handle state, double grad_scale,
-             const std::pair<std::optional<at::Tensor>, std::optional<at::Tensor>>& scaler,
-             std::optional<Indices> created, Indices stepped) {
+             const std::pair<std::optional<at::Tensor>, std::optional<at::Tensor>>& scaler, std::optional<Runs> created,
+             Indices stepped) {
             return plan.step(param_groups, state, grad_scale,
                              {scaler.first.value_or(at::Tensor()), scaler.second.value_or(at::Tensor())},
                              std::move(created), std::move(stepped));

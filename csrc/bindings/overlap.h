@@ -1,31 +1,84 @@
 // Finds tensors of one step that share memory where it is written.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 namespace dracopt {
 
-// The memory that a step writes, by address, with the index of the segment that writes it.
+// The memory that a step writes, in pieces sorted by address. A piece does not say where it ends: `end_of(piece)` does,
+// because a million parameters have four million pieces.
 class WrittenMemory {
  public:
-  void clear() { ranges_.clear(); }
-  void add(size_t owner, const void* data, int64_t bytes);
-  void sort();
+  static constexpr int kMaxParts = 8;
 
-  // Once sorted: appends the owners of ranges that overlap each other.
-  void append_overlapping(std::vector<size_t>& owners) const;
-  // Once sorted: appends `reader` and the owners of all written memory that overlaps what it reads.
-  void append_overlapping(size_t reader, const void* data, int64_t bytes, std::vector<size_t>& owners) const;
+  struct __attribute__((packed)) Piece {
+    uintptr_t begin;
+    uint32_t owner : 29, part : 3;
+  };
+
+  void clear() { pieces_.clear(); }
+  void reserve(size_t count) { pieces_.reserve(count); }
+  void add(size_t owner, int part, const void* data) {
+    Piece piece{reinterpret_cast<uintptr_t>(data), 0, 0};
+    piece.owner = static_cast<uint32_t>(owner) & 0x1fffffff;
+    piece.part = static_cast<uint32_t>(part) & (kMaxParts - 1);
+    pieces_.push_back(piece);
+  }
+  void sort() {
+    std::sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+  }
+
+  // Once sorted: appends the owners of pieces that overlap each other. Readers may be asked for afterwards.
+  template <typename EndOf>
+  void append_overlapping(const EndOf& end_of, std::vector<size_t>& owners) {
+    reach_.clear();
+    uintptr_t reach = 0;
+    size_t furthest = 0;
+    bool overlap = false;
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      const uintptr_t end = end_of(pieces_[i]);
+      if (pieces_[i].begin < reach) {
+        overlap = true;
+        owners.push_back(pieces_[i].owner);
+        owners.push_back(pieces_[furthest].owner);
+      }
+      if (end > reach) {
+        reach = end;
+        furthest = i;
+      }
+    }
+    if (!overlap) return;
+    reach_.reserve(pieces_.size());
+    reach = 0;
+    for (const Piece& piece : pieces_) reach_.push_back(reach = std::max(reach, end_of(piece)));
+  }
+
+  // Appends `reader` and the owners of all pieces that overlap what it reads.
+  template <typename EndOf>
+  void append_overlapping(size_t reader, const void* data, int64_t bytes, const EndOf& end_of,
+                          std::vector<size_t>& owners) const {
+    if (bytes <= 0) return;
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t end = begin + static_cast<uintptr_t>(bytes);
+    const auto next = std::lower_bound(pieces_.begin(), pieces_.end(), end,
+                                       [](const Piece& piece, uintptr_t address) { return piece.begin < address; });
+    for (size_t i = static_cast<size_t>(next - pieces_.begin()); i-- > 0;) {
+      const uintptr_t piece_end = end_of(pieces_[i]);
+      if (piece_end > begin) {
+        owners.push_back(reader);
+        owners.push_back(pieces_[i].owner);
+      } else if (reach_.empty() || reach_[i] <= begin) {
+        return;
+      }
+    }
+  }
 
  private:
-  struct Range {
-    uintptr_t begin, end;
-    size_t owner;
-    uintptr_t reach;  // the furthest end of this range and those before it
-  };
-  std::vector<Range> ranges_;
+  std::vector<Piece> pieces_;
+  std::vector<uintptr_t> reach_;  // the furthest end of a piece and those before it; empty if no two of them overlap
 };
 
 }  // namespace dracopt

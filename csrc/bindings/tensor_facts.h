@@ -5,6 +5,7 @@
 #include <c10/core/impl/COW.h>
 
 #include <array>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -139,23 +140,38 @@ inline bool is_lazily_cloned(const c10::TensorImpl* tensor) {
 
 // Has the storage of a plain tensor become too small for it, as resize_(0) makes it?
 inline bool lacks_memory(const c10::TensorImpl* tensor, int64_t extent, int64_t itemsize) {
-  const auto bytes = static_cast<uint64_t>((tensor->storage_offset() + extent) * itemsize);
-  return extent > 0 && bytes > tensor->unsafe_storage().nbytes();
+  const auto end = static_cast<uint64_t>(tensor->storage_offset()) + static_cast<uint64_t>(extent);
+  return extent > 0 && end * static_cast<uint64_t>(itemsize) > tensor->unsafe_storage().nbytes();
+}
+
+// The place of a plain tensor's first element. It lies in no storage if the tensor is empty, so it is no pointer yet.
+inline uintptr_t place_in(const void* storage, const c10::TensorImpl* tensor, int64_t itemsize) {
+  return reinterpret_cast<uintptr_t>(storage) +
+         static_cast<uintptr_t>(tensor->storage_offset()) * static_cast<uintptr_t>(itemsize);
 }
 
 // The first element of a plain tensor, to be written; not of one that is lazily cloned.
 inline void* writable_data(c10::TensorImpl* tensor, int64_t itemsize) {
-  return static_cast<char*>(tensor->unsafe_storage().mutable_data()) + tensor->storage_offset() * itemsize;
+  return reinterpret_cast<void*>(place_in(tensor->unsafe_storage().mutable_data(), tensor, itemsize));
 }
 
 inline const void* readable_data(const c10::TensorImpl* tensor, int64_t itemsize) {
-  return static_cast<const char*>(tensor->unsafe_storage().data()) + tensor->storage_offset() * itemsize;
+  return reinterpret_cast<const void*>(place_in(tensor->unsafe_storage().data(), tensor, itemsize));
 }
 
-// The number at an address, widened.
+// May numbers of this dtype be read and written at an address?
+inline bool is_aligned(const void* data, Dtype dtype) {
+  return (reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(itemsize(dtype) - 1)) == 0;
+}
+
+// The number at any address, widened.
 inline double number_at(const void* data, Dtype dtype) {
   double number = 0;
-  as_stored(data, dtype, [&](const auto* stored) { number = widen(*stored); });
+  as_stored(data, dtype, [&](const auto* stored) {
+    std::remove_cvref_t<decltype(*stored)> copy;
+    std::memcpy(&copy, stored, sizeof(copy));
+    number = widen(copy);
+  });
   return number;
 }
 

@@ -38,6 +38,11 @@ DRACOPT_HD T maximum(T a, T b) {
   return ((a > b) | (a != a)) ? a : b;
 }
 
+template <typename... T>
+bool all_finite(T... numbers) {
+  return ((numbers - numbers == 0) && ...);
+}
+
 // Returns the number of the lowest bit that is set.
 DRACOPT_HD int lowest_bit(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -99,10 +104,11 @@ DRACOPT_HD double power(double x, int64_t n) {
   return hi;
 }
 
-// e^(x + correction) for x <= 0 and a correction that is tiny beside it: within an ulp (0 where the result is not
-// normal), and the same bits on host and device, which exp() and pow() are not.
+// e^(x + correction) for a correction that is tiny beside x: within an ulp (0 where the result is not normal, infinite
+// beyond e^709), and the same bits on host and device, which exp() and pow() are not.
 DRACOPT_HD double exponential(double x, double correction) {
   if (!(x > -708.0)) return x != x ? x : 0.0;
+  if (x > 709.0) return __builtin_inf();
   constexpr double round_to_integer = 0x1.8p52, ln2 = 0x1.62e42fefa39efp-1, ln2_rest = 0x1.abc9e3b39803fp-56;
   const double n = (x * 0x1.71547652b82fep+0 + round_to_integer) - round_to_integer;
   const double rest = fma(-n, ln2, x), r = rest + fma(-n, ln2_rest, correction);

@@ -12,8 +12,9 @@ namespace dracopt {
 
 constexpr size_t kScalarBytes = 96;
 constexpr int kMaxHyperparameters = 12;
+constexpr int kMaxStateKeys = 4;  // of a rule's carried scalars and streams together
 
-enum class Arithmetic : int { fp32 = 0, fp64 = 1 };
+enum class Arithmetic : uint8_t { fp32 = 0, fp64 = 1 };
 
 struct alignas(16) Scalars {
   unsigned char bytes[kScalarBytes];
@@ -37,8 +38,8 @@ struct RuleEntry {
   int carried;                      // of `carried_keys`; a rule that has any creates its state before the first step
   int (*states)(const double* hyperparameters);
   // Advances what the state carries to this step and computes the step's scalars. `first` says that the streams of the
-  // state hold nothing yet, where the rule carries nothing that would tell.
-  void (*prepare[2])(Carried* carried, bool first, const double* hyperparameters, PowerMemo& powers, Scalars* out);
+  // state hold nothing yet, where the rule carries nothing that would tell. Returns whether the scalars are finite.
+  bool (*prepare[2])(Carried* carried, bool first, const double* hyperparameters, PowerMemo& powers, Scalars* out);
   size_t scalar_bytes[2];              // of what it computes, by arithmetic
   UpdateFn update[2][kMaxStates + 1];  // by arithmetic and number of states; null where the rule has no such form
 };

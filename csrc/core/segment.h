@@ -19,25 +19,26 @@ struct Segment;
 // Updates the elements [begin, end) of a segment.
 using UpdateFn = void (*)(const Segment& segment, int64_t begin, int64_t end);
 
-struct Stream {
-  void* data;
-  Dtype dtype;
-  bool dense;  // its elements lie one after the other, else as the segment's layout says
-};
-
 enum StreamIndex : int { kParam, kGrad, kFirstState };
 
-// One tensor's part of a step: its streams and the scalars that its rule prepared.
+// How a tensor is updated. Tensors of one group that have taken as many steps share it.
+struct Update {
+  UpdateFn function;
+  const void* scalars;  // that the rule prepared
+  double grad_scale;    // what the gradient is divided by
+  bool maximize;
+};
+
+// One tensor's part of a step.
 struct Segment {
-  Stream streams[kMaxStreams];  // the gradient is only read
-  const Layout* layout;         // null if every stream is dense
-  const void* scalars;
-  UpdateFn update;
-  double grad_scale;  // what the gradient is divided by
+  void* data[kMaxStreams];  // of the streams; the gradient is only read
+  Dtype dtypes[kMaxStreams];
+  bool dense[kMaxStreams];  // the stream's elements lie one after the other, else as the layout says
+  int32_t unit_numel;       // elements in a unit
+  const Layout* layout;     // null if every stream is dense
+  const Update* update;
   int64_t numel;
   int64_t first_unit;  // of the flattened list; ascending
-  int32_t unit_numel;  // elements in a unit
-  bool maximize;
 };
 
 // A tensor's length in units. At least one, so that many tiny tensors are shared between threads as well.
@@ -73,7 +74,7 @@ inline void run_units(const Segment* segments, size_t count, int64_t begin, int6
     const int64_t from = begin > segment.first_unit ? (begin - segment.first_unit) * segment.unit_numel : 0;
     const int64_t units = end - segment.first_unit;
     const int64_t to = units < units_of(segment.numel, segment.unit_numel) ? units * segment.unit_numel : segment.numel;
-    segment.update(segment, from, to);
+    segment.update->function(segment, from, to);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -32,6 +33,17 @@ struct Candidate {
   bool runs;
 };
 
+// An environment variable may hold any bytes; Python's errors may not.
+std::string printable(const std::string& bytes) {
+  std::string text;
+  for (const char byte : bytes) {
+    char escaped[5] = {byte};
+    if (byte < ' ' || byte > '~') std::snprintf(escaped, sizeof(escaped), "\\x%02x", byte & 0xff);
+    text += escaped;
+  }
+  return text;
+}
+
 const Kernels& choose() {
 #if defined(DRACOPT_X86_64)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -51,12 +63,12 @@ const Kernels& choose() {
     available += available.empty() ? "" : ", ";
     available += candidate.kernels->isa;
   }
-  throw std::runtime_error("DRACOPT_ISA=" + std::string(wanted) + " is not among what this machine runs: " + available);
+  throw std::runtime_error("DRACOPT_ISA=" + printable(wanted) + " is not among what this machine runs: " + available);
 }
 
 // torch's thread pool does not survive fork(): a child that enters it waits for threads that do not exist.
-std::atomic<bool> in_forked_child{false};
-const int at_fork = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+std::atomic<int> fork_count{0};
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { ++fork_count; });
 
 }  // namespace
 
@@ -64,6 +76,8 @@ const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
 }
+
+uint64_t interface() { return DRACOPT_INTERFACE; }
 
 const RuleEntry* find_rule(const char* name) {
   const Kernels& k = kernels();
@@ -78,9 +92,11 @@ void run(int64_t begin, int64_t end, void* context) {
   run_units(work.segments, work.count, begin, end);
 }
 
+int forks() { return fork_count; }
+
 bool in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, ParallelFunc function, void* context) {
   if (count == 0) return true;
-  if (!in_forked_child && parallel_for != nullptr) return parallel_for(0, count, grain, function, context) == 0;
+  if (fork_count == 0 && parallel_for != nullptr) return parallel_for(0, count, grain, function, context) == 0;
   function(0, count, context);
   return true;
 }

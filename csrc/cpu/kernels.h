@@ -19,6 +19,9 @@ struct Kernels {
 // Throws std::runtime_error if DRACOPT_ISA names none that this machine can run.
 DRACOPT_EXPORT const Kernels& kernels();
 
+// Names what a binding must know of these kernels: the build that made both gives it to both.
+DRACOPT_EXPORT uint64_t interface();
+
 // The rule of that name in `kernels()`; null if there is none.
 DRACOPT_EXPORT const RuleEntry* find_rule(const char* name);
 
@@ -34,6 +37,9 @@ DRACOPT_EXPORT void run(int64_t begin, int64_t end, void* work);
 // torch's torch_parallel_for, which these kernels are not linked to.
 using ParallelFunc = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, ParallelFunc function, void* context);
+
+// The number of times that this process was forked from one that had loaded these kernels: 0 in the first.
+DRACOPT_EXPORT int forks();
 
 // Shares [0, count) among torch's threads; in a forked child, which has none of them, the calling one does it all.
 // Returns false if torch fails.

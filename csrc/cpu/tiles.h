@@ -13,17 +13,16 @@ constexpr int64_t kTile = 512 / sizeof(T);  // elements
 // The processor's own prefetchers lose track of so many streams at once: on one large tensor this gains a fifth.
 template <typename T>
 void prefetch(const Segment& segment, int stream, int64_t from, int64_t end) {
-  const Stream& s = segment.streams[stream];
   from += 8 * kTile<T>;
-  if (from >= end || !s.dense) return;
-  const int64_t bytes = itemsize(s.dtype);
-  const char* const tile = static_cast<const char*>(s.data) + from * bytes;
+  if (from >= end || !segment.dense[stream]) return;
+  const int64_t bytes = itemsize(segment.dtypes[stream]);
+  const char* const tile = static_cast<const char*>(segment.data[stream]) + from * bytes;
   for (int64_t line = 0; line < kTile<T> * bytes; line += 64) __builtin_prefetch(tile + line);
 }
 
 inline bool all_dense(const Segment& segment, int streams, Dtype dtype) {
   bool all = true;
-  for (int k = 0; k < streams; ++k) all &= segment.streams[k].dense && segment.streams[k].dtype == dtype;
+  for (int k = 0; k < streams; ++k) all &= segment.dense[k] && segment.dtypes[k] == dtype;
   return all;
 }
 
@@ -76,9 +75,8 @@ void scatter(const T* from, int64_t count, Stored* to, int64_t stride) {
 
 template <typename T>
 void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
-  const Stream& s = segment.streams[stream];
-  as_stored(static_cast<const void*>(s.data), s.dtype, [&](const auto* data) {
-    if (s.dense) return gather(data + from, 1, count, staged);
+  as_stored(static_cast<const void*>(segment.data[stream]), segment.dtypes[stream], [&](const auto* data) {
+    if (segment.dense[stream]) return gather(data + from, 1, count, staged);
     for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
       gather(data + offset, stride, n, staged);
       staged += n;
@@ -89,8 +87,9 @@ void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* s
 // The `count` elements from number `from` on: where they lie, or as a copy in `staged`.
 template <typename T>
 DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
-  const Stream& s = segment.streams[stream];
-  if (s.dense && s.dtype == dtype_of<T>) return static_cast<T*>(s.data) + from;
+  if (segment.dense[stream] && segment.dtypes[stream] == dtype_of<T>) {
+    return static_cast<T*>(segment.data[stream]) + from;
+  }
   stage(segment, stream, from, count, staged);
   return staged;
 }
@@ -98,9 +97,8 @@ DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t cou
 // Writes back what was staged.
 template <typename T>
 void store(const Segment& segment, int stream, int64_t from, int64_t count, const T* staged) {
-  const Stream& s = segment.streams[stream];
-  as_stored(s.data, s.dtype, [&](auto* data) {
-    if (s.dense) return scatter(staged, count, data + from, 1);
+  as_stored(segment.data[stream], segment.dtypes[stream], [&](auto* data) {
+    if (segment.dense[stream]) return scatter(staged, count, data + from, 1);
     for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
       scatter(staged, n, data + offset, stride);
       staged += n;

@@ -36,14 +36,16 @@ double number(int64_t word) { return __builtin_bit_cast(double, word); }
 
 const double* hyperparameters(const int64_t* recipe) { return reinterpret_cast<const double*>(recipe + 1); }
 
-// Prepares the scalars of a tensor from a recipe that holds all numbers itself. The flags are the tensor's.
-void prepare(const RuleEntry& rule, Arithmetic arithmetic, const int64_t* recipe, int64_t flags, PowerMemo& powers,
+// Prepares the scalars of a tensor from a recipe that holds all numbers itself. The flags are the tensor's. Returns
+// whether the scalars are finite.
+bool prepare(const RuleEntry& rule, Arithmetic arithmetic, const int64_t* recipe, int64_t flags, PowerMemo& powers,
              Scalars* to) {
   Carried carried[kMaxCarried];
   for (int k = 0; k < rule.carried; ++k) {
     carried[k] = {number(recipe[1 + rule.hyperparameters + k]), (flags & kCarriedFp32 << k) != 0};
   }
-  rule.prepare[static_cast<int>(arithmetic)](carried, (recipe[0] & kFirst) != 0, hyperparameters(recipe), powers, to);
+  const bool first = (recipe[0] & kFirst) != 0;
+  return rule.prepare[static_cast<int>(arithmetic)](carried, first, hyperparameters(recipe), powers, to);
 }
 
 Layout layout_of(const int64_t* words, int streams) {
@@ -83,31 +85,38 @@ class Launch {
   void append(const Row& row, void* grad, int64_t recipe, double divisor) {
     const int states = rule_.states(hyperparameters(words_ + recipe));
     Segment segment{};
-    segment.streams[kParam].data = row.streams[0];
-    segment.streams[kGrad].data = grad;
-    for (int k = 0; k < states; ++k) segment.streams[kFirstState + k].data = row.streams[1 + k];
+    segment.data[kParam] = row.streams[0];
+    segment.data[kGrad] = grad;
+    for (int k = 0; k < states; ++k) segment.data[kFirstState + k] = row.streams[1 + k];
     if (row.layout != 0) {
       segment.layout = &layouts_.emplace_back(layout_of(table_ + row.layout, kFirstState + states));
     }
     for (int k = 0; k < kFirstState + states; ++k) {
-      segment.streams[k].dtype = dtype(k);
-      segment.streams[k].dense = segment.layout == nullptr || segment.layout->dense(k);
+      segment.dtypes[k] = dtype(k);
+      segment.dense[k] = segment.layout == nullptr || segment.layout->dense(k);
     }
-    segment.scalars = &scalars_of(recipe, row.flags);
-    segment.update = rule_.update[static_cast<int>(arithmetic_)][states];
-    segment.grad_scale = divisor;
+    segment.update = &update_of(recipe, row.flags, states, divisor);
     segment.numel = row.numel;
     segment.unit_numel = kUnitBytes / itemsize(dtype(kParam));
-    segment.maximize = (row.flags & kMaximize) != 0;
     segments_.push_back(segment);
   }
 
-  // Tensors with the same recipe have the same, unless they carry scalars in different dtypes.
-  const Scalars& scalars_of(int64_t recipe, int64_t flags) {
-    const auto [found, is_new] = scalars_.try_emplace({recipe, flags & ~kMaximize});
-    if (is_new) prepare(rule_, arithmetic_, words_ + recipe, flags, powers_, &found->second);
-    return found->second;
+  // Tensors with the same recipe have the same update, unless their flags differ.
+  const Update& update_of(int64_t recipe, int64_t flags, int states, double divisor) {
+    const auto [found, is_new] = updates_.try_emplace({recipe, flags});
+    Prepared& prepared = found->second;
+    if (is_new) {
+      prepare(rule_, arithmetic_, words_ + recipe, flags, powers_, &prepared.scalars);
+      prepared.update = {rule_.update[static_cast<int>(arithmetic_)][states], &prepared.scalars, divisor,
+                         (flags & kMaximize) != 0};
+    }
+    return prepared.update;
   }
+
+  struct Prepared {
+    Scalars scalars;
+    Update update;
+  };
 
   const RuleEntry& rule_;
   const uint8_t* dtypes_;
@@ -116,7 +125,7 @@ class Launch {
   PowerMemo powers_{};
   std::vector<Segment> segments_;
   std::deque<Layout> layouts_;  // they do not move
-  std::map<std::pair<int64_t, int64_t>, Scalars> scalars_;
+  std::map<std::pair<int64_t, int64_t>, Prepared> updates_;
 };
 
 }  // namespace
@@ -138,14 +147,14 @@ DRACOPT_EXPORT const char* dracopt_isa(const char** why_not) {
 }
 
 // Writes the scalars that a recipe leads to, if it holds all numbers itself, for a tensor with these flags. There is
-// room for kScalarBytes. Returns the number of words; 0 if no rule has this name.
+// room for kScalarBytes. Returns the number of words; 0 if they are not finite, or no rule has this name.
 DRACOPT_EXPORT size_t dracopt_prepare(const char* rule, bool is_fp64, const int64_t* recipe, int64_t flags, void* to) {
   const dracopt::RuleEntry* const entry = dracopt::cpu::find_rule(rule);
   if (entry == nullptr) return 0;
   const auto arithmetic = is_fp64 ? dracopt::Arithmetic::fp64 : dracopt::Arithmetic::fp32;
   dracopt::PowerMemo powers{};
   dracopt::Scalars scalars;
-  dracopt::cpu::prepare(*entry, arithmetic, recipe, flags, powers, &scalars);
+  if (!dracopt::cpu::prepare(*entry, arithmetic, recipe, flags, powers, &scalars)) return 0;
   const size_t bytes = entry->scalar_bytes[static_cast<int>(arithmetic)];
   std::memcpy(to, scalars.bytes, bytes);
   return (bytes + sizeof(int64_t) - 1) / sizeof(int64_t);

@@ -30,6 +30,8 @@ struct Adam {
   struct Scalars {
     Moments<T> moments;
     T neg_step_size;
+
+    bool finite() const { return moments.finite() && all_finite(neg_step_size); }
   };
 
   template <typename T, typename Power>

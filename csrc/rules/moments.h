@@ -43,6 +43,8 @@ struct Moments {
     exp_avg_sq = fma(one_minus_beta2 * g, g, exp_avg_sq * beta2);
   }
 
+  bool finite() const { return all_finite(decay, l2, lerp, beta2, one_minus_beta2, bias_correction2_sqrt.value, eps); }
+
   template <typename Math>
   DRACOPT_HD T denominator(T second_moment, Math& math) const {
     return math.root_over(second_moment, bias_correction2_sqrt) + eps;

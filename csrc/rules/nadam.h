@@ -30,6 +30,8 @@ struct NAdam {
   struct Scalars {
     Moments<T> moments;
     T grad_factor, exp_avg_factor;
+
+    bool finite() const { return moments.finite() && all_finite(grad_factor, exp_avg_factor); }
   };
 
   // The momentum of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2).

@@ -27,6 +27,8 @@ struct Sgd {
     T neg_lr, momentum, one_minus_dampening, l2;
     Flag<T> has_l2, nesterov;
     Flag<T> first;  // the buffer starts as the gradient itself, undampened
+
+    bool finite() const { return all_finite(neg_lr, momentum, one_minus_dampening, l2); }
   };
 
   template <typename T, typename Power>

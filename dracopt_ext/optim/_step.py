@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Index = tuple[int, int]
 """The index of a group, and that of a parameter in it."""
+Run = tuple[int, int, int]
+"""The index of a group, that of a parameter in it, and that after the last of a run of neighbours."""
 Scaler = tuple[Tensor | None, Tensor | None]
 """GradScaler's tensors found_inf and grad_scale."""
 
@@ -39,7 +41,7 @@ class StepPlan(Protocol):
         state: Any,
         grad_scale: float = 1.0,
         scaler: Scaler = (None, None),
-        created: list[Index] | None = None,
+        created: list[Run] | None = None,
         stepped: list[Index] = ...,
     ) -> Any: ...
     @property
@@ -69,6 +71,8 @@ class Kind:
         self.sparse_error = sparse_error
         self.torch_step = inspect.unwrap(torch_class.step)
         """torch's step for this class, bare of hooks and decorators."""
+        self.hyperparameters = reference.hyperparameters(rule)
+        """The keys of a parameter group that the rule reads."""
         used = ((name, getattr(torch_class, name, None)) for name in self.torch_step.__code__.co_names)
         self.methods: dict[str, Any] = {name: method for name, method in used if callable(method)}
         """The methods of torch's class that its step calls, and ours does not."""
@@ -128,6 +132,8 @@ class Engine:
         self.plans: dict[tuple[str, str | None], StepPlan] = {}
         self.plans_ran: list[tuple[str, StepPlan]] = []  # in the last step, with their backends
         self.others_ran: dict[str, set[str]] = {}  # by device type, what ran beside the plans in the last step
+        # The process in which a step is running. A child that is forked meanwhile only inherits the number.
+        self.running_in: int | None = None
 
 
 STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -153,7 +159,7 @@ class Part(NamedTuple):
     """A backend's part of a step, which it does once states are created."""
 
     backend: str
-    missing: list[Index]
+    missing: list[Run]
     """Parameters that have no state yet."""
     stepped: list[Index]
     """Parameters that are others' part."""
@@ -167,15 +173,28 @@ class Step:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
         self.kind = optimizer._dracopt_kind
-        self.engine = engine = engine_of(optimizer)
+        self.engine = engine_of(optimizer)
         self.groups: list[Group] = optimizer.param_groups
-        self.are_plain = False  # these groups are known to be lists and dicts
-        self.is_odd = False  # a plan has said that it cannot read these groups, or the state
-        engine.plans_ran = []
-        engine.others_ran = {}
+        self.are_plain = False  # these groups are known to be what a plan reads
+        self.is_odd = False  # the state is known not to be
 
     def run(self) -> None:
         """Update every parameter that has a gradient."""
+        engine, process = self.engine, os.getpid()
+        if engine.running_in == process:
+            raise RuntimeError(
+                "step() of this optimizer is already running, in another thread or in code that this step has called; "
+                "give each thread an optimizer of its own"
+            )
+        engine.running_in = process
+        engine.plans_ran = []
+        engine.others_ran = {}
+        try:
+            self._run()
+        finally:
+            engine.running_in = None
+
+    def _run(self) -> None:
         method = self.kind.overridden(self.optimizer)
         if method is not None:
             self._step_as_torch(method)
@@ -239,7 +258,7 @@ class Step:
         backends = self._backends()
         if not backends:
             others = self._others(grad_scale)
-            with self._restored_on_error(self._select([(g, i) for g, i, _, form in others if form & NEW])):
+            with self._restored_on_error(self._select([(g, i, i + 1) for g, i, _, form in others if form & NEW])):
                 self._update_by_torch(others, grad_scale)
             return None
         parts: list[Part] = []
@@ -283,7 +302,12 @@ class Step:
             plan = backend_module.step_plan(name, self.kind.rule, class_name, self.engine.backend)
             self.engine.plans[key] = plan
         state = self.optimizer.state
-        todo = NotImplemented if self.is_odd else plan.step(self.groups, state, *more)
+        todo = NotImplemented
+        if not self.is_odd:
+            todo = plan.step(self.groups, state, *more)
+            if todo is NotImplemented and not self.are_plain:
+                self._make_plain()
+                todo = plan.step(self.groups, state, *more)
         if todo is NotImplemented:
             self.is_odd = True
             self._make_plain()
@@ -294,7 +318,8 @@ class Step:
 
     def _make_plain(self) -> None:
         if not self.are_plain:
-            self.groups = plain_groups(self.optimizer.param_groups, self.optimizer.defaults)
+            optimizer = self.optimizer
+            self.groups = plain_groups(optimizer.param_groups, optimizer.defaults, self.kind.hyperparameters)
             self.are_plain = True
 
     def _indices(self) -> list[Index]:
@@ -320,7 +345,7 @@ class Step:
                 "where dtypes mix), which is slower"
             )
         created = [group for part in parts for group in self._select(part.missing)]
-        new = self._select([(g, i) for g, i, _, form in foreign if form & NEW])
+        new = self._select([(g, i, i + 1) for g, i, _, form in foreign if form & NEW])
         with self._restored_on_error(created + new):
             with torch.no_grad():
                 for group in created:
@@ -470,21 +495,25 @@ class Step:
         for group in groups:
             if group.get("differentiable") or (group.get("capturable") and not group.get("fused")):
                 raise RuntimeError("the reference implementation serves neither differentiable nor capturable groups")
-            for key, value in reference.numbers(self.kind.rule, group).items():
-                where = f"param_groups[{self._find(group['params'][0])[0]}][{key!r}]"
+            numbers = reference.numbers(self.kind.rule, group)
+            index = self._find(group["params"][0])[0]
+            for key, value in numbers.items():
+                where = f"param_groups[{index}][{key!r}]"
                 rates = isinstance(value, tuple)
                 if rates and len(value) != 2:
                     raise ValueError(f"{where} must be 2 numbers, not {len(value)}")
                 for number in value if rates else [value]:
-                    if isinstance(number, str):
-                        raise TypeError(f"{where} must be a number, not str")
                     if not math.isfinite(number) or (rates and not 0 <= number < 1):
                         must = "at least 0 and less than 1" if rates else "finite"
                         raise ValueError(f"{where} is {number}; it must be {must}")
             for p in group["params"]:
-                self._check_tensors_for_reference(p, group)
+                state = self._check_tensors_for_reference(p, group)
+                carried = {name: float(state[name]) for name in reference.CARRIED if name in state}
+                in_fp64 = reference.in_fp64(p, p.grad, state)
+                reference.check_finite(self.kind.rule, numbers, carried, in_fp64, index, self._describe(*self._find(p)))
 
-    def _check_tensors_for_reference(self, p: Tensor, group: Group) -> None:
+    def _check_tensors_for_reference(self, p: Tensor, group: Group) -> Any:
+        """Returns the parameter's state, which is empty if it has yet to be created."""
         grad = p.grad
         assert grad is not None
         if grad.layout != torch.strided:
@@ -500,6 +529,7 @@ class Step:
             tensor = grad if name == "the gradient" else state.get(name)
             if tensor is not None and tensor.shape != p.shape:
                 raise ValueError(f"{name} of {self._describe(*self._find(p))} has another shape, {list(tensor.shape)}")
+        return state
 
     def _with_gradients(self) -> list[Group]:
         """The groups with only those parameters that have a gradient, without the groups that have none."""
@@ -511,29 +541,30 @@ class Step:
                 groups.append({**group, "params": params})
         return groups
 
-    def _select(self, indices: list[Index]) -> list[Group]:
-        """The groups with only the parameters at these (group, parameter) indices, in their order."""
-        chosen: dict[int, list[int]] = {}
-        for group_index, index in sorted(indices):
-            chosen.setdefault(group_index, []).append(index)
+    def _select(self, runs: list[Run]) -> list[Group]:
+        """The groups with only the parameters in these runs, in their order."""
         groups = self.groups
-        return [{**groups[g], "params": [groups[g]["params"][i] for i in chosen[g]]} for g in chosen]
+        chosen: dict[int, list[Tensor]] = {}
+        for group_index, begin, end in sorted(runs):
+            chosen.setdefault(group_index, []).extend(groups[group_index]["params"][begin:end])
+        return [{**groups[g], "params": params} for g, params in chosen.items()]
 
     @contextmanager
     def _restored_on_error(self, groups: list[Group]) -> Iterator[None]:
         """Should the block raise, these parameters' states hold the entries that they hold now."""
         state = self.optimizer.state
-        before: list[tuple[Tensor, dict[str, Any] | None]] = []
-        for p in [p for group in groups for p in group["params"]]:
-            known = p in state
-            entries = state[p] if known else {}
-            before.append((p, {key: entries[key] for key in entries.keys()} if known else None))  # noqa: SIM118
+        params = [p for group in groups for p in group["params"]]
+        before: dict[int, dict[str, Any]] = {}  # by the place of a parameter that has a state
+        for i, p in enumerate(params):
+            if p in state:
+                entries = state[p]
+                before[i] = {key: entries[key] for key in entries.keys()}  # noqa: SIM118
         try:
             yield
         except BaseException:
-            for p, entries in before:
+            for i, p in enumerate(params):
                 with suppress(Exception):  # A container may refuse deletion. The block's own error is the one to show.
-                    restore(state, p, entries)
+                    restore(state, p, before.get(i))
             raise
 
     def _find(self, p: Tensor) -> Index:

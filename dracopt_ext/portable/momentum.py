@@ -5,6 +5,7 @@ In Python floats, with the roundings of csrc/core/math.h.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ def fma(a: float, b: float, c: float) -> float:
 
 
 def exponential(x: float, correction: float) -> float:
-    """e^(x + correction) for -708 < x <= 0 and a tiny correction."""
+    """e^(x + correction) for -708 < x <= 709 and a tiny correction."""
     round_to_integer = 6755399441055744.0
     n = (x * 1.4426950408889634 + round_to_integer) - round_to_integer
     rest = fma(-n, 0.6931471805599453, x)
@@ -34,4 +35,6 @@ def momentum(step: float, beta1: float, momentum_decay: float) -> float:
     x = decays * ln
     if x <= -708.0:  # or infinite
         return beta1
+    if x > 709.0:
+        return -math.inf if beta1 > 0 else math.nan
     return beta1 * (1 - 0.5 * exponential(x, fma(decays, ln, -x) + decays * ln_rest))

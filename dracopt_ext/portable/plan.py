@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext
@@ -21,16 +20,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..containers import NotPlainError, is_plain_state
+from ..containers import NotPlainError, is_plain_flag, is_plain_state
 from ..foreign import SHARES_MEMORY, UNDER_MODE, Foreign, form_of, is_under_mode
-from ..reference import DECAY_RATES, FLAGS
+from ..reference import DECAY_RATES, FLAGS, are_modest, check_finite
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
 from .words import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, MAX_CARRIED, MAX_STATES, Launch, number_bits
 
 Index = tuple[int, int]
+Run = tuple[int, int, int]
 Scaler = tuple[Tensor | None, Tensor | None]
-Todo = tuple[list[Index], list[Foreign], bool, bool]
+Todo = tuple[list[Run], list[Foreign], bool, bool]
 
 GPU = "cuda"
 """The type of GPUs, NVIDIA's and AMD's alike."""
@@ -38,6 +38,7 @@ GPU = "cuda"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE = (*DTYPES, torch.complex64, torch.complex128)
 _NO_STATE: dict[str, Any] = {}
+_MISALIGNED = "addresses that are no multiples of an element's size"
 _MAX_STEP = 2.0**53  # beyond it a double no longer counts
 
 
@@ -69,10 +70,11 @@ class Group:
         if type(values) is not dict or type(values.get("params")) is not list:
             raise NotPlainError
         self.params: list[Tensor] = values["params"]
-        self.maximize = bool(values.get("maximize"))
-        self.fused = bool(values.get("fused"))
-        self.capturable = bool(values.get("capturable"))
-        self.foreign = "differentiable=True" if values.get("differentiable") else None
+        self.maximize = _flag(values.get("maximize"))
+        self.fused = _flag(values.get("fused"))
+        self.capturable = _flag(values.get("capturable"))
+        self.foreign = "differentiable=True" if _flag(values.get("differentiable")) else None
+        self.read: list[tuple[int, int]] = []  # the addresses over which hyperparameters that are tensors extend
         self.device: torch.device | None = None  # of the hyperparameters that are tensors on a GPU
         self.numbers: list[float] = []
         self._flags = 0  # of a recipe
@@ -82,7 +84,7 @@ class Group:
                 raise KeyError(f"{self._name(key)} is missing")
             value = values[key]
             if key in FLAGS:
-                self.numbers.append(float(bool(value)))
+                self.numbers.append(float(_flag(value)))
             elif key not in DECAY_RATES:
                 self._append(key, value, is_decay_rate=False)
             elif type(value) not in (tuple, list):
@@ -94,24 +96,31 @@ class Group:
                     self._append(key, number, is_decay_rate=True)
         words = number_bits(*self.numbers)
         self.recipe = self._flags, *(self._addresses.get(k, word) for k, word in enumerate(words))
+        self.is_modest = are_modest(self.numbers)
         self.states = rule.states(self.numbers)
-        self.facts = index, self.states, self.maximize, self.fused, self.capturable, self.foreign, self.device
+        self.facts = (
+            *(index, self.states, self.maximize, self.fused, self.capturable, self.foreign, self.device),
+            *self.read,
+        )
+
+    def hyperparameters(self, rule: Rule) -> dict[str, Any]:
+        """The numbers by their keys."""
+        numbers = iter(self.numbers)
+        return {key: (next(numbers), next(numbers)) if key in DECAY_RATES else next(numbers) for key in rule.group_keys}
 
     def _name(self, key: str) -> str:
         return f"param_groups[{self.index}][{key!r}]"
 
     def _append(self, key: str, number: Any, is_decay_rate: bool) -> None:
-        value = number
-        if isinstance(number, Tensor):
-            value = self._number_in(key, number)
-            if value is None:
-                return
+        value = self._number_in(key, number) if isinstance(number, Tensor) else number
+        if value is None:
+            return
+        if not isinstance(value, (float, int)):
+            raise NotPlainError
         try:
-            if isinstance(value, (str, bytes)):
-                raise TypeError
             value = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise TypeError(f"{self._name(key)} must be a number, not {type(number).__name__}") from None
+        except OverflowError:
+            raise ValueError(f"{self._name(key)} is too large for a float") from None
         if not math.isfinite(value) or (is_decay_rate and not 0 <= value < 1):
             must = "at least 0 and less than 1" if is_decay_rate else "finite"
             raise ValueError(f"{self._name(key)} is {number!r}; it must be {must}")
@@ -119,18 +128,20 @@ class Group:
 
     def _number_in(self, key: str, tensor: Tensor) -> float | None:
         """The number that the host is to read; None if the kernel does."""
-        if tensor.numel() != 1:
+        if type(tensor) in _PLAIN and tensor.numel() != 1:
             raise ValueError(f"{self._name(key)} must be a tensor of one element, not of shape {list(tensor.shape)}")
         is_plain = _why_not_plain(tensor) is None and tensor.dtype in DTYPES
         if is_plain and _lacks_memory(tensor):
             raise ValueError(f"{self._name(key)} is a tensor whose storage was freed")
         if is_plain and tensor.device.type == "cpu":
+            self.read.append(_range_of(tensor))
             return tensor.item()
         known_here = self.device in (None, tensor.device) and tensor.dtype in (torch.float32, torch.float64)
-        if not is_plain or tensor.device.type != GPU or not known_here:
+        if not is_plain or tensor.device.type != GPU or not known_here or _is_misaligned(tensor):
             self.foreign = "hyperparameters that are tensors on another device or of another dtype"
             self.numbers.append(math.nan)  # only torch reads it
             return None
+        self.read.append(_range_of(tensor))
         self.device = tensor.device
         k = len(self.numbers)
         self._flags |= 1 << k + (FP32_ADDRESS if tensor.dtype == torch.float32 else FP64_ADDRESS)
@@ -169,6 +180,16 @@ def _lacks_memory(tensor: Tensor) -> bool:
     """Has the storage become too small, as resize_(0) makes it?"""
     extent = extent_of(tensor)
     return extent > 0 and (tensor.storage_offset() + extent) * tensor.itemsize > tensor.untyped_storage().nbytes()
+
+
+def _is_misaligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % _real(tensor).itemsize != 0
+
+
+def _flag(value: Any) -> bool:
+    if not is_plain_flag(value):
+        raise NotPlainError
+    return bool(value)
 
 
 def _why_not_plain(tensor: Tensor) -> str | None:
@@ -287,7 +308,6 @@ class StepPlan:
         self._rule = RULES[rule]
         self._optimizer = optimizer
         self._kernels = kernels
-        self._running = threading.Lock()
         # The groups, tensors, addresses and sizes of storages for which the launches are right. torch's guards keep
         # dtypes, devices, shapes, strides and whatever else tells tensors apart, but no tensor.
         self._facts: list[tuple[Any, ...]] | None = None
@@ -309,15 +329,10 @@ class StepPlan:
         state: Any,
         grad_scale: float = 1.0,
         scaler: Scaler = (None, None),
-        created: Collection[Index] | None = None,
+        created: Collection[Run] | None = None,
         stepped: Collection[Index] = (),
     ) -> Any:
         """Step every parameter that has a gradient; the contract is that of csrc/bindings/step_plan.h."""
-        if not self._running.acquire(blocking=False):
-            raise RuntimeError(
-                "step() of this optimizer is already running in another thread; give each thread an optimizer of its "
-                "own"
-            )
         try:
             if type(param_groups) is not list or not is_plain_state(state):
                 return NotImplemented
@@ -327,8 +342,6 @@ class StepPlan:
                 return self._step(param_groups, state, grad_scale, scaler, created, set(stepped), under_mode)
         except NotPlainError:
             return NotImplemented
-        finally:
-            self._running.release()
 
     def _step(
         self,
@@ -336,7 +349,7 @@ class StepPlan:
         state: dict[Tensor, Any],
         grad_scale: float,
         scaler: Scaler,
-        created: Collection[Index] | None,
+        created: Collection[Run] | None,
         stepped: set[Index],
         under_mode: bool,
     ) -> Todo | None:
@@ -357,7 +370,7 @@ class StepPlan:
             numbers = [_numbers_on_host(p) for p in located]
             known = all(_is_step(of_p[0]) for of_p in numbers if of_p)
         if not known:
-            ready, missing, foreign, written = self._examine(located)
+            ready, missing, foreign, written = self._examine(located, groups)
             if under_mode:
                 foreign += [(p, UNDER_MODE) for p in (*ready, *missing)]
                 ready, missing = [], []
@@ -369,7 +382,9 @@ class StepPlan:
             if created is not None:
                 raise RuntimeError("parameters or states have changed while step() was creating states")
             others = [self._foreign(p, reason, grad_scale) for p, reason in foreign]
-            return [p.where for p in missing], others, host_decides, not (ready or missing)
+            runs = [(group, number, number + 1) for group, number in (p.where for p in missing)]
+            return runs, others, host_decides, not (ready or missing)
+        self._check_finite(ready, numbers)
         factors = self._factors(ready, numbers)
         if not known:
             self._facts = None
@@ -384,7 +399,8 @@ class StepPlan:
                 "step() cannot be captured in a CUDA graph: Triton has yet to compile its kernel. Take a step before "
                 "the capture"
             )
-        self._run(ready, numbers, grad_scale, scaler, set(created or ()), capturing)
+        first = {(group, i) for group, begin, end in created or () for i in range(begin, end)}
+        self._run(ready, numbers, grad_scale, scaler, first, capturing)
         # A graph writes the tables of its capture when it is replayed: no other step may count on them.
         if not known and not capturing and self._guards is not None:
             self._facts = facts
@@ -429,7 +445,7 @@ class StepPlan:
             return False
         gradients = [p.grad.data_ptr() for p in located]
         if gradients != self._gradients:
-            if any(_lacks_memory(p.grad) for p in located):
+            if any(_lacks_memory(p.grad) or _is_misaligned(p.grad) for p in located):
                 return False
             if any(self._written.shared_with(_range_of(p.grad), i) for i, p in enumerate(located)):
                 return False
@@ -437,7 +453,7 @@ class StepPlan:
         return True
 
     def _examine(
-        self, located: list[Located]
+        self, located: list[Located], groups: list[Group]
     ) -> tuple[list[Located], list[Located], list[tuple[Located, str]], WrittenMemory]:
         """Sorts what was found: in order, without a state as yet, none for the kernel; raises for what is wrong."""
         ready: list[Located] = []
@@ -451,7 +467,7 @@ class StepPlan:
                 missing.append(p)
             else:
                 ready.append(p)
-        shared, written = self._sharing_memory(ready, missing, foreign)
+        shared, written = self._sharing_memory(ready, missing, foreign, groups)
         foreign += [(p, SHARES_MEMORY) for p in (*ready, *missing) if p.where in shared]
         ready, missing = ([p for p in part if p.where not in shared] for part in (ready, missing))
         return ready, missing, foreign, written
@@ -489,6 +505,9 @@ class StepPlan:
         reason = self._why_state_is_foreign(located)
         if reason is None:
             self._check_memory(located)
+            streams = (p, grad, *(value for value in located.states if value is not None))
+            if any(tensor.numel() > 0 and _is_misaligned(tensor) for tensor in streams):
+                return _MISALIGNED
         return reason
 
     def _why_state_is_foreign(self, located: Located) -> str | None:
@@ -527,6 +546,8 @@ class StepPlan:
                 return "scalars of a state in this dtype"
             if _lacks_memory(value):
                 raise ValueError(f"{name} {_freed(value)}. {advice}")
+            if _is_misaligned(value):
+                return _MISALIGNED
             if value.device.type != "cpu":
                 on_gpu = True
             elif k > 0 and on_gpu:  # the host moves it on by what it cannot read then
@@ -559,7 +580,11 @@ class StepPlan:
                 raise ValueError(f"{name} {_freed(tensor)}. {advice}")
 
     def _sharing_memory(
-        self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]
+        self,
+        ready: list[Located],
+        missing: list[Located],
+        foreign: list[tuple[Located, str]],
+        groups: list[Group],
     ) -> tuple[set[Index], WrittenMemory]:
         """Element for element in parallel is wrong for tensors that share memory: torch is to take them one by one."""
         searched = [*ready, *missing]
@@ -572,7 +597,13 @@ class StepPlan:
             if _why_not_plain(p.grad) is None:
                 owner = min(i, len(searched))
                 shared |= written.shared_with(_range_of(p.grad), owner)
-        return {searched[i].where for i in shared if i < len(searched)}, written
+        # torch's later groups see the new value of a hyperparameter that is updated like a parameter.
+        first_group = len(searched) + 1
+        for group in groups:
+            for of_number in group.read:
+                shared |= written.shared_with(of_number, first_group + group.index)
+        aside = {p.where for i, p in enumerate(searched) if i in shared or first_group + p.group.index in shared}
+        return aside, written
 
     def _check_capture(self, ready: list[Located], missing: list[Located], foreign: list[tuple[Located, str]]) -> bool:
         """A graph does again in every replay what the device did, but not what the host did."""
@@ -654,6 +685,17 @@ class StepPlan:
             self.launches += 1
             device = ready[members[0]].param.device.type
             self.updated[device] = self.updated.get(device, 0) + len(members)
+
+    def _check_finite(self, ready: list[Located], numbers: list[Numbers]) -> None:
+        """Refuse what makes an update infinite, where the host has all numbers of it."""
+        keys = self._rule.carried_keys
+        for p, of_p in zip(ready, numbers, strict=True):
+            if p.group.device is not None or None in of_p or (p.group.is_modest and are_modest(of_p[1:], 1.0)):
+                continue
+            in_fp64 = any(_real(t) == torch.float64 for t in (p.param, p.grad, *p.states))
+            carried = {key: number for key, number in zip(keys, of_p, strict=True) if number is not None}
+            found = p.group.hyperparameters(self._rule)
+            check_finite(self._rule.name, found, carried, in_fp64, p.group.index, p.describe())
 
     def _factors(self, ready: list[Located], numbers: list[Numbers]) -> list[tuple[float, ...]]:
         """What the host multiplies carried scalars after the step count by; nothing for those of a GPU."""

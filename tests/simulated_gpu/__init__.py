@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 DEVICE = "simulated"
 
-FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-DDRACOPT_SIMULATED_GPU"]
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS += ["-DDRACOPT_SIMULATED_GPU", "-DDRACOPT_INTERFACE=1"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
