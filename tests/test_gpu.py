@@ -531,6 +531,18 @@ def test_what_a_user_changes_between_steps(gpu: Gpu) -> None:
     assert_same_bits(run(gpu), run(Tensor.clone))
 
 
+def test_a_learning_rate_that_the_step_updates(gpu: Gpu) -> None:
+    """Only torch, which takes one group after the other, reads it when it is updated."""
+    params = parameters(gpu, [1, 5])
+    groups = [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": params[0].detach().view(())}]
+    optimizer = dracopt_ext.AdamW(groups, capturable=True, backend=gpu.backend)
+    with pytest.raises(RuntimeError, match="does not serve tensors that share memory: parameter 0 of group 0"):
+        optimizer.step()
+    optimizer.param_groups[1]["lr"] = params[0].detach().clone().view(())
+    optimizer.step()
+    assert gpu.only_here(optimizer)
+
+
 def test_versions_are_counted(gpu: Gpu) -> None:
     (p,) = parameters(gpu, [4])
     optimizer = dracopt_ext.AdamW([p], fused=True)

@@ -664,49 +664,52 @@ void StepPlan::keep(size_t from, size_t to) {
   segments_[to] = segments_[from];
 }
 
-void StepPlan::refuse(const Examined& examined) const {
+// What is wrong with the culprit.
+std::string StepPlan::describe_fault(const Examined& examined) const {
   const Located& located = located_[examined.located];
-  const std::string parameter = describe(located);
+  PyObject* const value = examined.culprit >= 0 ? located.values[examined.culprit] : nullptr;
+  if (examined.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
+  const c10::TensorImpl* const tensor = value != nullptr ? THPVariable_Unpack(value).unsafeGetTensorImpl()
+                                        : examined.culprit == kGradient ? located.grad
+                                                                        : located.param();
+  switch (examined.fault) {
+    case Fault::device:
+      return "is on another device, " + tensor->device().str();
+    case Fault::dtype:
+      return std::string("has a dtype that does not fit, ") + c10::toString(tensor->dtype().toScalarType());
+    case Fault::expanded:
+      return "is expanded: several of its elements share one memory location";
+    case Fault::memory:
+      return "lies in a storage that is too small for it, of " + std::to_string(tensor->unsafe_storage().nbytes()) +
+             " bytes: it was freed or resized";
+    default:
+      return "has another shape, " + shape_of(tensor);
+  }
+}
+
+void StepPlan::refuse(const Examined& examined) const {
+  const std::string fault = examined.verdict == Verdict::wrong ? describe_fault(examined) : "";
+  const std::string state =
+      examined.culprit >= 0 ? quoted(state_keys_[static_cast<size_t>(examined.culprit)]) : std::string();
+  const std::string parameter = describe(located_[examined.located]);  // a name's __repr__ may change what was located
   if (examined.verdict == Verdict::expanded) {
     throw py::value_error(parameter +
                           " is expanded: several of its elements share one memory location, so it cannot be updated in "
                           "place. Optimize a clone() of it instead");
   }
-  const bool of_state = examined.culprit >= 0;
-  const std::string state = of_state ? quoted(state_keys_[static_cast<size_t>(examined.culprit)]) : "";
   if (examined.verdict == Verdict::partial_state) {
     throw py::key_error("the state of " + parameter + " has no " + state +
                         ". Was an option such as amsgrad switched on after the first step? Delete this parameter's "
                         "state to start it afresh");
   }
-  PyObject* value = of_state ? located.values[examined.culprit] : nullptr;
-  const auto fault = [&]() -> std::string {
-    if (examined.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
-    const c10::TensorImpl* tensor = of_state                        ? THPVariable_Unpack(value).unsafeGetTensorImpl()
-                                    : examined.culprit == kGradient ? located.grad
-                                                                    : located.param();
-    switch (examined.fault) {
-      case Fault::device:
-        return "is on another device, " + tensor->device().str();
-      case Fault::dtype:
-        return std::string("has a dtype that does not fit, ") + c10::toString(tensor->dtype().toScalarType());
-      case Fault::expanded:
-        return "is expanded: several of its elements share one memory location";
-      case Fault::memory:
-        return "lies in a storage that is too small for it, of " + std::to_string(tensor->unsafe_storage().nbytes()) +
-               " bytes: it was freed or resized";
-      default:
-        return "has another shape, " + shape_of(tensor);
-    }
-  };
   if (examined.culprit == kParameter) {
-    throw py::value_error(parameter + " " + fault() + ". Give it its memory back before the step");
+    throw py::value_error(parameter + " " + fault + ". Give it its memory back before the step");
   }
   if (examined.culprit == kGradient) {
-    throw py::value_error("the gradient of " + parameter + " " + fault() +
+    throw py::value_error("the gradient of " + parameter + " " + fault +
                           ". Set .grad to None, or to a tensor like the parameter");
   }
-  throw py::value_error("the state " + state + " of " + parameter + " " + fault() +
+  throw py::value_error("the state " + state + " of " + parameter + " " + fault +
                         ". Delete this parameter's state to start it afresh");
 }
 

@@ -145,6 +145,7 @@ class StepPlan {
   void prepare(const Runs& created);
   void settle(const Indices& stepped);
   void lay_out(const Examined& examined, Segment& segment);
+  std::string describe_fault(const Examined& examined) const;
   [[noreturn]] void refuse(const Examined& examined) const;
   [[noreturn]] void refuse_scalars(const Examined& examined) const;
   void set_aside_overlapping();
