@@ -50,9 +50,10 @@ sanitize: $(VENV)/ready
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext triton_kernels tests $(SANITIZED)
 	cd $(SANITIZED) && DRACOPT_BUILD=sanitize $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(SANITIZED) && DRACOPT_BUILD=sanitize STRESS_SECONDS=60 ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
+	cd $(SANITIZED) && DRACOPT_BUILD=sanitize STRESS_SECONDS=60 \
+	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --ignore tests/test_packaging.py \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys --ignore tests/test_packaging.py \
 	  --ignore tests/test_benchmarks.py --ignore tests/test_architecture.py --ignore tests/test_core.py \
 	  --ignore tests/test_cuda_build.py --ignore tests/test_triton.py --ignore tests/test_gpu_kit.py \
 	  -k "not (interpreted or what_holds or instruction_set or forked or compiled_training or two_to_the_31 or other_thread or memory_runs_out or kernels_are_those or another_build)"

@@ -12,7 +12,7 @@ class StepPlan:
         state: Any,
         grad_scale: float = 1.0,
         scaler: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-        created: list[tuple[int, int]] | None = None,
+        created: list[tuple[int, int, int]] | None = None,
         stepped: list[tuple[int, int]] = ...,
     ) -> Any: ...
     @property

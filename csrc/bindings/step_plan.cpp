@@ -732,7 +732,7 @@ void StepPlan::set_aside_overlapping() {
       with_memory_of(located_[foreign_[piece.owner - count_].located].param(),
                      [&](const void*, int64_t of_it) { bytes = of_it; });
     } else if (part < kFirstCarried) {
-      bytes = bytes_of(examined_[piece.owner], part);
+      bytes = bytes_of(piece.owner, part);
     } else {
       bytes = examined_[piece.owner].carried_fp32[part - kFirstCarried] ? 4 : 8;
     }
@@ -764,7 +764,7 @@ void StepPlan::set_aside_overlapping() {
   const auto read = [&](size_t reader, const void* data, int64_t bytes) {
     memory_.append_overlapping(reader, data, bytes, end_of, overlapping_);
   };
-  for (size_t i = 0; i < count_; ++i) read(i, segments_[i].data[kGrad], bytes_of(examined_[i], kGrad));
+  for (size_t i = 0; i < count_; ++i) read(i, segments_[i].data[kGrad], bytes_of(i, kGrad));
   for (size_t i = 0; i < foreign_.size(); ++i) {
     with_memory_of(located_[foreign_[i].located].grad, [&](auto... range) { read(count_ + i, range...); });
   }
@@ -795,11 +795,12 @@ void StepPlan::set_aside_overlapping() {
   count_ = kept;
 }
 
-// Bytes over which the tensor of a stream extends.
-int64_t StepPlan::bytes_of(const Examined& examined, int stream) const {
-  const c10::TensorImpl* tensor = tensor_of(located_[examined.located], stream);
-  const bool dense = tensor->is_non_overlapping_and_dense();
-  return (dense ? tensor->numel() : extent_of(tensor)) * format_of(tensor).bytes();
+// The bytes over which a stream of a segment extends.
+int64_t StepPlan::bytes_of(size_t i, int stream) const {
+  const Segment& segment = segments_[i];
+  if (!examined_[i].strided) return segment.numel * itemsize(segment.dtypes[stream]);
+  const c10::TensorImpl* tensor = tensor_of(located_[examined_[i].located], stream);
+  return extent_of(tensor) * format_of(tensor).bytes();
 }
 
 void StepPlan::set_aside_all(const char* reason) {

@@ -172,7 +172,7 @@ class StepPlan {
   c10::TensorImpl* carrier_of(const Located& located, int k) const;
   const c10::TensorImpl* param_of(const Examined& examined) const { return located_[examined.located].param(); }
   std::string describe(const Located& located) const;
-  int64_t bytes_of(const Examined& examined, int stream) const;
+  int64_t bytes_of(size_t i, int stream) const;
 
   const RuleEntry& rule_;
   const std::string optimizer_;
