@@ -262,7 +262,7 @@ class BuildNative(BuildExtension):
             extension.extra_link_args += [f"-L{folder}" for folder in folders]
             if SHARED_KERNELS:
                 extension.runtime_library_dirs = ["$ORIGIN/.."]
-                # As RPATH, which does not give way to LD_LIBRARY_PATH as RUNPATH does.
+                # This makes it RPATH, which does not give way to LD_LIBRARY_PATH as RUNPATH does.
                 extension.extra_link_args.append("-Wl,--disable-new-dtags")
         super().build_extensions()
 

@@ -39,13 +39,16 @@ def is_plain_flag(value: Any) -> bool:
     return value is None or value is True or value is False
 
 
-def plain_groups(param_groups: Any, defaults: Mapping[str, Any], hyperparameters: Iterable[str]) -> list[Group]:
+def plain_groups(
+    param_groups: Any, defaults: Mapping[str, Any], hyperparameters: Iterable[str] | None = None
+) -> list[Group]:
     """The parameter groups as dicts, with ``params`` in lists, pairs such as ``betas`` in tuples, and plain numbers.
 
     Args:
         param_groups: an optimizer's.
         defaults: has the keys that a group may know without listing them.
-        hyperparameters: the keys of the rule's numbers, pairs of numbers and flags.
+        hyperparameters: the keys of the rule's numbers, pairs of numbers and flags; None leaves them, and all flags, as
+            they are.
 
     Raises:
         TypeError, ValueError: for what torch could not read either, and for an iterator, which would be empty in the
@@ -63,7 +66,7 @@ def plain_groups(param_groups: Any, defaults: Mapping[str, Any], hyperparameters
         changed: Group = {}
         if type(plain.get("params")) is not list:
             changed["params"] = _as_list(plain.get("params"), f"{name}['params']")
-        for key in (*_FLAGS, *hyperparameters):
+        for key in () if hyperparameters is None else (*_FLAGS, *hyperparameters):
             if key not in plain:
                 continue
             value = plain[key]

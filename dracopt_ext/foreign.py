@@ -39,14 +39,19 @@ def is_under_mode() -> bool:
 
 
 def form_of(
-    p: Tensor, carried: Sequence[Any], moments: Sequence[Any], *, new: bool, may_fuse: bool, grad_scale: float
+    p: Tensor,
+    grad: Tensor,
+    carried: Sequence[Any],
+    moments: Sequence[Any],
+    *,
+    new: bool,
+    may_fuse: bool,
+    grad_scale: float,
 ) -> int:
     """The form of a parameter with a gradient, as csrc/bindings/step_plan.cpp finds it for those that it reads.
 
     ``carried`` and ``moments`` are its state's scalars and tensors, None where they have yet to be created.
     """
-    grad = p.grad
-    assert grad is not None
     form = NEW if new else 0
     if grad.is_sparse:
         return form | SPARSE

@@ -44,7 +44,11 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
+    """A scalar that a rule computed from hyperparameters, in the arithmetic's dtype, which must hold it."""
+    scalar = torch.tensor(value, dtype=like.dtype)
+    if not scalar.isfinite():
+        raise OverflowError(f"{value} is not finite in {like.dtype}")
+    return scalar.to(like.device)
 
 
 def _decay_and_average(
@@ -218,12 +222,20 @@ def in_fp64(param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> boo
 
 
 def are_modest(numbers: Iterable[Any], most: float = 1e18) -> bool:
-    """Do numbers, also those in tuples, lie between 0 and ``most``? With such hyperparameters no scalar is infinite."""
-    return all(are_modest(n, most) if isinstance(n, tuple) else 0 <= n <= most for n in numbers)
+    """Do numbers lie between 0 and ``most``, and those in tuples, which are decay rates, not too close to 1?
+
+    With such hyperparameters all scalars of an update are finite, if those of the state are at most 1.
+    """
+    return all(are_modest(n, 0.999999) if isinstance(n, tuple) else 0 <= n <= most for n in numbers)
 
 
 def check_finite(
-    rule: str, numbers: dict[str, Any], carried: dict[str, float], in_fp64: bool, group_index: int, parameter: str
+    rule: str,
+    numbers: dict[str, Any],
+    carried: Mapping[str, Tensor],
+    in_fp64: bool,
+    group_index: int,
+    describe: Callable[[], str],
 ) -> None:
     """Refuse hyperparameters from which a rule computes scalars that are infinite in its arithmetic.
 
@@ -233,37 +245,37 @@ def check_finite(
         carried: the scalars of the parameter's state before this step; empty if it has none yet.
         in_fp64: whether the arithmetic is fp64, else fp32.
         group_index: of the parameter group, for errors.
-        parameter: what errors call the parameter.
+        describe: says what errors call the parameter.
 
     Raises:
-        ValueError: names the largest of the hyperparameters without which the scalars would be finite.
+        ValueError: names the largest of the hyperparameters without which the scalars would be finite; else the largest
+            of all, unless the state is wrong.
     """
+    if are_modest(numbers.values()) and all(0 <= float(v) <= 1 for name, v in carried.items() if name != "step"):
+        return
     dtype = torch.float64 if in_fp64 else torch.float32
 
     def are_finite(numbers: dict[str, Any]) -> bool:
-        zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
-        state = {"step": zero.clone(), "mu_product": one.clone(), **dict.fromkeys(MOMENTS, zero)}
-        state["exp_avg_sq"] = state["max_exp_avg_sq"] = one
-        state.update({name: torch.tensor(value, dtype=torch.float64) for name, value in carried.items()})
-        single = [n for value in numbers.values() for n in (value if isinstance(value, tuple) else (value,))]
+        zero = torch.zeros((), dtype=dtype)
+        state = {"step": torch.zeros(()), "mu_product": torch.ones(()), **dict.fromkeys(MOMENTS, zero)}
+        state.update({name: value.detach().cpu().clone() for name, value in carried.items()})
         try:
-            return max(map(abs, single)) <= torch.finfo(dtype).max and bool(
-                RULES[rule](zero, zero, state, **numbers).isfinite()
-            )
+            RULES[rule](zero, zero, state, **numbers)
         except (OverflowError, ZeroDivisionError):
             return False
+        return True
 
-    scalars = (value for name, value in carried.items() if name != "step")
-    if (are_modest(numbers.values()) and are_modest(scalars, 1.0)) or are_finite(numbers):
+    if are_finite(numbers):
         return
     consequence = f": it makes the update infinite in {'fp64' if in_fp64 else 'fp32'}"
-    single = [key for key in numbers if key not in FLAGS and key not in DECAY_RATES]
-    culprits = [key for key in single if are_finite({**numbers, key: 0.0})]
+    keys = [key for key in numbers if key not in FLAGS and key not in DECAY_RATES]
+    zeros = {key: (0.0, 0.0) if isinstance(value, tuple) else type(value)(0) for key, value in numbers.items()}
+    culprits = [key for key in keys if are_finite({**numbers, key: 0.0})] or (keys if are_finite(zeros) else [])
     if culprits:
         culprit = max(culprits, key=lambda key: abs(numbers[key]))
         raise ValueError(f"param_groups[{group_index}][{culprit!r}] is {float(numbers[culprit])!r}{consequence}")
     raise ValueError(
-        f"the state of {parameter} has wrong scalars{consequence}. Delete this parameter's state to start it afresh"
+        f"the state of {describe()} has wrong scalars{consequence}. Delete this parameter's state to start it afresh"
     )
 
 
@@ -299,7 +311,7 @@ def update(
 
     g = widened(grad.resolve_conj())
     if grad_scale != 1:
-        g = g / _scalar(grad_scale, g)
+        g = g / torch.tensor(grad_scale, dtype=dtype, device=g.device)
     of_rule = {name: state[name].clone() for name in CARRIED if name in state}
     if not first:
         of_rule.update({name: widened(value) for name, value in moments.items()})

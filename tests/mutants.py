@@ -216,8 +216,8 @@ MUTANTS = [
     Mutant(
         "the search trusts what lay at another place",
         PLAN,
-        "searched_ = foreign_.empty();",
-        "searched_ = true;",
+        "return foreign_.empty();",
+        "return true;",
         "test_fallback::test_the_search_is_repeated_when_parameters_change_places",
     ),
     Mutant(
@@ -245,7 +245,7 @@ MUTANTS = [
         "memory is taken to be there since other memory was",
         PLAN,
         "  if (segments_.size() < count_) segments_.resize(count_);",
-        "  if (examined_.empty()) segments_.resize(count_);",
+        "  if (segments_.empty() || examined_.size() > segments_.size() + count_) segments_.resize(count_);",
         "test_hostile_programs::test_memory_runs_out_and_is_there_again",
     ),
     Mutant(
@@ -258,15 +258,15 @@ MUTANTS = [
     Mutant(
         "a parent's step of Python runs in its child",
         STEP,
-        "if engine.running_in == process:",
-        "if engine.running_in is not None:",
+        "engine, process = self.engine, os.getpid()",
+        "engine, process = self.engine, 0",
         "test_hostile_programs::test_a_child_forked_during_a_step",
     ),
     Mutant(
         "a step within a step",
         STEP,
-        "if engine.running_in == process:",
-        "if False:",
+        "if engine.running.setdefault(process, self) is not self:",
+        "if engine.running.setdefault(process, self) is None:",
         "test_hostile_programs::test_a_step_within_a_step_is_refused",
     ),
     Mutant(
@@ -978,7 +978,7 @@ MUTANTS = [
         "torch's fused kernels for tensors that share memory",
         PLAN,
         "group_of(located).fused && foreign.reason != kSharesMemory",
-        "located.group->fused",
+        "group_of(located).fused",
         "test_other_peoples_code::test_fused_is_dropped_for_memory_that_is_shared",
     ),
     Mutant(

@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import dracopt_ext
 
@@ -40,13 +41,13 @@ left_to_torch = pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:Ru
 NATIVE = {"cpu": frozenset({"native"})}
 
 
-def make(name: str, count: int = 4, **options: Any) -> Any:
+def make(name: str, count: int = 4, module: Any = dracopt_ext, **options: Any) -> Any:
     """An optimizer with ``count`` groups of two parameters, in the middle of its training."""
     params = [nn.Parameter(value) for value in inputs([33] * (2 * count), torch.float32, 0)[0]]
     if name == "SGD":
         options = {"momentum": 0.9, **options}
     groups = [{"params": params[i : i + 2]} for i in range(0, 2 * count, 2)]
-    optimizer = getattr(dracopt_ext, name)(groups, lr=0.1, **options)
+    optimizer = getattr(module, name)(groups, lr=0.1, **options)
     give_gradients(params)
     optimizer.step()
     return optimizer
@@ -66,7 +67,7 @@ def in_new_process(program: str, **environment: Any) -> subprocess.CompletedProc
 
 
 class Number:
-    """What a configuration library might make of a number. Asked for its value, it first does something else."""
+    """A number as a configuration library might have it. Asked for its value, it first does something else."""
 
     def __init__(self, value: float, act: Callable[[], object] = lambda: None) -> None:
         self.value = value
@@ -99,18 +100,35 @@ NUMBERS: dict[str, Any] = {
 }
 
 
+def assert_like_torchs(ours: Any, theirs: Any) -> None:
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+@every_class
+def test_comparisons_bite(name: str) -> None:
+    """They see a step that was not taken, and one that is 1% too long."""
+    idle, wrong, theirs = make(name), make(name), make(name, module=torch.optim)
+    for group in wrong.param_groups:
+        group["lr"] *= 1.01
+    for optimizer in (wrong, theirs):
+        give_gradients(params_of(optimizer))
+        optimizer.step()
+    for optimizer in (idle, wrong):
+        with pytest.raises(AssertionError, match="not close"):
+            assert_like_torchs(optimizer, theirs)
+
+
 def assert_steps_alike(name: str, edit: Callable[[Any, Any], object], plain: Any) -> None:
-    """A step after an edit with a number has the bits of one after an edit with the plain number."""
-    ours, expected = make(name), make(name)
-    for optimizer, value in ((ours, None), (expected, plain)):
+    """Steps after an edit with a number have the bits of those with the plain number, and are close to torch's."""
+    ours, expected, theirs = make(name), make(name), make(name, module=torch.optim)
+    for optimizer, value in ((ours, None), (expected, plain), (theirs, plain)):
         edit(optimizer, value)
-        before = snapshot(optimizer)
         for _ in range(2):
             optimizer.step()
-        assert optimizer.last_backend == NATIVE
-        with pytest.raises(AssertionError, match="elements differ"):  # a step that does nothing is seen
-            assert_same_bits(snapshot(optimizer), before)
+    assert ours.last_backend == expected.last_backend == NATIVE
     assert_same_bits(snapshot(ours), snapshot(expected))
+    assert_like_torchs(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
@@ -127,9 +145,6 @@ def test_numbers_of_any_kind(name: str, kind: str) -> None:
                 group["betas"] = (value, value)
 
     assert_steps_alike(name, edit, 0.125)
-    if kind == "own":  # what is compared would show a number that is 1% off
-        with pytest.raises(AssertionError, match="elements differ"):
-            assert_steps_alike(name, edit, 0.125 * 1.01)
 
 
 @every_class
@@ -183,14 +198,13 @@ def test_keys_of_any_kind(name: str, kind: str) -> None:
         if "step" in entries:
             entries[KEYS[kind]("step")] = entries.pop("step")
 
-    ours, expected = make(name), make(name)
+    ours, theirs = make(name), make(name, module=torch.optim)
     edit(ours, None)
-    edit(expected, 0.5)
-    for optimizer in (ours, expected):
+    edit(theirs, 0.5)
+    for optimizer in (ours, theirs):
         optimizer.step()
-        assert optimizer.last_backend == NATIVE
-    for p, q in zip(params_of(ours), params_of(expected), strict=True):
-        assert torch.equal(p, q)
+    assert ours.last_backend == NATIVE
+    assert_like_torchs(ours, theirs)
 
 
 # Code of the user's that runs within a step
@@ -214,30 +228,30 @@ EDITS: dict[str, Callable[[Any], object]] = {
 
 
 def after_edit(optimizer: Any, name: str) -> None:
-    """What is left makes a good step again."""
+    """The optimizer makes a good step again."""
     fresh = make(name)
     optimizer.param_groups[:] = [dict(group, params=list(group["params"])) for group in fresh.param_groups]
     optimizer.state.clear()
     optimizer.state.update(fresh.state)
-    expected = make(name)
-    give_gradients(params_of(optimizer))
-    give_gradients(params_of(expected))
-    optimizer.step()
-    expected.step()
-    assert_same_bits(snapshot(optimizer), snapshot(expected))
+    theirs = make(name, module=torch.optim)
+    for each in (optimizer, theirs):
+        give_gradients(params_of(each))
+        each.step()
+    assert_like_torchs(optimizer, theirs)
 
 
-def once(act: Callable[[], object]) -> Callable[[], None]:
-    """Acts at the first call only; collects garbage, so that what was let go is gone."""
-    acted: list[bool] = []
+class Once:
+    """Does something at the first call only. Collects garbage, so that what was let go is gone."""
 
-    def do() -> None:
-        if not acted:
-            acted.append(True)
-            act()
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
+        self.acted = False
+
+    def __call__(self) -> None:
+        if not self.acted:
+            self.acted = True
+            self.act()
             gc.collect()
-
-    return do
 
 
 @pytest.mark.parametrize("where", ["lr", "weight_decay", "maximize", "key"])
@@ -245,7 +259,7 @@ def once(act: Callable[[], object]) -> Callable[[], None]:
 @every_class
 def test_edits_while_a_group_is_read(name: str, kind: str, where: str) -> None:
     optimizer = make(name)
-    act = once(lambda: EDITS[kind](optimizer))
+    act = Once(lambda: EDITS[kind](optimizer))
     group = optimizer.param_groups[1]
     give_gradients(params_of(optimizer))
     if where == "key":
@@ -258,11 +272,12 @@ def test_edits_while_a_group_is_read(name: str, kind: str, where: str) -> None:
         optimizer.step()
     except (TypeError, KeyError, RuntimeError, IndexError) as error:
         assert kind not in ("replaces numbers", "takes gradients away"), error  # noqa: PT017
+    assert act.acted
     after_edit(optimizer, name)
 
 
 def test_a_step_within_a_step_is_refused() -> None:
-    optimizer, expected = make("AdamW"), make("AdamW")
+    optimizer, theirs = make("AdamW"), make("AdamW", module=torch.optim)
 
     def step() -> None:
         with pytest.raises(
@@ -272,38 +287,67 @@ def test_a_step_within_a_step_is_refused() -> None:
 
     optimizer.param_groups[1]["lr"] = Number(0.1, step)
     optimizer.step()
-    expected.step()
-    assert_same_bits(snapshot(optimizer), snapshot(expected))
+    theirs.step()
+    assert_like_torchs(optimizer, theirs)
     assert optimizer.last_backend == NATIVE
 
 
-class Tagged(Tensor):
-    """A subclass that asks the user's code for its shard."""
+class Shard(Tensor):
+    """A tensor as those of torch.distributed, around a local one. It runs the user's code when it is asked for that."""
 
     act: Callable[[], object] = staticmethod(lambda: None)
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Any:
+        shard = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+        shard.held = held
+        return shard
 
     @property
     def _local_tensor(self) -> Tensor:
-        Tagged.act()
-        return self.as_subclass(Tensor)
+        Shard.act()
+        return self.held
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def local(value: Any) -> Any:
+            return value.held if isinstance(value, Shard) else value
+
+        def shard(value: Any) -> Any:
+            return Shard(value) if isinstance(value, Tensor) else value
+
+        found = func(*tree_map(local, args), **tree_map(local, kwargs or {}))
+        in_place = found is not None and func._schema.name[-1] == "_"
+        return args[0] if in_place else tree_map(shard, found)
 
 
 @left_to_torch
-@pytest.mark.parametrize("kind", EDITS)
+@pytest.mark.parametrize("kind", [*EDITS, "takes the gradient away", "looks at all objects"])
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_edits_while_a_shard_is_looked_at(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = make(name, fused=True)
     for group in optimizer.param_groups:
-        group["params"] = [nn.Parameter(p.detach().as_subclass(Tagged)) for p in group["params"]]
+        group["params"] = [nn.Parameter(Shard(p.detach())) for p in group["params"]]
     optimizer.state.clear()
-    give_gradients(params_of(optimizer))
+
+    def give() -> None:
+        for p in params_of(optimizer):
+            p.grad = Shard(torch.ones(33))
+
+    more = {
+        "takes the gradient away": lambda o: [setattr(p, "grad", None) for p in params_of(o)],
+        "looks at all objects": lambda o: [list(each) for each in gc.get_objects() if type(each) is list],
+    }
+    give()
     optimizer.step()
-    give_gradients(params_of(optimizer))
-    monkeypatch.setattr(Tagged, "act", staticmethod(once(lambda: EDITS[kind](optimizer))))
-    with suppress(TypeError, KeyError, RuntimeError, IndexError):
+    give()
+    act = Once(lambda: {**EDITS, **more}[kind](optimizer))
+    monkeypatch.setattr(Shard, "act", staticmethod(act))
+    with suppress(TypeError, KeyError, RuntimeError, IndexError, AttributeError):
         optimizer.step()
+    assert act.acted
     monkeypatch.undo()
-    optimizer.defaults["fused"] = None
     after_edit(optimizer, name)
 
 
@@ -311,7 +355,7 @@ def test_edits_while_a_shard_is_looked_at(name: str, kind: str, monkeypatch: pyt
 def test_edits_while_an_error_is_written(kind: str) -> None:
     optimizer = make("AdamW")
 
-    act = once(lambda: EDITS[kind](optimizer))
+    act = Once(lambda: EDITS[kind](optimizer))
 
     class Name:
         def __repr__(self) -> str:
@@ -322,11 +366,29 @@ def test_edits_while_an_error_is_written(kind: str) -> None:
     group["param_names"] = [Name(), Name()]
     give_gradients(params_of(optimizer))
     group["params"][1].data = torch.ones(2)
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"parameter 1 of group 1 \(mine, shape \[2\]\)|another|running|names"
-    ):
+    message = r"parameter 1 of group 1 \((mine, )?shape \[2\]\)"
+    if kind == "adds many groups":
+        message = "cannot add param group without names"
+    elif kind == "steps another time":
+        message = "already running"
+    with pytest.raises((ValueError, RuntimeError), match=message):
         optimizer.step()
+    assert act.acted
     after_edit(optimizer, "AdamW")
+
+
+@every_class
+def test_a_key_is_not_asked_while_an_error_is_written(name: str) -> None:
+    """The key is the last one, after all that a rule reads."""
+    optimizer = make(name)
+    act = Once(optimizer.param_groups.clear)
+    group = optimizer.param_groups[1]
+    give_gradients(params_of(optimizer))
+    group["params"][1].data = torch.ones(2)
+    group[Equal("param_names", act)] = ["mine", "too"]
+    with pytest.raises(ValueError, match=r"parameter 1 of group 1 \("):
+        optimizer.step()
+    after_edit(optimizer, name)
 
 
 class OwnError(ArithmeticError):
@@ -358,15 +420,10 @@ def test_errors_of_the_users_own_pass_through(where: str, error: BaseException) 
     with pytest.raises(type(error)) as raised:
         optimizer.step()
     assert raised.value is error
-    assert_same_bits(snapshot_without(optimizer), before)
+    assert_same_bits(snapshot(optimizer), before)
     optimizer.param_groups[2] = good
     optimizer.step()
     assert optimizer.last_backend == NATIVE
-
-
-def snapshot_without(optimizer: Any) -> Any:
-    """The tensors, whatever the groups hold beside them."""
-    return snapshot(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +526,7 @@ def test_memory_runs_out_and_is_there_again(tmp_path: Path) -> None:
 
 
 def in_child(work: Callable[[], str]) -> str:
-    """What a forked child answers, or by which signal it died."""
+    """Returns the answer of a forked child, or by which signal it died."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -495,7 +552,7 @@ def in_child(work: Callable[[], str]) -> str:
 
 
 def test_a_child_forked_during_a_step() -> None:
-    """It inherits a step that never ends there."""
+    """The child inherits a step that never ends there."""
     p = nn.Parameter(torch.zeros(4_000_000))
     p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.SGD([p], lr=1.0)
@@ -520,7 +577,7 @@ def test_a_child_forked_during_a_step() -> None:
 
 
 def test_a_checkpoint_is_loaded_meanwhile() -> None:
-    """It takes effect before or after a step; neither thread sees half of the other's work."""
+    """The checkpoint takes effect before or after a step. Neither thread fails."""
     optimizer = make("AdamW", count=64)
     saved = optimizer.state_dict()
     give_gradients(params_of(optimizer))
@@ -603,6 +660,7 @@ HUGE: dict[str, tuple[str, dict[str, float], str, float]] = {
     "negative": ("SGD", {"lr": -1e300}, "lr", -1e300),
     "momentum": ("SGD", {"momentum": 1e39}, "momentum", 1e39),
     "dampening": ("SGD", {"dampening": 1e39}, "dampening", 1e39),
+    "two at once": ("SGD", {"lr": 1e39, "weight_decay": 2e39}, "weight_decay", 2e39),
     "momentum decay": ("NAdam", {"momentum_decay": -1e5}, "momentum_decay", -1e5),
     "momentum decay beyond integers": ("NAdam", {"momentum_decay": -1e300}, "momentum_decay", -1e300),
 }
@@ -626,6 +684,39 @@ def test_hyperparameters_that_the_arithmetic_does_not_hold(kind: str, backend: s
     assert (backend or "native") in optimizer.last_backend["cpu"]
 
 
+HARMLESS: dict[str, tuple[str, dict[str, float]]] = {
+    "momentum decay": ("NAdam", {"momentum_decay": 1e300}),
+    "weight decay with a tiny lr": ("AdamW", {"weight_decay": 1e39, "lr": 1e-40}),
+    "dampening without momentum": ("SGD", {"dampening": 1e39, "momentum": 0.0}),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_large_hyperparameters_that_are_harmless(kind: str, backend: str | None) -> None:
+    """torch takes them as well."""
+    name, edit = HARMLESS[kind]
+    ours, theirs = make(name, backend=backend), make(name, module=torch.optim)
+    for optimizer in (ours, theirs):
+        give_gradients(params_of(optimizer))
+        optimizer.param_groups[2].update(edit)
+        optimizer.step()
+    assert_like_torchs(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_product_of_momenta_that_is_rounded_to_one(backend: str | None) -> None:
+    optimizer = make("NAdam", backend=backend)
+    give_gradients(params_of(optimizer))
+    optimizer.param_groups[1].update(betas=(1 - 1e-9, 0.999), momentum_decay=1e3)
+    for p in optimizer.param_groups[1]["params"]:
+        optimizer.state[p]["mu_product"].fill_(1.0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="it makes the update infinite in fp32"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
+
+
 def test_fp64_holds_what_fp32_does_not() -> None:
     p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     p.grad = torch.ones_like(p)
@@ -647,7 +738,7 @@ def test_a_state_that_makes_the_update_infinite() -> None:
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_negative_momentum_decay_is_torchs(backend: str | None) -> None:
-    """As long as 0.96 to the power of it is a number."""
+    """torch takes it as long as 0.96 to its power is a number."""
     ours = make("NAdam", backend=backend)
     theirs = torch.optim.NAdam([{"params": [p.detach().clone()]} for p in params_of(ours)], lr=0.1)
     theirs.load_state_dict({**theirs.state_dict(), "state": deepcopy(ours.state_dict()["state"])})
@@ -680,11 +771,11 @@ def at_odd_address(values: Tensor) -> Tensor:
 @pytest.mark.parametrize("what", ["parameter", "gradient", "moment", "step"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_odd_addresses(what: str, dtype: torch.dtype) -> None:
-    """torch steps what processors need not be able to access; it need not be the same in bits."""
+    """torch steps what processors need not be able to access."""
 
-    def run(module: Any, odd: bool) -> Any:
+    def run(module: Any, odd: bool, lr: float = 0.1) -> Any:
         p = nn.Parameter(torch.ones(40, dtype=dtype))
-        optimizer = module.AdamW([p, nn.Parameter(torch.ones(40))], lr=0.1)
+        optimizer = module.AdamW([p, nn.Parameter(torch.ones(40))], lr=lr)
         for step in range(3):
             give_gradients(params_of(optimizer))
             if odd and step == 1:
@@ -702,17 +793,21 @@ def test_odd_addresses(what: str, dtype: torch.dtype) -> None:
                 assert optimizer.last_backend == {"cpu": frozenset({"native", "torch"})}
         return p.detach()
 
-    torch.testing.assert_close(run(dracopt_ext, odd=True), run(dracopt_ext, odd=False))
+    theirs = run(torch.optim, odd=False)
+    torch.testing.assert_close(run(dracopt_ext, odd=True), theirs)
+    if dtype != torch.bfloat16:  # which does not show 1%
+        with pytest.raises(AssertionError, match="not close"):
+            torch.testing.assert_close(run(dracopt_ext, odd=True, lr=0.101), theirs)
 
 
 def test_a_hyperparameter_at_an_odd_address() -> None:
-    ours, expected = make("AdamW"), make("AdamW")
-    for optimizer, lr in ((ours, at_odd_address(torch.tensor([0.25]))), (expected, 0.25)):
+    ours, theirs = make("AdamW"), make("AdamW", module=torch.optim)
+    for optimizer, lr in ((ours, at_odd_address(torch.tensor([0.25]))), (theirs, 0.25)):
         optimizer.param_groups[1]["lr"] = lr
         give_gradients(params_of(optimizer))
         optimizer.step()
-        assert optimizer.last_backend == NATIVE
-    assert_same_bits(snapshot(ours), snapshot(expected))
+    assert ours.last_backend == NATIVE
+    assert_like_torchs(ours, theirs)
 
 
 def test_an_empty_tensor_far_behind_its_storage() -> None:

@@ -26,17 +26,25 @@ inline std::string shape_of(const c10::TensorImpl* tensor) {
   return out.str();
 }
 
-// "parameter 3 of group 0 ('layer.weight', shape [10, 4])"
-inline std::string describe_parameter(PyObject* group, int group_index, int index) {
-  PyObject* const tensor = PyList_GET_ITEM(PyDict_GetItemString(group, "params"), index);
-  const std::string shape = shape_of(THPVariable_Unpack(tensor).unsafeGetTensorImpl());
-  std::string name;
-  PyObject* const names = PyDict_GetItemString(group, "param_names");
-  if (names != nullptr && PyList_Check(names) && index < PyList_GET_SIZE(names)) {
-    name = quoted(PyList_GET_ITEM(names, index)) + ", ";
+// The names of a group's parameters, if there is a list of them. Keys that are no exact strings are not asked.
+inline PyObject* names_in(PyObject* group) {
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(group, &position, &key, &value);) {
+    if (!PyUnicode_CheckExact(key) || PyUnicode_CompareWithASCIIString(key, "param_names") != 0) continue;
+    return PyList_CheckExact(value) ? value : nullptr;
   }
-  return "parameter " + std::to_string(index) + " of group " + std::to_string(group_index) + " (" + name + "shape " +
-         shape + ")";
+  return nullptr;
+}
+
+// "parameter 3 of group 0 ('layer.weight', shape [10, 4])"
+inline std::string describe_parameter(PyObject* group, int group_index, int index, const c10::TensorImpl* param) {
+  std::ostringstream out;
+  out << "parameter " << index << " of group " << group_index << " (";
+  const std::string shape = shape_of(param);
+  PyObject* const names = names_in(group);
+  if (names != nullptr && index < PyList_GET_SIZE(names)) out << quoted(PyList_GET_ITEM(names, index)) << ", ";
+  out << "shape " << shape << ")";
+  return out.str();
 }
 
 }  // namespace dracopt

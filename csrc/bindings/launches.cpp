@@ -22,7 +22,7 @@ c10::Stream current_stream(c10::Device device) { return c10::impl::VirtualGuardI
 // The stream's cudaStream_t, from a binary that knows no CUDA.
 void* handle_of(const c10::Stream& stream) {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 11
-  // Not by an import, which can be replaced by code that would run in the middle of a step.
+  // An import would look through sys.meta_path, where anyone's code may wait, in the middle of a step.
   const auto module = pybind11::reinterpret_borrow<pybind11::object>(PyImport_AddModule("torch._C"));
   return reinterpret_cast<void*>(module.attr("_cuda_getCurrentRawStream")(stream.device_index()).cast<uintptr_t>());
 #else

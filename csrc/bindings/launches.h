@@ -21,8 +21,8 @@ struct Scaler {
 // Is a graph being captured from a GPU's current stream?
 bool is_capturing(c10::Device device);
 
-// Of one device and one arithmetic. From step to step it keeps the table on the device, and writes another one only if
-// anything in it has changed.
+// Launches are those of one device and one arithmetic. From step to step they keep the table on the device, and write
+// another one only if anything in it has changed.
 class Launches {
  public:
   Launches(c10::Device device, Arithmetic arithmetic) : device_(device), arithmetic_(arithmetic) {}

@@ -91,11 +91,15 @@ void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
   body(readable_data(tensor, bytes), extent_of(tensor) * bytes);
 }
 
+at::Tensor held(c10::TensorImpl* tensor) {
+  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(tensor));
+}
+
 // The tensor that holds a tensor's elements: the shard of a distributed one, or itself. Undefined for other wrappers.
-at::Tensor local_of(PyObject* object) {
-  const at::Tensor& tensor = THPVariable_Unpack(object);
+at::Tensor local_of(const at::Tensor& tensor) {
   if (!is_python_subclass(tensor.unsafeGetTensorImpl())) return tensor;
-  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "_local_tensor"));
+  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object.ptr(), "_local_tensor"));
   if (!local) {
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
     PyErr_Clear();
@@ -144,10 +148,11 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, double grad
   std::sort(stepped.begin(), stepped.end());
   examine();
   settle(stepped);
-  set_aside_overlapping();
+  const bool searched = set_aside_overlapping();
   if (is_under_mode()) set_aside_all(kUnderMode);
   check_capture();
   set_aside_missing();
+  searched_ = searched && count_ == searched_count_;
   const bool waits = host_decides(scaler);
   if (!again && (waits || !missing_.empty() || !foreign_.empty())) return todo(waits);
   if (waits || !missing_.empty() || !foreign_.empty()) {
@@ -225,7 +230,7 @@ bool StepPlan::read_group(PyObject* dict, Group& group) {
 bool StepPlan::read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) {
   double value = 0;
   uint8_t bytes = 0;
-  if (PyFloat_CheckExact(number) || (!PyLong_Check(number) && PyFloat_Check(number))) {
+  if (PyFloat_Check(number)) {
     value = PyFloat_AS_DOUBLE(number);
   } else if (PyLong_Check(number)) {
     value = PyLong_AsDouble(number);
@@ -295,7 +300,7 @@ c10::TensorImpl* StepPlan::carrier_of(const Located& located, int k) const {
 
 std::string StepPlan::describe(const Located& located) const {
   const Group& group = group_of(located);
-  return describe_parameter(group.dict, group.index, static_cast<int>(located.index));
+  return describe_parameter(group.dict, group.index, static_cast<int>(located.index), located.param());
 }
 
 // Finds the parameters that have a gradient, and their states. All that needs Python is done here.
@@ -365,7 +370,7 @@ inline StepPlan::Fault StepPlan::fault_of(const c10::TensorImpl* tensor, const c
   return Fault::none;
 }
 
-// The same of a scalar that the state carries.
+// A scalar that the state carries may be stored in any dtype, and on the CPU beside a parameter on a GPU.
 inline StepPlan::Fault StepPlan::fault_of_scalar(const c10::TensorImpl* tensor, const c10::TensorImpl* param) {
   if (is_python_subclass(tensor)) return Fault::none;
   // The kernels of the CPU look for it there; those of a GPU take it from either.
@@ -561,7 +566,7 @@ void StepPlan::prepare(const Runs& created) {
         rule_.carried == 0 && is_in(created, static_cast<int>(located.group), static_cast<int>(located.index));
     read_carried(examined, carried);
     bool same = last != nullptr && located_[last->located].group == located.group && last->first == examined.first &&
-                last->arithmetic == examined.arithmetic;
+                last->arithmetic == examined.arithmetic && last->has_recipe == examined.has_recipe;
     for (int k = 0; same && k < rule_.carried; ++k) {
       same = carried[k].value == last_carried[k].value && carried[k].is_fp32 == last_carried[k].is_fp32;
     }
@@ -584,32 +589,47 @@ void StepPlan::prepare(const Runs& created) {
   }
 }
 
-// Names the largest of the hyperparameters without which the scalars would be finite.
+// Names the largest of the hyperparameters without which the scalars would be finite; else the largest of all, unless
+// the state is wrong.
 void StepPlan::refuse_scalars(const Examined& examined) const {
   const Group& group = group_of(examined);
   const bool is_fp32 = examined.arithmetic == Arithmetic::fp32;
-  PyObject* culprit = nullptr;
-  double most = 0;
+  const auto is_finite_with = [&](const double* hyperparameters) {
+    Carried carried[kMaxCarried];
+    read_carried(examined, carried);
+    PowerMemo powers{};
+    Scalars scalars;
+    return rule_.prepare[static_cast<int>(examined.arithmetic)](carried, examined.first, hyperparameters, powers,
+                                                                &scalars);
+  };
+  constexpr double zeros[kMaxHyperparameters] = {};
+  const bool state_is_wrong = !is_finite_with(zeros);
+  PyObject *culprit = nullptr, *largest = nullptr;  // on its own; in any case
+  double most = 0, most_of_all = 0;
   int number = 0;
   for (size_t k = kDriverKeys; k < group_keys_.size(); ++k) {
     const KeyKind kind = rule_.group_keys[k - kDriverKeys].kind;
     for (int i = 0; i < (kind == KeyKind::decay_rates ? 2 : 1); ++i, ++number) {
       const double value = group.hyperparameters[number];
-      if (kind == KeyKind::flag || std::abs(value) <= std::abs(most)) continue;
+      if (kind == KeyKind::flag) continue;
       double others[kMaxHyperparameters];
       std::copy(group.hyperparameters, group.hyperparameters + kMaxHyperparameters, others);
       others[number] = 0;
-      Carried carried[kMaxCarried];
-      read_carried(examined, carried);
-      PowerMemo powers{};
-      Scalars scalars;
-      if (rule_.prepare[static_cast<int>(examined.arithmetic)](carried, examined.first, others, powers, &scalars)) {
+      if (std::abs(value) > std::abs(most_of_all)) {
+        largest = group_keys_[k];
+        most_of_all = value;
+      }
+      if (std::abs(value) > std::abs(most) && is_finite_with(others)) {
         culprit = group_keys_[k];
         most = value;
       }
     }
   }
   const std::string consequence = std::string(": it makes the update infinite in ") + (is_fp32 ? "fp32" : "fp64");
+  if (culprit == nullptr && !state_is_wrong) {
+    culprit = largest;
+    most = most_of_all;
+  }
   if (culprit != nullptr) {
     throw py::value_error(describe_key(group.index, culprit) + " is " + quoted(py::float_(most).ptr()) + consequence);
   }
@@ -664,7 +684,7 @@ void StepPlan::keep(size_t from, size_t to) {
   segments_[to] = segments_[from];
 }
 
-// What is wrong with the culprit.
+// Says how the culprit is wrong.
 std::string StepPlan::describe_fault(const Examined& examined) const {
   const Located& located = located_[examined.located];
   PyObject* const value = examined.culprit >= 0 ? located.values[examined.culprit] : nullptr;
@@ -713,13 +733,13 @@ void StepPlan::refuse(const Examined& examined) const {
                         ". Delete this parameter's state to start it afresh");
 }
 
-// Element for element in parallel is wrong for tensors that share memory: torch is to take them one after the other. So
-// it is, as torch goes first, for those that share memory with what torch steps anyway.
-void StepPlan::set_aside_overlapping() {
-  // Where some are foreign, `keep` has shifted entries, which were compared with those of other parameters.
+// Tensors that share memory are set aside, as element for element in parallel is wrong for them: torch takes them one
+// after the other. So are those that share memory with what torch steps anyway, because torch goes first. Returns
+// whether the next step may rely on the search.
+bool StepPlan::set_aside_overlapping() {
+  // If some are foreign, `keep` has shifted entries, which were compared with those of other parameters.
   written_moved_ |= count_ != searched_count_ || !foreign_.empty();
-  searched_ = !written_moved_ && !reads_moved_;
-  if (searched_) return;
+  if (!written_moved_ && !reads_moved_) return true;
 
   // Owners are the segments, then what is foreign, then the groups. Parts are the streams, then the carried scalars.
   constexpr int kFirstCarried = kMaxStreams;
@@ -776,10 +796,9 @@ void StepPlan::set_aside_overlapping() {
     }
   }
   if (overlapping_.empty()) {
-    searched_ = foreign_.empty();
     searched_count_ = count_;
     written_moved_ = reads_moved_ = false;
-    return;
+    return foreign_.empty();
   }
 
   std::vector<bool> aside(first_group + groups_.size(), false);
@@ -793,6 +812,7 @@ void StepPlan::set_aside_overlapping() {
     }
   }
   count_ = kept;
+  return false;
 }
 
 // The bytes over which a stream of a segment extends.
@@ -805,7 +825,6 @@ int64_t StepPlan::bytes_of(size_t i, int stream) const {
 
 void StepPlan::set_aside_all(const char* reason) {
   for (size_t i = 0; i < count_; ++i) foreign_.push_back({examined_[i].located, reason});
-  searched_ = searched_ && count_ == 0;
   count_ = 0;
 }
 
@@ -832,7 +851,6 @@ void StepPlan::set_aside_missing() {
       missing_is_hosts_ |= !(examined_[i].on_gpu && counts_on_gpu);
     }
   }
-  searched_ = searched_ && kept == count_;
   count_ = kept;
 }
 
@@ -913,7 +931,7 @@ Launches& StepPlan::launches_for(const Examined& examined) {
   return launches_.emplace_back(device, examined.arithmetic);
 }
 
-// What the kernel is to know of a tensor's scalars. Returns the number of words.
+// The slot says what the kernel must know of a tensor's scalars. Returns the number of words.
 size_t StepPlan::fill_slot(const Examined& examined, uint64_t* words) const {
   if (!examined.has_recipe) {
     const size_t bytes = rule_.scalar_bytes[static_cast<int>(examined.arithmetic)];
@@ -968,7 +986,7 @@ void StepPlan::run_on_gpus(const Scaler& scaler) {
   for (size_t i = 0; i < count_; ++i) {
     if (examined_[i].on_gpu) record(examined_[i]);
   }
-  // What is left is the CPU's; mostly it is nothing, or all.
+  // The rest is the CPU's; mostly it is nothing, or all.
   size_t kept = 0;
   for (size_t i = 0; i < count_; ++i) {
     if (!examined_[i].on_gpu) keep(i, kept++);
@@ -1004,7 +1022,7 @@ void StepPlan::run_on_cpu(bool holds_gil) {
   in_parallel(step.work.units, kGrainUnits, cpu::run, &step.work);
 }
 
-// What a step leaves beside the data.
+// A step leaves more than data: versions, and carried scalars on the host.
 void StepPlan::record(const Examined& examined) const {
   // As torch's in-place operations do: a backward through a graph that saved the old value must raise.
   const auto bump = [](c10::TensorImpl* tensor) {
@@ -1059,9 +1077,7 @@ int StepPlan::form_of(const Foreign& foreign) const {
 bool StepPlan::is_fusable(const Located& located) const {
   const Format& format = format_of(located.param());
   if (!format.is_native || format.is_complex) return false;
-  const at::Tensor param = local_of(located.parameter);
-  const auto gradient = py::reinterpret_steal<py::object>(THPVariable_Wrap(located.param()->grad()));
-  const at::Tensor grad = local_of(gradient.ptr());
+  const at::Tensor param = local_of(THPVariable_Unpack(located.parameter)), grad = local_of(held(located.grad));
   const auto has_its_shape = [&](const at::Tensor& tensor) {
     return same_shape(tensor.unsafeGetTensorImpl(), param.unsafeGetTensorImpl());
   };
@@ -1069,7 +1085,7 @@ bool StepPlan::is_fusable(const Located& located) const {
   for (int k = 0; k < wanted_states(group_of(located)); ++k) {
     if (located.values[k] == nullptr || located.values[k] == Py_None) continue;  // torch creates it
     if (!is_tensor(located.values[k])) return false;
-    const at::Tensor state = local_of(located.values[k]);
+    const at::Tensor state = local_of(THPVariable_Unpack(located.values[k]));
     if (!lies_simply(state)) return false;
     const bool fits = k < rule_.carried ? state.dtype() == at::kFloat && state.numel() == 1 : has_its_shape(state);
     if (!fits) return false;
@@ -1087,8 +1103,10 @@ py::object StepPlan::todo(bool host_decides) const {
     for (PyObject* value : located.values) {
       if (value != nullptr) objects.push_back(py::reinterpret_borrow<py::object>(value));
     }
-    grads.push_back(located.param()->grad());
+    grads.push_back(held(located.grad));
   }
+  std::vector<int> forms;
+  for (size_t i = 0; i < foreign_.size(); ++i) forms.push_back(form_of(foreign_[i]));
   py::list foreign(foreign_.size());
   const char* reason = nullptr;
   py::str words;
@@ -1096,7 +1114,7 @@ py::object StepPlan::todo(bool host_decides) const {
     const Located& located = located_[foreign_[i].located];
     if (foreign_[i].reason != reason) words = py::str(reason = foreign_[i].reason);
     PyList_SET_ITEM(foreign.ptr(), static_cast<Py_ssize_t>(i),
-                    py::make_tuple(located.group, located.index, words, form_of(foreign_[i])).release().ptr());
+                    py::make_tuple(located.group, located.index, words, forms[i]).release().ptr());
   }
   return py::make_tuple(missing_, foreign, host_decides, count_ == 0 && missing_.empty());
 }

@@ -61,13 +61,11 @@ class StepPlan {
     bool maximize, fused, capturable;
     const char* foreign;  // why torch is to step the whole group; null if it is not
     double hyperparameters[kMaxHyperparameters];
-    // The k-th is read from a tensor if that has any bytes. An address outlives a step, as those of streams do.
-    bool reads_memory;
-    uint8_t bytes[kMaxHyperparameters];
-    const void* addresses[kMaxHyperparameters];
-    // Those that are tensors on a GPU: bit k of a mask says that the k-th is one of that dtype.
-    std::optional<c10::Device> gpu;
-    uint16_t fp32_address, fp64_address;
+    bool reads_memory;                           // some hyperparameter is a tensor
+    uint8_t bytes[kMaxHyperparameters];          // of the k-th, if that is a tensor; else 0
+    const void* addresses[kMaxHyperparameters];  // which outlive a step, as those of streams do
+    std::optional<c10::Device> gpu;              // of hyperparameters that the kernel reads
+    uint16_t fp32_address, fp64_address;         // bit k: the kernel reads the k-th in that dtype
   };
 
   // A parameter that has a gradient, and what was found of its state; all borrowed, null where absent.
@@ -87,8 +85,8 @@ class StepPlan {
   enum class Fault : uint8_t { none, no_tensor, device, shape, dtype, expanded, memory };
   static constexpr int kGradient = -1, kParameter = -2;  // in the place of a state
 
-  // What a located parameter's tensors turned out to be. Addresses outlive a step: the next one compares its own with
-  // those that it finds at the same place.
+  // An Examined says what a located parameter's tensors turned out to be. Addresses outlive a step: the next one
+  // compares its own with those that it finds at the same place.
   struct Examined {
     const char* reason;  // of what is foreign
     // of what is ready
@@ -118,7 +116,8 @@ class StepPlan {
     }
   };
 
-  // What the rule made of a group's hyperparameters and of carried scalars, for all parameters that have the same.
+  // A Prepared holds the scalars that the rule made of a group's hyperparameters and of carried scalars, for all
+  // parameters that have the same.
   struct Prepared {
     Scalars scalars;
     Carried carried[kMaxCarried];  // after this step
@@ -130,7 +129,7 @@ class StepPlan {
     const char* reason;
   };
 
-  // Functions that return a bool return false for containers that Python must read.
+  // The functions that read return false for what Python must read.
   bool read_groups(PyObject* param_groups);
   bool read_group(PyObject* dict, Group& group);
   bool read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count);
@@ -148,7 +147,7 @@ class StepPlan {
   std::string describe_fault(const Examined& examined) const;
   [[noreturn]] void refuse(const Examined& examined) const;
   [[noreturn]] void refuse_scalars(const Examined& examined) const;
-  void set_aside_overlapping();
+  bool set_aside_overlapping();
   void set_aside_all(const char* reason);
   void set_aside_missing();
   void keep(size_t from, size_t to);  // among the examined and their segments
@@ -195,7 +194,7 @@ class StepPlan {
 
   WrittenMemory memory_;
   std::vector<size_t> overlapping_;
-  // Nothing overlaps, as long as the addresses in segments_ and groups_ do not move. False in the middle of a step, so
+  // Nothing overlaps, as long as the addresses in segments_ and groups_ do not move. False until a step is planned, so
   // that one which ends early leaves nothing behind that could be wrong.
   bool searched_ = false;
   size_t searched_count_ = 0;

@@ -58,7 +58,7 @@ Layout layout_of(const int64_t* words, int streams) {
   return layout;
 }
 
-// What one launch updates.
+// The tensors that one launch updates.
 class Launch {
  public:
   Launch(const RuleEntry& rule, const uint8_t* dtypes, const int64_t* table, const int64_t* arguments)

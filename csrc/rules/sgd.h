@@ -28,7 +28,9 @@ struct Sgd {
     Flag<T> has_l2, nesterov;
     Flag<T> first;  // the buffer starts as the gradient itself, undampened
 
-    bool finite() const { return all_finite(neg_lr, momentum, one_minus_dampening, l2); }
+    bool finite() const {
+      return all_finite(neg_lr, momentum, l2) && (momentum == 0 || all_finite(one_minus_dampening));
+    }
   };
 
   template <typename T, typename Power>

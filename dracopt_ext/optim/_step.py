@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -132,8 +133,8 @@ class Engine:
         self.plans: dict[tuple[str, str | None], StepPlan] = {}
         self.plans_ran: list[tuple[str, StepPlan]] = []  # in the last step, with their backends
         self.others_ran: dict[str, set[str]] = {}  # by device type, what ran beside the plans in the last step
-        # The process in which a step is running. A child that is forked meanwhile only inherits the number.
-        self.running_in: int | None = None
+        # The step that is running, by process: a child that is forked meanwhile inherits only its parent's.
+        self.running: dict[int, Step] = {}
 
 
 STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -181,18 +182,17 @@ class Step:
     def run(self) -> None:
         """Update every parameter that has a gradient."""
         engine, process = self.engine, os.getpid()
-        if engine.running_in == process:
+        if engine.running.setdefault(process, self) is not self:
             raise RuntimeError(
                 "step() of this optimizer is already running, in another thread or in code that this step has called; "
                 "give each thread an optimizer of its own"
             )
-        engine.running_in = process
-        engine.plans_ran = []
-        engine.others_ran = {}
         try:
+            engine.plans_ran = []
+            engine.others_ran = {}
             self._run()
         finally:
-            engine.running_in = None
+            del engine.running[process]
 
     def _run(self) -> None:
         method = self.kind.overridden(self.optimizer)
@@ -220,7 +220,8 @@ class Step:
             f"{name} overrides {method}, which only torch's own step calls: it is stepped by torch's own "
             "implementation, which is slower"
         )
-        self._make_plain()  # raises for iterators, which this would exhaust
+        # It raises for iterators, which this would exhaust. Numbers may be anything that the method takes.
+        self.groups = plain_groups(self.optimizer.param_groups, self.optimizer.defaults)
         with torch._C.DisableTorchFunctionSubclass():
             params = [p for group in self.groups for p in group["params"] if p.grad is not None]
             devices = set(map(attrgetter("device"), params))
@@ -323,7 +324,7 @@ class Step:
             self.are_plain = True
 
     def _indices(self) -> list[Index]:
-        """Of all groups and the parameters in them."""
+        """The indices of all groups and the parameters in them."""
         self._make_plain()
         return [(g, i) for g, group in enumerate(self.groups) for i in range(len(group["params"]))]
 
@@ -380,7 +381,7 @@ class Step:
                     carried = [entries[name] for name in reference.CARRIED if name in entries]
                     moments = [entries[name] for name in reference.MOMENTS if name in entries]
                     new = self.kind.lacks_state(entries, group)
-                    form = form_of(p, carried, moments, new=new, may_fuse=fused, grad_scale=grad_scale)
+                    form = form_of(p, p.grad, carried, moments, new=new, may_fuse=fused, grad_scale=grad_scale)
                     others.append((g, i, "", form))
         return others
 
@@ -508,9 +509,11 @@ class Step:
                         raise ValueError(f"{where} is {number}; it must be {must}")
             for p in group["params"]:
                 state = self._check_tensors_for_reference(p, group)
-                carried = {name: float(state[name]) for name in reference.CARRIED if name in state}
+                carried = {name: state[name] for name in reference.CARRIED if name in state}
                 in_fp64 = reference.in_fp64(p, p.grad, state)
-                reference.check_finite(self.kind.rule, numbers, carried, in_fp64, index, self._describe(*self._find(p)))
+                in_fp64 |= not state and self.engine.state_dtype == torch.float64
+                describe_parameter = partial(self._describe_parameter, p)
+                reference.check_finite(self.kind.rule, numbers, carried, in_fp64, index, describe_parameter)
 
     def _check_tensors_for_reference(self, p: Tensor, group: Group) -> Any:
         """Returns the parameter's state, which is empty if it has yet to be created."""
@@ -574,6 +577,9 @@ class Step:
 
     def _describe(self, group_index: int, index: int) -> str:
         return describe(self.groups, group_index, index)
+
+    def _describe_parameter(self, p: Tensor) -> str:
+        return self._describe(*self._find(p))
 
 
 def describe(groups: Any, group_index: int, index: int) -> str:

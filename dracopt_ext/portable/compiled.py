@@ -25,11 +25,13 @@ class Library(NamedTuple):
     prepare: Any
 
     def scalars(self, rule: str, is_fp64: bool, recipe: tuple[int, ...], flags: int) -> tuple[int, ...]:
-        """The recipe with what it leads to in its place, if it holds all numbers itself, for a row with these flags."""
+        """The recipe with what it leads to in its place, if it holds all numbers itself, for a row with these flags.
+
+        It stays as it is if what it leads to is infinite.
+        """
         given, found = array("q", recipe), array("q", bytes(_SCALAR_BYTES))
         count = self.prepare(rule.encode(), is_fp64, given.buffer_info()[0], flags, found.buffer_info()[0])
-        assert count > 0, f"no compiled rule is named {rule}"
-        return (1 << words.PREPARED, *found[:count])
+        return (1 << words.PREPARED, *found[:count]) if count > 0 else recipe
 
 
 def load(folder: Path) -> Library:

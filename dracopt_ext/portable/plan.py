@@ -96,7 +96,7 @@ class Group:
                     self._append(key, number, is_decay_rate=True)
         words = number_bits(*self.numbers)
         self.recipe = self._flags, *(self._addresses.get(k, word) for k, word in enumerate(words))
-        self.is_modest = are_modest(self.numbers)
+        self.is_modest = are_modest(self.hyperparameters(rule).values())
         self.states = rule.states(self.numbers)
         self.facts = (
             *(index, self.states, self.maximize, self.fused, self.capturable, self.foreign, self.device),
@@ -112,9 +112,11 @@ class Group:
         return f"param_groups[{self.index}][{key!r}]"
 
     def _append(self, key: str, number: Any, is_decay_rate: bool) -> None:
-        value = self._number_in(key, number) if isinstance(number, Tensor) else number
-        if value is None:
-            return
+        value = number
+        if isinstance(number, Tensor):
+            value = self._number_in(key, number)
+            if value is None:
+                return
         if not isinstance(value, (float, int)):
             raise NotPlainError
         try:
@@ -244,7 +246,7 @@ def _check_tensor(tensor: Tensor, param: Tensor, name: str, advice: str) -> None
 
 
 def _check_scalar(tensor: Tensor, param: Tensor, name: str, advice: str) -> None:
-    """The same for a scalar that the state carries."""
+    """Raise for what cannot be a scalar that the state of a parameter carries."""
     if tensor.device.type != "cpu" and tensor.device != param.device:
         raise ValueError(f"{name} is on another device, {tensor.device}. {advice}")
     if tensor.numel() != 1:
@@ -561,7 +563,10 @@ class StepPlan:
         may_fuse = located.group.fused and reason is not SHARES_MEMORY
         with torch._C.DisableTorchFunctionSubclass():
             form = form_of(
-                located.param, located.carried, located.states, new=new, may_fuse=may_fuse, grad_scale=grad_scale
+                *(located.param, located.grad, located.carried, located.states),
+                new=new,
+                may_fuse=may_fuse,
+                grad_scale=grad_scale,
             )
         return (*located.where, reason, form)
 
@@ -692,10 +697,10 @@ class StepPlan:
         for p, of_p in zip(ready, numbers, strict=True):
             if p.group.device is not None or None in of_p or (p.group.is_modest and are_modest(of_p[1:], 1.0)):
                 continue
+            values = p.group.hyperparameters(self._rule)
             in_fp64 = any(_real(t) == torch.float64 for t in (p.param, p.grad, *p.states))
-            carried = {key: number for key, number in zip(keys, of_p, strict=True) if number is not None}
-            found = p.group.hyperparameters(self._rule)
-            check_finite(self._rule.name, found, carried, in_fp64, p.group.index, p.describe())
+            carried = dict(zip(keys, p.carried, strict=True))
+            check_finite(self._rule.name, values, carried, in_fp64, p.group.index, p.describe)
 
     def _factors(self, ready: list[Located], numbers: list[Numbers]) -> list[tuple[float, ...]]:
         """What the host multiplies carried scalars after the step count by; nothing for those of a GPU."""
