@@ -454,6 +454,24 @@ def test_what_is_no_number_is_named(value: Any, error: type[Exception], message:
     assert (backend or "native") in optimizer.last_backend["cpu"]
 
 
+def test_a_class_that_torch_steps_may_have_any_numbers() -> None:
+    """Its own method makes numbers of them."""
+
+    class Scheduled(dracopt_ext.SGD):
+        def _init_group(self, group: Any, *lists: Any) -> Any:
+            if callable(group["lr"]):
+                group["lr"] = group["lr"]()
+            return super()._init_group(group, *lists)  # type: ignore[misc]
+
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = Scheduled([p], lr=0.5)
+    optimizer.param_groups[0]["lr"] = lambda: 0.25
+    with pytest.warns(RuntimeWarning, match="overrides _init_group"):
+        optimizer.step()
+    assert (p == 0.75).all()
+
+
 # Memory that runs out
 
 
