@@ -386,7 +386,7 @@ def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = []
 
     def run_and_step(*arguments: Any) -> Any:
-        with pytest.raises(RuntimeError, match="already running in another thread") as caught:
+        with pytest.raises(RuntimeError, match="already running, in another thread") as caught:
             optimizer.step()
         refused.append(caught)
         return run(*arguments)

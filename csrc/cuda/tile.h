@@ -89,15 +89,14 @@ DRACOPT_HD void write(Vector* to, const Vector& x) {
 #endif
 }
 
-// Half of a vector is read and written like a whole one.
+// Half of a vector is read and written like a whole one, at an address that is aligned for the half alone.
 DRACOPT_HD void read_half(Vector& to, const Vector* from) {
 #if defined(__CUDA_ARCH__)
   asm("ld.global" DRACOPT_LOAD ".v2.u32 {%0, %1}, [%2];"
       : "=r"(to.words[0]), "=r"(to.words[1])
       : "l"(__cvta_generic_to_global(from)));
 #else
-  to.words[0] = from->words[0];
-  to.words[1] = from->words[1];
+  __builtin_memcpy(to.words, static_cast<const void*>(from), kVectorBytes / 2);
 #endif
 }
 
@@ -108,8 +107,7 @@ DRACOPT_HD void write_half(Vector* to, const Vector& x) {
                : "l"(__cvta_generic_to_global(to)), "r"(x.words[0]), "r"(x.words[1])
                : "memory");
 #else
-  to->words[0] = x.words[0];
-  to->words[1] = x.words[1];
+  __builtin_memcpy(static_cast<void*>(to), x.words, kVectorBytes / 2);
 #endif
 }
 
