@@ -31,7 +31,7 @@ $(INTEGRATIONS)/ready: tests/integrations/requirements.txt
 	$(INTEGRATIONS)/bin/python -m pip install -q -r $<
 	@touch $@
 
-# About 140 faults, built into a copy one after the other: each must fail the test that is named for it.
+# About 150 faults, built into a copy one after the other: each must fail the test that is named for it.
 mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants
 

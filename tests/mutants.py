@@ -277,13 +277,6 @@ MUTANTS = [
         "test_hostile_programs::test_edits_while_a_group_is_read",
     ),
     Mutant(
-        "a shard's parameter not held",
-        PLAN,
-        "    objects.push_back(py::reinterpret_borrow<py::object>(located.parameter));",
-        "",
-        "test_hostile_programs::test_edits_while_a_shard_is_looked_at",
-    ),
-    Mutant(
         "a learned learning rate is an old one",
         PLAN,
         "read(place_of(group), group.addresses[k], group.bytes[k]);",
