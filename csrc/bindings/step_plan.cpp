@@ -91,7 +91,8 @@ void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
   body(readable_data(tensor, bytes), extent_of(tensor) * bytes);
 }
 
-at::Tensor held(c10::TensorImpl* tensor) {
+// A tensor that holds what was borrowed.
+at::Tensor hold(c10::TensorImpl* tensor) {
   return at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(tensor));
 }
 
@@ -1077,7 +1078,7 @@ int StepPlan::form_of(const Foreign& foreign) const {
 bool StepPlan::is_fusable(const Located& located) const {
   const Format& format = format_of(located.param());
   if (!format.is_native || format.is_complex) return false;
-  const at::Tensor param = local_of(THPVariable_Unpack(located.parameter)), grad = local_of(held(located.grad));
+  const at::Tensor param = local_of(THPVariable_Unpack(located.parameter)), grad = local_of(hold(located.grad));
   const auto has_its_shape = [&](const at::Tensor& tensor) {
     return same_shape(tensor.unsafeGetTensorImpl(), param.unsafeGetTensorImpl());
   };
@@ -1103,7 +1104,7 @@ py::object StepPlan::todo(bool host_decides) const {
     for (PyObject* value : located.values) {
       if (value != nullptr) objects.push_back(py::reinterpret_borrow<py::object>(value));
     }
-    grads.push_back(held(located.grad));
+    grads.push_back(hold(located.grad));
   }
   std::vector<int> forms;
   for (size_t i = 0; i < foreign_.size(); ++i) forms.push_back(form_of(foreign_[i]));

@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 
 from ..containers import NotPlainError, is_plain_flag, is_plain_state
 from ..foreign import SHARES_MEMORY, UNDER_MODE, Foreign, form_of, is_under_mode
-from ..reference import DECAY_RATES, FLAGS, are_modest, check_finite
+from ..reference import DECAY_RATES, FLAGS, are_modest, check_finite, in_fp64
 from .layouts import extent_of, is_expanded, make_layout, may_overlap_itself
 from .rules import RULES, Rule
 from .words import DTYPES, FIRST, FP32_ADDRESS, FP64_ADDRESS, MAX_CARRIED, MAX_STATES, Launch, number_bits
@@ -698,9 +698,9 @@ class StepPlan:
             if p.group.device is not None or None in of_p or (p.group.is_modest and are_modest(of_p[1:], 1.0)):
                 continue
             values = p.group.hyperparameters(self._rule)
-            in_fp64 = any(_real(t) == torch.float64 for t in (p.param, p.grad, *p.states))
+            double = in_fp64(p.param, p.grad, dict(zip(self._rule.state_keys, p.states, strict=False)))
             carried = dict(zip(keys, p.carried, strict=True))
-            check_finite(self._rule.name, values, carried, in_fp64, p.group.index, p.describe)
+            check_finite(self._rule.name, values, carried, double, p.group.index, p.describe)
 
     def _factors(self, ready: list[Located], numbers: list[Numbers]) -> list[tuple[float, ...]]:
         """What the host multiplies carried scalars after the step count by; nothing for those of a GPU."""
