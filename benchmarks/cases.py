@@ -1,4 +1,4 @@
-"""What is measured: the tensors, the optimizer and the bytes that no implementation can avoid to move."""
+"""Defines what is measured: the tensors, the optimizer and the bytes that every implementation must move."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Storage:
     grad: str = "float32"
     state: str = "float32"
     layout: str = "contiguous"
-    """Or ``channels_last``, for the parameters and gradients of four dimensions; or ``transposed gradient``."""
+    """``contiguous``, ``channels_last`` (for tensors of four dimensions) or ``transposed gradient``."""
 
 
 PLAIN = Storage()
@@ -31,20 +31,20 @@ class Case:
 
     name: str
     optimizer: str
-    """The class's name, the same in torch.optim and in dracopt_ext."""
+    """The name of the class, in torch.optim and in dracopt_ext."""
     options: Mapping[str, Any]
     bytes_per_parameter: int
-    """Read the parameter, its gradient and states once; write the parameter and states once."""
+    """Bytes to read the parameter, its gradient and states once, and to write the parameter and states once."""
     shapes: Sequence[Shape]
     groups: int = 1
-    """Parameter groups of as many tensors each, with learning rates of their own."""
+    """How many parameter groups there are, each with as many tensors and a learning rate of its own."""
     storage: Storage = PLAIN
     zero_gradients: bool = False
-    """The gradients are zeros, else random. A processor's roots and quotients of zeros may take a slower path."""
+    """Makes all gradients zeros, not random. A processor's roots and quotients of zeros may take a slower path."""
     baseline: str | None = "torch fused"
-    """The peer that the others are compared with; None if no other does this work."""
+    """The peer that the others are compared with; None if no other peer does this work."""
     peers: Sequence[str] | None = None
-    """Who takes part; None if all of the suite do."""
+    """The peers that take part; None if all of the suite do."""
 
     @property
     def parameters(self) -> int:
@@ -56,16 +56,16 @@ class Case:
 
     @property
     def large(self) -> bool:
-        """Whether a step takes so long that fewer rounds have to do."""
+        """Says whether a step takes so long that fewer rounds must suffice."""
         return self.parameters > 10_000_000
 
     @property
     def plain(self) -> Case:
-        """The same in contiguous fp32 tensors."""
+        """This case in contiguous fp32 tensors."""
         return replace(self, storage=PLAIN, bytes_per_parameter=FP32_BYTES[self.optimizer])
 
     def shrunk(self) -> Case:
-        """The same case in a size that only shows that it runs."""
+        """Shrinks the case to a size that only shows that it runs."""
         shapes = [tuple(min(size, 32) for size in shape) for shape in self.shapes[:4]]
         return replace(self, shapes=shapes, groups=min(self.groups, len(shapes)))
 
@@ -77,12 +77,12 @@ class Suite:
     cases: Sequence[Case]
     peers: Sequence[str]
     interleaved: bool
-    """Step the peers in turn, so that each finds the caches filled by the others. Else each is measured on its own."""
+    """Steps the peers in turn, so that each finds caches that the others filled. Otherwise measures each alone."""
     device: str = "cpu"
-    """The type of the device that the tensors are on; its results have a CSV file and a plot of their own."""
+    """The type of the device that holds the tensors. Each type has a CSV file and a plot of its own."""
 
 
-FP32_BYTES = {"AdamW": 28, "NAdam": 28, "SGD": 20}  # the latter with momentum
+FP32_BYTES = {"AdamW": 28, "NAdam": 28, "SGD": 20}  # SGD with momentum
 
 
 def adamw(name: str, shapes: Sequence[Shape], options: Mapping[str, Any] | None = None, **more: Any) -> Case:
@@ -127,9 +127,9 @@ RESNET50 = _resnet50()
 SQUARE: list[Shape] = [(8192, 8192)]
 
 ONE_LARGE = adamw("AdamW, 1 tensor of 64M", [(64 * 2**20,)])
-"""As close to the memory's speed as a step gets: what the bandwidth of the cases after it is compared with."""
+"""The case whose step comes closest to the memory's speed. Later cases are compared with its bandwidth."""
 
-# The shapes of a detector: many small tensors, some large, in groups by the depth of the layer.
+# The shapes of a detector: many small tensors and some large ones, in groups by the depth of the layer.
 DETECTOR: list[Shape] = [
     *[(256, 256, 3, 3), (256,), (256,)] * 30,
     *[(384, 384), (384,), (384,), (1536, 384), (1536,)] * 12,
@@ -139,7 +139,7 @@ DETECTOR: list[Shape] = [
 BILLION: list[Shape] = [(4096, 813)] * 300
 
 CAPTURABLE, FUSED = {"capturable": True}, {"fused": True}
-"""Options by which the step counts lie on the GPU."""
+"""Options that put the step counts on the GPU."""
 COUNTING = ["dracopt", "dracopt triton", "torch fused"]
 """Peers that take these options."""
 
@@ -173,7 +173,7 @@ SUITES = {
                 nesterov=False,
                 storage=BF16,
                 bytes_per_parameter=10,
-                baseline="torch foreach",  # torch's fused one leaves whole vectors out
+                baseline="torch foreach",  # torch's fused kernel leaves whole vectors out
                 peers=["dracopt", "dracopt plain", "torch foreach"],
             ),
             Case(
@@ -182,7 +182,7 @@ SUITES = {
                 {"lr": 1e-3},
                 FP32_BYTES["NAdam"],
                 [(256,)] * 1000,
-                baseline="torch foreach",  # there is no fused one
+                baseline="torch foreach",  # torch has no fused NAdam
                 peers=["dracopt", "torch foreach"],
             ),
             adamw("AdamW, ResNet-50 in channels_last", RESNET50, storage=Storage(layout="channels_last")),
@@ -191,7 +191,7 @@ SUITES = {
                 SQUARE,
                 storage=Storage(layout="transposed gradient"),
                 peers=["dracopt", "dracopt plain", "torch foreach"],
-                baseline="torch foreach",  # torch's fused one applies the wrong elements
+                baseline="torch foreach",  # torch's fused kernel applies the wrong elements
             ),
         ],
         peers=["dracopt", "dracopt plain", "torch fused"],
@@ -249,7 +249,7 @@ SUITES = {
                 {"lr": 1e-3},
                 FP32_BYTES["NAdam"],
                 RESNET50,
-                baseline="torch foreach",  # there is no fused one
+                baseline="torch foreach",  # torch has no fused NAdam
                 peers=["dracopt", "dracopt triton", "torch foreach"],
             ),
         ],

@@ -1,4 +1,4 @@
-"""The data and the model that the digits runs share: scikit-learn's handwritten digits and a residual MLP."""
+"""The data and the model that both scripts on digits share: scikit-learn's handwritten digits and a residual MLP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Data(NamedTuple):
     labels: Tensor
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Data]:
-        """One epoch, in an order drawn from the generator."""
+        """Yields the batches of one epoch, in an order drawn from the generator."""
         order = torch.randperm(len(self.labels), generator=generator)
         for start in range(0, len(order), size):
             index = order[start : start + size]
@@ -29,7 +29,7 @@ class Data(NamedTuple):
 
 
 def load() -> tuple[Data, Data]:
-    """The 1437 images to train on and the 360 to test on: the same ones in every run."""
+    """Returns the 1437 images to train on and the 360 to test on, which are the same in every run."""
     pixels, digits = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digits)
     train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=digits, random_state=0)
@@ -37,7 +37,7 @@ def load() -> tuple[Data, Data]:
 
 
 class Block(nn.Module):
-    """A residual block: its input plus two linear layers of it."""
+    """A residual block: adds the result of two linear layers to its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class Block(nn.Module):
 
 
 def residual_mlp(width: int, depth: int) -> nn.Module:
-    """``depth`` residual blocks of six parameter tensors each, between a linear layer in and one out."""
+    """Makes ``depth`` residual blocks of six parameter tensors each, between two linear layers."""
     blocks = [Block(width) for _ in range(depth)]
     return nn.Sequential(nn.Linear(PIXELS, width), *blocks, nn.LayerNorm(width), nn.Linear(width, CLASSES))
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    """The share of the images that the model names rightly."""
+    """Returns the share of the images that the model names correctly."""
     return float((model(data.images).argmax(1) == data.labels).float().mean())

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Answers on one GPU what only a GPU can. Each part has a limit and writes what it finds at once; the table comes last.
+# Tests and measures on one GPU. Each part has a time limit and writes its results at once; the table comes last.
 #
-#   OUT=results benchmarks/gpu.sh smoke   3 minutes: is it right, and which shape of the kernel is the fastest?
+#   OUT=results benchmarks/gpu.sh smoke   3 minutes: are the kernels right, and which shape of the kernel is the fastest?
 #   OUT=results benchmarks/gpu.sh full    5 minutes: all tests, all benchmarks, the profiler, the sanitizer
 #
-# Needs Python with torch (built for CUDA), triton, pytest, hypothesis; takes pytest-xdist, matplotlib, ncu and
-# compute-sanitizer where they are. Installs nothing. Uses the build that lies in the tree, else builds for this card.
-# LIMIT=600 gives every part as many seconds, for slow machines.
+# The script needs Python with torch (built for CUDA), triton, pytest and hypothesis. It uses pytest-xdist, matplotlib,
+# ncu and compute-sanitizer if they are there. It installs nothing. It uses the build in the tree if there is one, and
+# otherwise builds for this card. LIMIT=600 gives every part 600 seconds, for slow machines.
 # Exit status: 1 if a part failed, 2 if one could not run, and summary.txt says why.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} WORKERS=${WORKERS:-14}
-PROGRAMS=${PROGRAMS:-build/kernels}  # where benchmarks/kernels/build.py leaves them
+PROGRAMS=${PROGRAMS:-build/kernels}  # benchmarks/kernels/build.py puts them there
 status=0
 
 usage() {
@@ -19,7 +19,7 @@ usage() {
   exit 2
 }
 
-# part NAME SECONDS LOG COMMAND...: what ends with 2 could not run, and its last line says why.
+# part NAME SECONDS LOG COMMAND...: a command that exits with 2 could not run, and its last line says why.
 part() {
   local name=$1 seconds=${LIMIT:-$2} log=$OUT/$3 begin=$SECONDS verdict code=0
   shift 3
@@ -36,7 +36,7 @@ part() {
   printf '%-12s %s, %s s\n' "$name" "$verdict" $((SECONDS - begin)) >>"$OUT/summary.txt"
 }
 
-# A build in the tree is taken as it is, even without a GPU: then the parts say one by one that they need one.
+# A build in the tree is used as it is, even without a GPU. Each part then says that it needs a GPU.
 build() {
   local capability
   if "$PYTHON" -c 'import sys; from dracopt_ext import _C; sys.exit(not _C.cuda_architectures())' 2>/dev/null; then
@@ -77,14 +77,15 @@ if reason is not None:
 END
 }
 
-# One process would let a single wrong access fail all later tests. Many that each used all cores would wait for each other.
+# In one process a single wrong access would fail all later tests. Several processes that each use all cores would wait
+# for each other.
 tests() {
   local workers=() code=0
   available || return
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$WORKERS"); fi
   OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors --tb=short --maxfail=60 \
     -o faulthandler_timeout=60 "${workers[@]}" --durations=10 -m gpu "$@" || code=$?
-  [ $code != 2 ] || code=1  # pytest says so of a run that it ended early, not of one that could not begin
+  [ $code != 2 ] || code=1  # pytest's 2 is a run that ended early, not one that could not begin
   return $code
 }
 

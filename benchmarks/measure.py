@@ -1,4 +1,4 @@
-"""The clock around ``step()``."""
+"""Times ``step()``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 
 from .cases import Case, Suite
-from .peers import PEERS, SLOW, make_events, make_groups, require_equal_work, require_ours, runs
+from .events import make_events
+from .peers import PEERS, SLOW, make_groups, require_equal_work, require_ours, runs
 
 WARM_UP = 5
 CYCLES_PER_SECOND = 2e9
-"""At most, of a GPU."""
+"""The fastest clock that a GPU may have."""
 
 HOST, DEVICE, END_TO_END, FIRST = "host", "device", "end to end", "first step"
-"""Until step() returns; between two events on the GPU's stream; until the GPU has done its work; the same of the first
-step, which creates the states and, with Triton, compiles."""
+"""HOST runs until step() returns, DEVICE between two events on the GPU's stream, END_TO_END until the GPU has done its
+work. FIRST is END_TO_END of the first step, which creates the states and, with Triton, compiles."""
 Times = dict[str, float]
 QUEUE = 900
-"""Launches that certainly wait for a GPU together. With more of them the host waits, and the GPU then for the host."""
+"""Launches that a GPU certainly queues. With more of them the host waits for the GPU, and then the GPU for the host."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Result:
     peer: str
     clock: str
     launches: int | None
-    """Kernels on a GPU in one step, as its profiler counts them."""
+    """Kernels on a GPU in one step, as the profiler counts them."""
     rounds: int
     median: float
     p10: float
     p90: float
     others: float | None
-    """The share of the processors that other processes took meanwhile; None where the system does not tell."""
+    """The share of the processors that other processes took meanwhile; None if the system does not tell."""
 
     @classmethod
     def of(
@@ -66,14 +67,14 @@ class Result:
 
     @property
     def gb_per_s(self) -> float:
-        """Of the bytes that have to move, however many did."""
+        """The bandwidth for the bytes that must move, however many did."""
         return self.floor_bytes / self.median / 1e6
 
 
 def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: set[str]) -> list[Result]:
-    """Time all peers of a suite in one case."""
+    """Times all peers of a suite in one case."""
     if suite.device != "cpu":
-        torch.cuda.empty_cache()  # which the case before left in pieces
+        torch.cuda.empty_cache()  # the case before left the memory in pieces
     peers = suite.peers if case.peers is None else case.peers
     names = [name for name in peers if (name not in left_out or name == case.baseline) and runs(name, case)]
     stepped = {name: Stepped(name, case, suite.device) for name in names}
@@ -112,7 +113,7 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
 
 
 class Stepped:
-    """One optimizer, whose gradients are the same in each step."""
+    """Steps one optimizer, with the same gradients in each step."""
 
     def __init__(self, peer: str, case: Case, device: str) -> None:
         if peer == "dracopt plain":
@@ -122,12 +123,12 @@ class Stepped:
         self.on_gpu = device != "cpu"
         self._gradients: list[torch.Tensor] = []
         if peer == "torch foreach" and case.options.get("nesterov"):
-            # That one adds the momentum to the gradients themselves.
+            # torch's foreach SGD adds the momentum to the gradients themselves.
             self._gradients = [p.grad for group in groups for p in group["params"]]
         self._originals = [gradient.clone() for gradient in self._gradients]
 
     def step(self) -> Times:
-        """The seconds that it took, by clock."""
+        """Takes a step and returns the seconds that it took, by clock."""
         times = self._step_on_gpu() if self.on_gpu else self._step_on_cpu()
         self._restore()
         return times
@@ -148,7 +149,7 @@ class Stepped:
         returned = time.perf_counter()
         torch.cuda.synchronize()
         end = time.perf_counter()
-        # Once more, for the GPU's own time: it sleeps until the step is launched, so that it never waits for the host.
+        # A second step takes the GPU's own time. The GPU sleeps until the launch, and so never waits for the host.
         self._restore()
         first, last = make_events()
         sleep: Callable[[int], None] = torch.cuda._sleep
@@ -162,7 +163,7 @@ class Stepped:
     def count_launches(self) -> int | None:
         if not self.on_gpu:
             return None
-        steps = 3  # at the edges of its window the profiler may lose events
+        steps = 3  # the profiler may lose events at the edges of its window
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(steps):
@@ -173,13 +174,13 @@ class Stepped:
 
 
 def on_gpu(profile: Any) -> list[str]:
-    """The names of the kernels and copies that ran. torch marks there what the host calls its step, too."""
+    """Returns the names of the kernels and copies that ran, without the marks by which torch labels a step there."""
     events = profile.events() or []
     return [event.name for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
 
 
 def _in_turn(stepped: Mapping[str, Stepped], rounds: int, every: Mapping[str, int]) -> dict[str, list[Times]]:
-    """Step all in each round, each round beginning with another; one whose ``every`` is 4 takes each fourth round."""
+    """Steps all in each round, with another one first. A peer whose ``every`` is 4 takes only each fourth round."""
     times: dict[str, list[Times]] = {name: [] for name in stepped}
     with _no_collection():
         for index in range(rounds):
@@ -198,7 +199,7 @@ def _alone(stepped: Stepped, rounds: int) -> list[Times]:
 
 
 def _used_by_others() -> float | None:
-    """Seconds of processor time that were not this process's, since the system started."""
+    """Returns the processor time, in seconds, that other processes took since the system started."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None

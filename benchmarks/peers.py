@@ -17,13 +17,13 @@ Groups = list[dict[str, Any]]
 Make = Callable[[Case, Groups], torch.optim.Optimizer]
 
 OURS = {"dracopt": "native", "dracopt plain": "native", "dracopt triton": "triton"}
-"""With their backends."""
+"""Our optimizers, with their backends."""
 SLOW = {"torch foreach", "torch for-loop"}
-"""Those that take every fourth round only where a case is large."""
+"""Peers that take only every fourth round if a case is large."""
 
 
 def make_groups(case: Case, device: str) -> Groups:
-    """New parameters with gradients, with the same values in each call."""
+    """Makes new parameters with gradients, whose values are the same in each call."""
     generator = torch.Generator(device).manual_seed(0)
     storage = case.storage
 
@@ -88,13 +88,7 @@ PEERS: dict[str, Make] = {
 }
 
 BANDWIDTHS = {"stream"}
-"""Those that only move bytes: as many as the optimizer has to."""
-
-
-def make_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """For the time between two points of the current stream."""
-    make: Callable[..., torch.cuda.Event] = torch.cuda.Event
-    return make(enable_timing=True), make(enable_timing=True)
+"""Peers that only move bytes, as many as the optimizer must."""
 
 
 def runs(peer: str, case: Case) -> bool:
@@ -102,8 +96,8 @@ def runs(peer: str, case: Case) -> bool:
 
 
 def deepspeed_missing() -> str | None:
-    """Why DeepSpeed's optimizer cannot run here; None if it can."""
-    # It compiles its kernel when the first optimizer is made, and talks on stdout, where our table goes.
+    """Says why DeepSpeed's optimizer cannot run here; None if it can."""
+    # DeepSpeed compiles its kernel when the first optimizer is made, and prints to stdout, where our table goes.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -117,7 +111,7 @@ def deepspeed_missing() -> str | None:
 
 
 def require_ours(optimizers: dict[str, torch.optim.Optimizer], device: str) -> None:
-    """Raise unless the last step of each optimizer of ours ran in the kernels of its backend and nowhere else."""
+    """Raises unless the last step of each of our optimizers ran in the kernels of its backend and nowhere else."""
     for name in OURS.keys() & optimizers.keys():
         ran = getattr(optimizers[name], "last_backend", None)
         if ran != {device: frozenset({OURS[name]})}:
@@ -125,11 +119,11 @@ def require_ours(optimizers: dict[str, torch.optim.Optimizer], device: str) -> N
 
 
 def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case) -> None:
-    """Raise unless all of them, after as many steps, arrived at the same parameters."""
+    """Raises unless all optimizers arrived at the same parameters after as many steps."""
     if case.baseline is None:
         return
     expected = _params(optimizers[case.baseline])
-    # In bf16 torch's foreach rounds after each operation, ours once.
+    # In bf16 torch's foreach rounds after each operation, while ours rounds once.
     exact = case.storage.param == "float32"
     for name, optimizer in optimizers.items():
         if name == "dracopt plain" or name in BANDWIDTHS:

@@ -1,4 +1,4 @@
-"""What became of a run: rows in a CSV file, Markdown tables and a plot."""
+"""Reports a run: rows in a CSV file, Markdown tables and a plot."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ MARKERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A result beside the others of its run."""
+    """A result, compared with the others of its run."""
 
     result: Result
     ratio: float | None
-    """How many times faster than the case's baseline; None if there is none."""
+    """How many times faster the peer is than the case's baseline; None if there is none."""
     share: float | None
-    """Of the bandwidth that a stream with the same reads and writes reaches on the GPU; on the CPU, that ours reaches
-    in the same case on contiguous fp32 tensors, else on one large tensor. None if neither was measured."""
+    """The share of a reference bandwidth; None if it was not measured. On a GPU the reference is a stream with the same
+    reads and writes. On the CPU it is ours in this case on contiguous fp32 tensors, else ours on one large tensor."""
 
 
 def compare(results: Sequence[Result]) -> list[Row]:
@@ -92,7 +92,7 @@ def compare(results: Sequence[Result]) -> list[Row]:
 
 
 def check_csv(path: Path) -> None:
-    """Raise if rows of ours do not belong into this file."""
+    """Raises if a file has other columns than our rows."""
     if not path.exists():
         return
     with path.open(newline="") as file:
@@ -102,7 +102,7 @@ def check_csv(path: Path) -> None:
 
 
 def append_csv(path: Path, rows: Iterable[Row], run: Mapping[str, object]) -> None:
-    """Append rows of a run, which ``environment`` describes."""
+    """Appends rows of a run, which ``environment`` describes."""
     check_csv(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
@@ -114,7 +114,7 @@ def append_csv(path: Path, rows: Iterable[Row], run: Mapping[str, object]) -> No
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """The rows of the last run in a file, as far as its cases are still known, and what ``environment`` said of it."""
+    """Returns the last run in a file: rows of cases that still exist, and what ``environment`` said of the run."""
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     found = [row for row in found if row["utc"] == found[-1]["utc"]]
@@ -171,7 +171,7 @@ def _backend(peer: str) -> str:
 
 
 def environment(device_type: str) -> dict[str, object]:
-    """A run's machine, versions and time, by the columns of the CSV file."""
+    """Returns a run's machine, versions and time, by the columns of the CSV file."""
     return {
         "utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
@@ -184,7 +184,7 @@ def environment(device_type: str) -> dict[str, object]:
 
 
 def device(device_type: str) -> str:
-    """The GPU and its driver; or the processor, and the instruction set that our kernels use on it."""
+    """Names the GPU and its driver, or the processor and the instruction set that our kernels use on it."""
     if device_type != "cpu":
         return f"{torch.cuda.get_device_name()}{_driver()}"
     cpuinfo = Path("/proc/cpuinfo")
@@ -202,10 +202,10 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit that was measured, marked if the tree differs from it; outside of a repository that of the build."""
+    """Returns the measured commit, marked if the tree differs from it. Outside a repository, returns the build's."""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
-        # Else the results of one run would mark the next one.
+        # Results are excluded, because those of one run would mark the next one.
         changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return str(BUILD_INFO.get("commit") or "")
@@ -213,14 +213,14 @@ def _commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    # The ceiling keeps a copy of the sources that lies in another repository from taking that one's commit.
+    # The ceiling keeps a copy of the sources inside another repository from taking that repository's commit.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
     command = ["git", "--no-optional-locks", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table for each suite; and for those on a GPU a short one."""
+    """Makes one table for each suite, and also a short one for suites on a GPU."""
     tables = []
     for suite in _suites(rows):
         of_suite = [row for row in rows if row.result.suite == suite]
@@ -231,7 +231,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _short_table(rows: Sequence[Row]) -> str:
-    """Each case beside its baseline, from end to end."""
+    """Puts each case beside its baseline, timed from end to end."""
     lines = [
         "| Work | ours (p90) | torch (p90) | torch over ours | GPU's clock | of stream | Triton's | launches | host |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -290,14 +290,14 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits."""
+    """Formats a number with three digits."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def plot(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
-    """The speed-up over torch's fused implementation and, where known, the share of bandwidth. Of one suite.
+    """Draws one suite's speed-up over torch's fused implementation and, where known, its share of bandwidth.
 
-    The speed-up is from end to end on the CPU, and on its own clock on a GPU, where the host's time is in the tables.
+    The speed-up is from end to end on the CPU. On a GPU it is by the GPU's clock, as the tables show the host's time.
     """
     import matplotlib
 
@@ -342,7 +342,7 @@ def plot(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
 
 
 def _panel(axes: Axes, cases: Sequence[str], values: Sequence[tuple[Row, float]], start: float, unit: str) -> None:
-    """A bar for ours; below it a marker for each other peer, on a line of its own so that none hides another."""
+    """Draws a bar for ours and, below, a marker for each other peer, on its own line so that none hides another."""
     lines = {peer: 0.15 + 0.1 * line for line, peer in enumerate(MARKERS)}
     labelled: set[str] = set()
     for row, value in values:

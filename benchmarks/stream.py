@@ -1,4 +1,4 @@
-"""The bandwidth of a GPU's memory: what no optimizer can exceed."""
+"""Measures the bandwidth of a GPU's memory, which no optimizer can exceed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .cases import Case
-from .peers import make_events
+from .events import make_events
 
 TUNED_OVER = 10  # steps
 
@@ -18,7 +18,7 @@ TUNED_OVER = 10  # steps
 def _stream(p, g, m, v, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    # All is loaded before any of it is stored, so that the loads wait together.
+    # All loads come before all stores, so that the loads wait together.
     gradient = tl.load(g + at, inside).to(tl.float32)
     first, second, third = tl.load(p + at, inside), tl.load(m + at, inside), tl.load(v + at, inside)
     tl.store(p + at, (first.to(tl.float32) + gradient).to(p.dtype.element_ty), inside)
@@ -27,8 +27,8 @@ def _stream(p, g, m, v, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-
 
 
 class Stream(torch.optim.Optimizer):
-    """Reads four streams of AdamW's dtypes, writes three of them, and computes next to nothing: one kernel over one
-    tensor of random numbers each, at the best of several block sizes."""
+    """Reads four streams of AdamW's dtypes, writes three of them, and computes next to nothing. One kernel runs over a
+    tensor of random numbers for each stream, at the best of several block sizes."""
 
     def __init__(self, case: Case, groups: list[dict[str, Any]]) -> None:
         device = groups[0]["params"][0].device

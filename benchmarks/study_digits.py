@@ -1,16 +1,17 @@
-"""What learning rate, schedule, optimizer and weight decay do to a small model of handwritten digits.
+"""Studies what learning rate, schedule, optimizer and weight decay do to a small model of handwritten digits.
 
     python -m benchmarks.study_digits [--seeds N] [--out DIR] [--quick]
 
-Every configuration is trained from several seeds, each with the same first weights and batches for all configurations.
+Every configuration is trained from several seeds. A seed gives all configurations the same first weights and batches.
 The accuracies, mean ± standard deviation over the seeds, are printed as Markdown and saved as ``study.csv`` in
-``--out``. Needs the extra ``train``: ``pip install .[train]``.
+``--out``. The script needs the extra ``train``: ``pip install .[train]``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isclose
@@ -34,7 +35,7 @@ class Config(NamedTuple):
     name: str
     make: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
     cosine: bool = False
-    """Whether the learning rate falls to 0 along a cosine; it stays as it is otherwise."""
+    """Says whether the learning rate falls to 0 along a cosine, or else is constant."""
 
 
 @dataclass
@@ -142,6 +143,8 @@ def study(block: Block, epochs: int, seeds: int, train: Data, test: Data, bar: t
             result.train.append(accuracy(model, data))
             result.test.append(accuracy(model, test))
             bar.update()
+        if bar.disable:  # because there is no terminal
+            print(f"{block.title}: seed {seed + 1}/{seeds}", file=sys.stderr)
     return results
 
 
@@ -187,9 +190,9 @@ def main() -> None:
     args = parser.parse_args()
     seeds = args.seeds or (1 if args.quick else 5)
 
-    torch.set_num_threads(1)  # the layers are too small to be worth sharing out
+    torch.set_num_threads(1)  # the layers are too small for several threads to help
     train, test = load()
-    with tqdm(total=seeds * sum(len(block.configs) for block in STUDY), unit="run") as bar:
+    with tqdm(total=seeds * sum(len(block.configs) for block in STUDY), unit="run", disable=None) as bar:
         table = [(block, study(block, 2 if args.quick else block.epochs, seeds, train, test, bar)) for block in STUDY]
     print(f"{len(train.labels)} images to train on, {len(test.labels)} to test on", end="; ")
     print(f"accuracies are mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}.\n")

@@ -1,16 +1,17 @@
-"""Train one model on handwritten digits twice, with ``dracopt_ext.AdamW`` and with ``torch.optim.AdamW(fused=True)``.
+"""Trains one model on handwritten digits twice, with ``dracopt_ext.AdamW`` and with ``torch.optim.AdamW(fused=True)``.
 
     python -m benchmarks.train_digits [--epochs N] [--seed N] [--threads N] [--out DIR] [--quick]
 
-Both runs begin with the same weights and see the same batches. Printed at the end: the test accuracies, how far apart
-the weights are, and the time spent in ``step()``; ``digits.png`` in ``--out`` shows the losses and the step times.
-Needs the extra ``train``: ``pip install .[train]``.
+Both runs begin with the same weights and see the same batches. At the end the script prints the test accuracies, how
+far apart the weights are, and the time spent in ``step()``. ``digits.png`` in ``--out`` shows the losses and the step
+times. The script needs the extra ``train``: ``pip install .[train]``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -32,7 +33,7 @@ from .digits import Data, accuracy, load, residual_mlp
 WIDTH, DEPTH = 100, 20
 BATCH = 128
 LEARNING_RATE = 5e-4
-SIMD_BLOCK = 16  # float32 elements in 512 bits, the widest there is; a tail of narrower blocks lies within this one's
+SIMD_BLOCK = 16  # float32 elements in 512 bits, the widest block; tails of narrower blocks lie within its tail
 OURS, THEIRS = "dracopt_ext.AdamW", "torch.optim.AdamW(fused=True)"
 COLORS = {OURS: "#1f5f99", THEIRS: "#f2a65a"}
 
@@ -61,7 +62,7 @@ class Difference(NamedTuple):
     weights: int
     differing: int
     in_tails: int
-    """Those of the differing weights that lie beyond the last whole SIMD block of their tensor."""
+    """Differing weights that lie beyond the last whole SIMD block of their tensor."""
     max_ulps: int
     max_absolute: float
 
@@ -87,13 +88,13 @@ class Difference(NamedTuple):
 
 
 def rank(x: Tensor) -> Tensor:
-    """The place of each float32 number in the order of all of them, so that neighbours are 1, an ulp, apart."""
+    """Ranks each float32 number among all of them, so that neighbours, which are an ulp apart, differ by 1."""
     bits = x.view(torch.int32).long()
     return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 def train(epochs: int, seed: int, data: Data) -> tuple[Run, Run, list[Difference]]:
-    """The two runs, and the difference between them after each step up to the first that sets them apart."""
+    """Returns the two runs, and their difference after each step up to the first that sets them apart."""
     torch.manual_seed(seed)
     model = residual_mlp(WIDTH, DEPTH)
     twin = copy.deepcopy(model)
@@ -102,9 +103,9 @@ def train(epochs: int, seed: int, data: Data) -> tuple[Run, Run, list[Difference
     schedulers = [optim.lr_scheduler.CosineAnnealingLR(run.optimizer, epochs) for run in (ours, theirs)]
     generator = torch.Generator().manual_seed(seed)
     early: list[Difference] = []
-    # In turn on each batch, and who goes first alternates: whatever else the machine does then slows both alike.
+    # The runs take turns on each batch and in going first, so that other load on the machine slows both alike.
     turn = [ours, theirs]
-    with tqdm(total=epochs * -(-len(data.labels) // BATCH), unit="batch") as bar:
+    with tqdm(total=epochs * -(-len(data.labels) // BATCH), unit="batch", disable=None) as bar:
         for epoch in range(epochs):
             bar.set_description(f"epoch {epoch + 1}/{epochs}")
             for batch in data.batches(BATCH, generator):
@@ -117,6 +118,9 @@ def train(epochs: int, seed: int, data: Data) -> tuple[Run, Run, list[Difference
                 bar.update()
             for scheduler in schedulers:
                 scheduler.step()
+            if bar.disable:  # because there is no terminal
+                losses = f"loss {ours.losses[-1]:.4f}, torch's {theirs.losses[-1]:.4f}"
+                print(f"epoch {epoch + 1}/{epochs}: {losses}", file=sys.stderr)
     return ours, theirs, early
 
 
@@ -173,7 +177,7 @@ def draw_losses(axes: Axes, ours: Run, theirs: Run, epochs: int) -> None:
 
 
 def draw_step_times(axes: Axes, ours: Run, theirs: Run) -> None:
-    # The few steps that something else on the machine held up would squeeze all others into one bin.
+    # The axis ends here, because the few steps that other load held up would squeeze all others into one bin.
     end = 2 * max(median(ours.step_ms), median(theirs.step_ms))
     longer = sum(ms > end for ms in ours.step_ms + theirs.step_ms)
     for run in (theirs, ours):

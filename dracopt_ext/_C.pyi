@@ -3,7 +3,7 @@ from typing import Any
 import torch
 
 class StepPlan:
-    """One optimizer's step over the native kernels; see csrc/bindings/step_plan.h."""
+    """Steps one optimizer with the native kernels; see csrc/bindings/step_plan.h."""
 
     def __init__(self, rule: str, optimizer: str) -> None: ...
     def step(
@@ -13,7 +13,10 @@ class StepPlan:
         grad_scale: float = 1.0,
         scaler: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         created: list[tuple[int, int, int]] | None = None,
-        stepped: list[tuple[int, int]] = ...,
+        stepped: list[tuple[int, int]] | None = None,
+        only_on: str | None = None,
+        not_on: str | None = None,
+        only_looks: bool = False,
     ) -> Any: ...
     @property
     def updated(self) -> dict[str, int]:
@@ -23,10 +26,10 @@ class StepPlan:
         """How many launches of the update kernel the last call made."""
 
 def isa() -> str:
-    """The instruction set of the CPU kernels: "avx512", "avx2" or "baseline"."""
+    """Names the instruction set of the CPU kernels: "avx512", "avx2" or "baseline"."""
 
 def cuda_unavailable(device: int) -> str | None:
-    """Why the CUDA kernels cannot run on this GPU; None if they can. Looks for GPUs."""
+    """Says why the CUDA kernels cannot run on this GPU; None if they can. The call looks for GPUs."""
 
 def cuda_architectures() -> list[int]:
-    """What the CUDA kernels were compiled for, in ascending order: 900 is sm_90. Empty if they were not."""
+    """Lists the architectures of the CUDA kernels in ascending order: 900 is sm_90. Empty without CUDA kernels."""

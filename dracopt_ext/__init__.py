@@ -23,7 +23,7 @@ from .optim import Adam as Adam
 from .optim import AdamW as AdamW
 from .optim import NAdam as NAdam
 
-if TYPE_CHECKING:  # what __getattr__ passes on
+if TYPE_CHECKING:  # the names that __getattr__ passes on
     from torch.optim import (  # noqa: F401
         ASGD,
         LBFGS,
@@ -46,7 +46,7 @@ __all__ = [*torch.optim.__all__, "backends"]
 
 
 def _with_our_classes(module: ModuleType) -> ModuleType:
-    """A submodule of ``torch.optim``; or one that passes on to it, but has our classes where it has torch's."""
+    """Returns a submodule of ``torch.optim``, or a module that replaces its classes by ours and passes on the rest."""
     ours = {c.__name__: c for c in (SGD, Adam, AdamW, NAdam) if hasattr(module, c.__name__)}
     if not ours:
         return module
@@ -57,7 +57,7 @@ def _with_our_classes(module: ModuleType) -> ModuleType:
     return passing_on
 
 
-# So that `import dracopt_ext.lr_scheduler` and `from dracopt_ext.adamw import AdamW` work as with torch.optim.
+# Makes `import dracopt_ext.lr_scheduler` and `from dracopt_ext.adamw import AdamW` work as with torch.optim.
 for _path in [path for path in sys.modules if re.fullmatch(r"torch\.optim\.[a-z]\w*", path)]:
     sys.modules[_path.replace("torch.optim", __name__)] = _with_our_classes(sys.modules[_path])
 

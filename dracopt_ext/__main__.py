@@ -1,4 +1,4 @@
-"""``python -m dracopt_ext``: versions, what was built and what can run here."""
+"""``python -m dracopt_ext``: prints versions, what was built and what can run here."""
 
 import platform
 

@@ -1,4 +1,4 @@
-"""What can run an update here, why something cannot, and which one is chosen."""
+"""Lists the backends: which can run an update here, why others cannot, and which one is chosen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = ("native", "triton", "reference")
 
 
 def _build_info() -> dict[str, Any]:
-    """What the build left behind; empty in a source tree that was never built."""
+    """Returns what the build left behind; an empty dict in a source tree that was never built."""
     if importlib.util.find_spec("dracopt_ext._build_info") is None:
         return {}
     return dict(importlib.import_module("dracopt_ext._build_info").INFO)
@@ -34,29 +34,38 @@ def _minor(version: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+def check_torch(version: str) -> None:
+    """Raises ImportError if our classes cannot be those of this version of torch."""
+    if _minor(version) < (2, 7):
+        raise ImportError(
+            f"dracopt_ext needs torch 2.7 or newer, and compiled kernels need 2.10, but torch {version} is installed: "
+            "pip install 'torch>=2.10'"
+        )
+
+
 def _is_release(version: str) -> bool:
     return re.fullmatch(r"[\d.]+(\.post\d+)?(\+.*)?", version) is not None
 
 
 def _built_for(version: str) -> bool:
-    """Is there a binding for this version of torch?
+    """Says whether there is a binding for this version of torch.
 
-    Releases of one minor version have one ABI. What comes before a release has that of its own build.
+    Releases of one minor version share one ABI. A build from before a release has an ABI of its own.
     """
     built = [other for other in BUILD_INFO.get("torch", ()) if _minor(other) == _minor(version)]
     return version in built or any(_is_release(other) and _is_release(version) for other in built)
 
 
 def _load_native() -> tuple[ModuleType | None, compiled.Library | None, str | None]:
-    """The compiled module ``dracopt_ext._C``; else the kernels without it; and why there is no module for this torch.
+    """Loads the compiled module ``dracopt_ext._C``, or else the kernels without it, and says why the module is missing.
 
-    A module that is there and does not load is a mistake to be mended, and nothing takes its place.
+    Nothing takes the place of a module that exists and does not load, because that is a mistake to be mended.
     """
     installed, built = torch.__version__, BUILD_INFO.get("torch")
     if _minor(installed) < (2, 10):
         return None, None, f"torch {installed} is older than 2.10"
     if not built:
-        return None, None, BUILD_INFO.get("reason") or "not compiled: run `pip install .` in the source tree"
+        return None, None, BUILD_INFO.get("reason") or _why_not_compiled()
     reason = f"compiled for torch {', '.join(built)}, not for the installed {installed}"
     if _built_for(installed):
         folder = NATIVE / "torch_{}_{}".format(*_minor(installed))
@@ -76,46 +85,53 @@ def _load_native() -> tuple[ModuleType | None, compiled.Library | None, str | No
         return None, None, f"{reason}; and without binding it does not load: {error}"
 
 
+def _why_not_compiled() -> str:
+    here = Path(__file__).parent
+    others = [path for path in sys.path if Path(path or ".").resolve() != here.parent.resolve()]
+    spec = PathFinder.find_spec("dracopt_ext", others)
+    if spec is not None and spec.origin is not None:
+        return (
+            f"this is the source tree in {here.parent}, which is not compiled. A copy is installed in "
+            f"{Path(spec.origin).parent}: start Python in another folder to use it"
+        )
+    return "not compiled: run `pip install .` in the source tree"
+
+
+check_torch(torch.__version__)
 BUILD_INFO = _build_info()
 NATIVE = Path(__file__).parent / "native"
-"""What was compiled: the kernels, and their bindings to versions of torch."""
+"""The folder of the compiled kernels and their bindings to versions of torch."""
 _C, _LIBRARY, _REASON = _load_native()
 
 NATIVE_REASON = None if _LIBRARY is not None else _REASON
 """Why the compiled kernels cannot run at all; None if they can."""
 
-# Forced, so that what is there stays if it fails.
-BUILD_FROM_SOURCE = (
-    "DRACOPT_BUILD=force pip install --force-reinstall --no-deps --no-cache-dir --no-binary dracopt-ext dracopt-ext"
-)
+# A forced build fails if it cannot compile, so that the installed package stays.
+BUILD_FROM_SOURCE = "DRACOPT_BUILD=force pip install --force-reinstall --no-deps ."
 
 
 def notice() -> str | None:
-    """What a user is to know when the package is imported; None if there is nothing."""
+    """Says what a user must know when the package is imported; None if there is nothing."""
     if NATIVE_REASON is not None:
         return f"dracopt_ext runs without its compiled kernels: {NATIVE_REASON}"
     if _LIBRARY is not None:
         return (
             f"dracopt_ext has no binding to this torch: {_REASON}. Its kernels run on the CPU all the same, with more "
-            f"work for the host in each step. For less, build it for this torch: {BUILD_FROM_SOURCE} (in a clone, `.` "
-            "for the last two words)"
+            "work for the host in each step. To have less, compile a binding in a clone of the repository: "
+            f"{BUILD_FROM_SOURCE}"
         )
     return None
 
 
 def isa() -> str | None:
-    """The instruction set of the CPU's kernels; None if there are none."""
+    """Returns the instruction set of the CPU's kernels; None if there are no kernels."""
     if _C is not None:
         return str(_C.isa())
     return _LIBRARY.isa if _LIBRARY is not None else None
 
 
-GPU = "cuda"
-"""The type of the devices that the CUDA kernels serve."""
-
-
 def backends() -> dict[str, str | None]:
-    """Every backend and why it cannot run here; None means that it can.
+    """Returns every backend with the reason why it cannot run here, which is None if it can.
 
     The keys are ``native:cpu``, ``native:cuda``, ``triton`` and ``reference``.
     """
@@ -134,12 +150,12 @@ def _why_no_cuda() -> str | None:
 
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-"""Whether Triton's kernels are interpreted, on tensors of the CPU as well."""
+"""True if Triton's kernels are interpreted, on tensors of the CPU as well."""
 
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Why the Triton kernels cannot run here; None if they can. Imports triton only if there is a GPU for it."""
+    """Says why the Triton kernels cannot run here; None if they can. Imports triton only if there is a GPU for it."""
     if importlib.util.find_spec("dracopt_ext.triton_kernels") is None:
         return "not installed: run `pip install .` in the source tree"
     if importlib.util.find_spec("triton") is None:
@@ -150,7 +166,7 @@ def why_no_triton() -> str | None:
         import triton
     except ImportError as error:
         return f"triton does not load: {error}"
-    # Before 3.7 the square root for AMD is not that of IEEE 754 where numbers are subnormal.
+    # Before 3.7 the square root for AMD differs from IEEE 754 if numbers are subnormal.
     needed = (3, 6) if torch.version.hip is None else (3, 7)
     if _minor(triton.__version__) < needed:
         return f"triton {triton.__version__} is older than {needed[0]}.{needed[1]}"
@@ -162,15 +178,15 @@ def why_no_triton() -> str | None:
 
 @functools.cache
 def why_no_triton_on(device: int) -> str | None:
-    """The same of one GPU."""
+    """Says why the Triton kernels cannot run on one GPU; None if they can."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"Triton does not compile for {torch.cuda.get_device_name(device)}: its compute capability is below 8.0"
     return None
 
 
 def triton_serves_gpus() -> bool:
-    """Whether a GPU's tensors are Triton's if nothing else was asked for: there is one, and no CUDA kernel for it."""
-    # While nothing is on a GPU, none is to be waked.
+    """Says whether Triton steps a GPU's tensors unless another backend was asked for: no CUDA kernel serves the GPU."""
+    # A process that uses no GPU must not initialize one.
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return initialized and _triton_is_needed()
 
@@ -181,7 +197,7 @@ def _triton_is_needed() -> bool:
 
 
 def resolve(backend: str | None) -> str | None:
-    """The backend to use for an optimizer that was asked for ``backend``; None leaves the choice to each step.
+    """Returns the backend for an optimizer that was asked for ``backend``; None leaves the choice to each step.
 
     ``DRACOPT_BACKEND`` takes the place of None.
 
@@ -203,22 +219,24 @@ def resolve(backend: str | None) -> str | None:
 
 
 def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) -> Any:
-    """What steps an optimizer of this class name by the rule, with the kernels of a backend that can run here."""
+    """Makes the plan that steps an optimizer of this class name by a rule, with the kernels of a backend."""
     if backend == "native" and _C is not None:
         return _C.StepPlan(rule, optimizer)
     plan = importlib.import_module("dracopt_ext.portable.plan")
     kernels: Any
     if backend == "native":
-        kernels = importlib.import_module("dracopt_ext.portable.compiled").Kernels(_LIBRARY)
+        kernels = importlib.import_module("dracopt_ext.portable.compiled").CompiledBackend(_LIBRARY)
     else:
-        step = importlib.import_module("dracopt_ext.triton_kernels.step")
-        kernels = step.Kernels(on_cpu=asked_for == "triton", unavailable=why_no_triton_on, functions=_library())
+        launcher = importlib.import_module("dracopt_ext.triton_kernels.launcher")
+        kernels = launcher.TritonBackend(
+            on_cpu=asked_for == "triton", unavailable=why_no_triton_on, functions=_library()
+        )
     return plan.StepPlan(rule, optimizer, kernels)
 
 
 @functools.cache
 def _library() -> compiled.Library | None:
-    """The compiled kernels by their C functions; None if there are none, or none apart from the binding."""
+    """Loads the compiled kernels by their C functions; None if they are missing or do not load."""
     if _C is None:
         return _LIBRARY
     try:
@@ -231,7 +249,7 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Warn, but not twice in a process with the same words."""
+    """Warns, unless this process has warned in the same words before."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)

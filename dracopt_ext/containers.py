@@ -1,7 +1,7 @@
-"""Parameter groups and states in lists, dicts, numbers and flags, whatever objects their user keeps them in.
+"""Turns parameter groups and states, whatever their types, into plain lists, dicts, numbers and flags.
 
-A plan reads exact lists, dicts and strings, numbers of Python's own and tensors, past their methods. Any other object
-may answer by methods of its own: it is read through them, into what a plan can read.
+A plan reads exact lists, dicts and strings, Python's own numbers, and tensors, without their methods. Any other object
+may have methods of its own. This module reads such an object through its methods, into objects that a plan can read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .reference import CARRIED, DECAY_RATES, FLAGS, MOMENTS
+from .reference import DECAY_RATES, FLAGS, MOMENTS, STATE_SCALARS
 
 Group = dict[str, Any]
 
@@ -22,16 +22,16 @@ _TEXT = (str, bytes, bytearray)
 
 
 class NotPlainError(Exception):
-    """Raised inside of a plan that meets an object it does not read."""
+    """Raised inside a plan that meets an object that it does not read."""
 
 
 def is_plain_state(state: Any) -> bool:
-    """Is an optimizer's state one that a plan reads, apart from its entries?"""
+    """Says whether a plan reads an optimizer's state, apart from its entries."""
     return type(state) in (dict, defaultdict)
 
 
 def is_plain_dict(mapping: Any) -> bool:
-    """Is it a dict in which no key has methods of its own?"""
+    """Says whether an object is a dict in which no key has methods of its own."""
     return type(mapping) is dict and all(type(key) is str for key in mapping)
 
 
@@ -42,18 +42,18 @@ def is_plain_flag(value: Any) -> bool:
 def plain_groups(
     param_groups: Any, defaults: Mapping[str, Any], hyperparameters: Iterable[str] | None = None
 ) -> list[Group]:
-    """The parameter groups as dicts, with ``params`` in lists, pairs such as ``betas`` in tuples, and plain numbers.
+    """Returns the groups as dicts, with ``params`` in lists, pairs such as ``betas`` in tuples, and plain numbers.
 
     Args:
-        param_groups: an optimizer's.
-        defaults: has the keys that a group may know without listing them.
-        hyperparameters: the keys of the rule's numbers, pairs of numbers and flags; None leaves them, and all flags, as
-            they are.
+        param_groups: the groups of an optimizer.
+        defaults: has the keys that a group may hold without listing them.
+        hyperparameters: the keys of the rule's numbers, pairs of numbers and flags. With None, these and all other
+            flags stay as they are.
 
     Raises:
-        TypeError, ValueError: for what torch could not read either, and for an iterator, which would be empty in the
-            next step. What an object's own methods raise is passed on, except that a number may say by a TypeError,
-            ValueError or OverflowError that it is none.
+        TypeError, ValueError: an object is one that torch could not read either, or an iterator, which would be empty
+            in the next step. Errors of an object's own methods pass through, except a TypeError, ValueError or
+            OverflowError by which an object says that it is no number.
     """
     if iter(param_groups) is param_groups:
         raise TypeError(f"param_groups must be a list of dicts or another sequence, not {type(param_groups).__name__}")
@@ -82,26 +82,26 @@ def plain_groups(
 
 
 def plain_state(groups: list[Group], state: Any) -> dict[Tensor, dict[str, Any]]:
-    """The states of these groups' parameters that have one, by parameter."""
+    """Returns the states of the groups' parameters that have one, by parameter."""
     plain = {}
     for group_index, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
             if isinstance(p, Tensor) and p in state:
                 plain[p] = _as_dict(
-                    state[p], f"the state of parameter {index} of group {group_index}", (*CARRIED, *MOMENTS)
+                    state[p], f"the state of parameter {index} of group {group_index}", (*STATE_SCALARS, *MOMENTS)
                 )
     return plain
 
 
 def entries_of(state: Any, p: Tensor) -> Any:
-    """A parameter's state; an empty one if there is none."""
+    """Returns a parameter's state, or an empty one if the parameter has none."""
     if p in state:
         return state[p]
     return {}
 
 
 def restore(state: Any, p: Tensor, entries: dict[str, Any] | None) -> None:
-    """Give a parameter's state these entries and no others; None if it had no state."""
+    """Gives a parameter's state these entries and no others; removes the state if they are None."""
     if entries is None and p not in state:
         return
     now = state[p]
@@ -114,7 +114,7 @@ def restore(state: Any, p: Tensor, entries: dict[str, Any] | None) -> None:
 
 
 def _as_dict(mapping: Any, name: str, ours: Iterable[str]) -> dict[str, Any]:
-    """A mapping as a plain dict. ``ours`` are the keys that we read."""
+    """Returns a mapping as a plain dict. ``ours`` are the keys that we read."""
     if is_plain_dict(mapping):
         return mapping  # type: ignore[no-any-return]
     if not (hasattr(mapping, "keys") and hasattr(mapping, "__getitem__")):
@@ -151,7 +151,7 @@ def _as_number(value: Any, name: str) -> float | Tensor:
     if isinstance(value, (float, Tensor)):
         return value
     try:
-        if isinstance(value, _TEXT):  # which float() would read
+        if isinstance(value, _TEXT):  # float() would read text
             raise TypeError
         return float(value)
     except OverflowError as error:

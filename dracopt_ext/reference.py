@@ -1,13 +1,13 @@
-"""The specification: every update rule in plain PyTorch, one dense tensor at a time.
+"""Specifies every update rule in plain PyTorch, one dense tensor at a time.
 
-The compiled kernels are held against these functions, bit for bit in fp32. For that, two operations that PyTorch's CPU
-tensors lack are spelled out: a fused multiply-add (:func:`_fma`) and a correctly rounded square root (:func:`_sqrt`).
-Everything else is IEEE arithmetic in the order written. Arithmetic is fp32 whatever the storage, fp64 for fp64 tensors;
-scalars are computed in double precision and rounded once.
+The tests compare the compiled kernels with these functions, bit for bit in fp32. PyTorch's CPU tensors lack two
+operations that are spelled out here: a fused multiply-add (:func:`_fma`) and a correctly rounded root (:func:`_sqrt`).
+Everything else is IEEE arithmetic in the order written. The arithmetic is fp64 where a tensor is stored in fp64, and
+fp32 otherwise. Scalars are computed in double precision and rounded once.
 
-A rule takes a parameter, its gradient, the parameter's state and the hyperparameters of the parameter group under their
-names there. It works on tensors in the arithmetic's dtype, replaces the moments in the state it is given, advances the
-state's scalars in place, and returns the new parameter. What surrounds a rule is written once, in :func:`update`.
+A rule takes a parameter, its gradient, its state, and the parameter group's hyperparameters by the group's names. The
+tensors are in the arithmetic's dtype. The rule replaces the moments in the given state, advances the state scalars in
+place, and returns the new parameter. :func:`update` does what all rules share.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``a * b + c`` with one rounding in fp32. In fp64, where nothing wider is at hand, with two.
+    """Returns ``a * b + c``, rounded once in fp32 and twice in fp64, because nothing wider than fp64 is at hand.
 
-    The product of two fp32 numbers is exact in fp64. The sum is not; rounded to odd, it rounds to fp32 as the exact sum
-    would (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
+    The product of two fp32 numbers is exact in fp64, but the sum is not. After rounding to odd, the sum rounds to fp32
+    as the exact sum would (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums").
     """
     if a.dtype == torch.float64 or b.dtype == torch.float64:
         return a * b + c
@@ -39,12 +39,12 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded square root in fp32, which ``torch.sqrt`` is not on every CPU; through fp64 it is."""
+    """Returns the correctly rounded square root, by way of fp64: on some CPUs ``torch.sqrt`` misrounds in fp32."""
     return x.double().sqrt().to(x.dtype)
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:
-    """A scalar that a rule computed from hyperparameters, in the arithmetic's dtype, which must hold it."""
+    """Converts a scalar that a rule computed to the arithmetic's dtype; raises if it is not finite there."""
     scalar = torch.tensor(value, dtype=like.dtype)
     if not scalar.isfinite():
         raise OverflowError(f"{value} is not finite in {like.dtype}")
@@ -60,13 +60,13 @@ def _decay_and_average(
     weight_decay: float,
     decoupled_weight_decay: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weight decay, and the moving averages of the gradient and its square; returns parameter and gradient."""
+    """Applies weight decay and averages the gradient and its square; returns parameter and gradient."""
     beta1, beta2 = betas
     if weight_decay != 0 and decoupled_weight_decay:
         p = p * _scalar(1 - lr * weight_decay, p)
     elif weight_decay != 0:
         g = _fma(p, _scalar(weight_decay, p), g)
-    # torch.lerp: from the nearer end.
+    # Interpolates from the nearer end, as torch.lerp does.
     weight, change = _scalar(1 - beta1, p), g - state["exp_avg"]
     state["exp_avg"] = _fma(weight, change, state["exp_avg"]) if weight < 0.5 else _fma(weight - 1, change, g)
     state["exp_avg_sq"] = _fma(_scalar(1 - beta2, p) * g, g, state["exp_avg_sq"] * _scalar(beta2, p))
@@ -183,12 +183,12 @@ RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "nadam": nadam, "sgd": 
 
 
 def hyperparameters(rule: str) -> tuple[str, ...]:
-    """What a rule takes of the parameter group."""
+    """Returns the names of the hyperparameters that a rule takes from the parameter group."""
     return tuple(inspect.getfullargspec(RULES[rule]).kwonlyargs)
 
 
-CARRIED = ("step", "mu_product")
-"""The scalars among a state's entries, which a rule advances itself."""
+STATE_SCALARS = ("step", "mu_product")
+"""The state scalars: entries of a state that a rule advances itself."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """A state's entries that are tensors like the parameter."""
 
@@ -196,11 +196,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 DECAY_RATES = ("betas",)
 """Hyperparameters that are several numbers, each at least 0 and less than 1."""
 FLAGS = ("amsgrad", "decoupled_weight_decay", "nesterov")
-"""Hyperparameters of which only the truth counts."""
+"""Hyperparameters of which only the truth value matters."""
 
 
 def numbers(rule: str, group: dict[str, Any]) -> dict[str, Any]:
-    """A rule's hyperparameters from the parameter group: numbers, tuples of numbers, and flags."""
+    """Reads a rule's hyperparameters from the parameter group: numbers, tuples of numbers, and flags."""
 
     def number(value: Any) -> Any:
         return value.item() if isinstance(value, Tensor) else value
@@ -216,15 +216,15 @@ def numbers(rule: str, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_fp64(param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> bool:
-    """Is the arithmetic of a parameter's update fp64, and not fp32?"""
+    """Says whether the arithmetic of a parameter's update is fp64 rather than fp32."""
     tensors = [param, grad, *(state.get(name) for name in MOMENTS)]
     return any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors)
 
 
 def are_modest(numbers: Iterable[Any], most: float = 1e18) -> bool:
-    """Do numbers lie between 0 and ``most``, and those in tuples, which are decay rates, not too close to 1?
+    """Says whether numbers lie between 0 and ``most``, and decay rates, which are in tuples, not too close to 1.
 
-    With such hyperparameters all scalars of an update are finite, if those of the state are at most 1.
+    Such hyperparameters make all scalars of an update finite, if the state scalars after the step count are at most 1.
     """
     return all(are_modest(n, 0.999999) if isinstance(n, tuple) else 0 <= n <= most for n in numbers)
 
@@ -232,33 +232,33 @@ def are_modest(numbers: Iterable[Any], most: float = 1e18) -> bool:
 def check_finite(
     rule: str,
     numbers: dict[str, Any],
-    carried: Mapping[str, Tensor],
+    state_scalars: Mapping[str, Tensor],
     in_fp64: bool,
     group_index: int,
     describe: Callable[[], str],
 ) -> None:
-    """Refuse hyperparameters from which a rule computes scalars that are infinite in its arithmetic.
+    """Refuses hyperparameters from which a rule computes scalars that are infinite in its arithmetic.
 
     Args:
         rule: a name in :data:`RULES`.
         numbers: the hyperparameters, as :func:`numbers` returns them.
-        carried: the scalars of the parameter's state before this step; empty if it has none yet.
+        state_scalars: the parameter's state scalars before this step; empty if it has no state yet.
         in_fp64: whether the arithmetic is fp64, else fp32.
-        group_index: of the parameter group, for errors.
-        describe: says what errors call the parameter.
+        group_index: the index of the parameter group, for errors.
+        describe: returns the name by which errors call the parameter.
 
     Raises:
-        ValueError: names the largest of the hyperparameters without which the scalars would be finite; else the largest
-            of all, unless the state is wrong.
+        ValueError: names the largest of the hyperparameters that would each make the scalars finite if set to 0. If
+            there is none, names the largest of all, or the state if it is wrong.
     """
-    if are_modest(numbers.values()) and all(0 <= float(v) <= 1 for name, v in carried.items() if name != "step"):
+    if are_modest(numbers.values()) and all(0 <= float(v) <= 1 for name, v in state_scalars.items() if name != "step"):
         return
     dtype = torch.float64 if in_fp64 else torch.float32
 
     def are_finite(numbers: dict[str, Any]) -> bool:
         zero = torch.zeros((), dtype=dtype)
         state = {"step": torch.zeros(()), "mu_product": torch.ones(()), **dict.fromkeys(MOMENTS, zero)}
-        state.update({name: value.detach().cpu().clone() for name, value in carried.items()})
+        state.update({name: value.detach().cpu().clone() for name, value in state_scalars.items()})
         try:
             RULES[rule](zero, zero, state, **numbers)
         except (OverflowError, ZeroDivisionError):
@@ -290,15 +290,16 @@ def update(
     grad_scale: float = 1.0,
     first: bool = False,
 ) -> None:
-    """One step of one parameter, in place.
+    """Updates one parameter and its state in place, by one step.
 
     Args:
         rule: a name in :data:`RULES`.
         param: a real or complex tensor; a complex number counts as two real ones.
-        grad: of the same shape; divided by ``grad_scale`` and, with ``maximize``, negated. Not modified.
-        state: the parameter's, complete; its moments have the parameter's shape and any dtype and strides.
+        grad: has the same shape and is not modified. The rule gets it divided by ``grad_scale`` and, with
+            ``maximize``, negated.
+        state: the parameter's complete state. Its moments have the parameter's shape, and any dtype and strides.
         group: the parameter group, which holds the rule's hyperparameters: numbers or tensors of one element.
-        first: whether the moments hold nothing yet. The rule is then not shown them.
+        first: whether the moments hold nothing yet. The rule then does not see them.
     """
     moments = {name: state[name] for name in MOMENTS if state.get(name) is not None}
     dtype = torch.float64 if in_fp64(param, grad, moments) else torch.float32
@@ -312,13 +313,13 @@ def update(
     g = widened(grad.resolve_conj())
     if grad_scale != 1:
         g = g / torch.tensor(grad_scale, dtype=dtype, device=g.device)
-    of_rule = {name: state[name].clone() for name in CARRIED if name in state}
+    of_rule = {name: state[name].clone() for name in STATE_SCALARS if name in state}
     if not first:
         of_rule.update({name: widened(value) for name, value in moments.items()})
     p = RULES[rule](widened(param), -g if maximize else g, of_rule, **numbers(rule, group))
-    # Nothing is modified before the rule is through.
+    # Nothing is modified before the rule has finished, because it may raise.
     real(param).copy_(p)
-    for name in CARRIED:
+    for name in STATE_SCALARS:
         if name in state:
             state[name].copy_(of_rule[name])
     for name, moment in moments.items():

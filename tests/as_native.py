@@ -1,5 +1,5 @@
-"""A pytest plugin: what is asked of the native backend is planned in Python, and done on the CPU by what AS_NATIVE
-names: ``triton`` in its interpreter, or the ``compiled`` kernels without their binding.
+"""A pytest plugin that replaces the native backend: Python plans its steps. The CPU runs what AS_NATIVE names:
+``triton`` in its interpreter, or the ``compiled`` kernels without their binding.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from . import interpreted
 def _planned_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     from dracopt_ext.backend import NATIVE
     from dracopt_ext.portable import compiled
-    from dracopt_ext.portable.plan import Kernels, StepPlan
+    from dracopt_ext.portable.plan import PlanBackend, StepPlan
 
-    kernels: Kernels
+    kernels: PlanBackend
     if os.environ["AS_NATIVE"] == "triton":
-        from dracopt_ext.triton_kernels import step
+        from dracopt_ext.triton_kernels import launcher
 
         interpreted.set_up(monkeypatch)
-        kernels = step.Kernels(on_cpu=True)
+        kernels = launcher.TritonBackend(on_cpu=True)
     else:
-        kernels = compiled.Kernels(compiled.load(NATIVE))
+        kernels = compiled.CompiledBackend(compiled.load(NATIVE))
     monkeypatch.setattr(
         "dracopt_ext.backend.step_plan", lambda name, rule, optimizer, asked_for: StepPlan(rule, optimizer, kernels)
     )

@@ -1,4 +1,4 @@
-"""The table of test cases, and how a case is run: every parity test is parametrised by it."""
+"""The table of test cases and the code that runs a case. Every parity test is parametrized by this table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dracopt_ext
-from dracopt_ext.reference import CARRIED
+from dracopt_ext.reference import STATE_SCALARS
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 Snapshot = dict[str, Tensor]
@@ -37,19 +37,19 @@ class Case:
 
     @property
     def fused(self) -> dict[str, bool]:
-        """The option that makes torch round as ours does on whole SIMD blocks; empty where torch has no such kernel."""
+        """The option that makes torch round as ours does on whole SIMD blocks; empty if torch has no such kernel."""
         return {} if self.algorithm == "NAdam" else {"fused": True}
 
     def assert_agree(self, ours: Snapshot, theirs: Snapshot, steps: int) -> None:
-        """With torch, after that many steps on whole SIMD blocks."""
+        """Checks our result against torch's after ``steps`` steps on whole SIMD blocks."""
         if self.fused:
             assert_same_bits(ours, theirs)
         else:
             assert_close(ours, theirs, steps * UNFUSED_ULPS)
 
 
-# At most twelve roundings of torch's step and eight of ours, of half an ulp each, in terms no larger than twice the
-# scale of the result.
+# A step of torch rounds at most twelve times and ours at most eight, by half an ulp each, in terms no larger than twice
+# the scale of the result.
 UNFUSED_ULPS = (12 + 8) * 0.5 * 2
 
 CASES = [
@@ -72,12 +72,12 @@ CASES = [
 ]
 FUSED_CASES = [case for case in CASES if case.fused]
 RULES = [CASES[4], CASES[11], CASES[14]]
-"""One case for each rule, with every stream it can have."""
+"""One case for each rule, with every stream that the rule can have."""
 
 DTYPES = [torch.float32, torch.float64]
 STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
-# Around the widths of vectors and of a thread's share; 0 elements too. Torch rounds the tail of a tensor differently.
+# Sizes around the widths of vectors and of a thread's share, and 0. torch rounds the tail of a tensor differently.
 SIZES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8193, 33000]
 WHOLE_BLOCKS = [64, 128, 512, 1024, 4096]
 
@@ -85,7 +85,7 @@ WHOLE_BLOCKS = [64, 128, 512, 1024, 4096]
 def inputs(
     sizes: Sequence[int], dtype: torch.dtype, steps: int, seed: int = 0
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Initial values, and for each step the gradients, which shrink, so that amsgrad's maximum is not the last one."""
+    """Initial values, and gradients for each step. Gradients shrink, so amsgrad's maximum is not the last one."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(size: int) -> Tensor:
@@ -95,7 +95,7 @@ def inputs(
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Snapshot:
-    """Copies of all parameters and states, by a name that says which."""
+    """Copies all parameters and states, under names that identify them."""
     found: Snapshot = {}
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
@@ -116,8 +116,8 @@ def train(
 ) -> Snapshot:
     """Takes one step for each list of gradients.
 
-    ``place`` decides where in memory a parameter comes to lie; and a gradient, but for ``place_grad``; and a state
-    after the first step, if there is ``place_state``.
+    ``place`` puts parameters into their place in memory, and gradients if ``place_grad`` is missing. ``place_state``,
+    if given, does so for states after the first step.
     """
     params = [torch.nn.Parameter(place(value)) for value in initial]
     optimizer = make(params, **options)
@@ -129,13 +129,13 @@ def train(
         if number == 0 and place_state is not None:
             for state in optimizer.state.values():
                 for name, value in state.items():
-                    if value.dim() > 0 or name not in CARRIED:
+                    if value.dim() > 0 or name not in STATE_SCALARS:
                         state[name] = place_state(value)
     return snapshot(optimizer)
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise; NaNs compare as NaN."""
+    """Compares elementwise; all NaNs are equal."""
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -154,7 +154,7 @@ def assert_same_bits(ours: Snapshot, theirs: Snapshot) -> None:
 
 
 def assert_close(ours: Snapshot, theirs: Snapshot, ulps: float) -> None:
-    """Within ``ulps`` units in the last place of the larger of the element and its tensor's mean magnitude."""
+    """Allows ``ulps`` units in the last place of the larger of the element and its tensor's mean magnitude."""
     assert ours.keys() == theirs.keys()
     for name, a in ours.items():
         b = theirs[name].double()
@@ -166,7 +166,7 @@ def assert_close(ours: Snapshot, theirs: Snapshot, ulps: float) -> None:
 
 
 class NoOp:
-    """What every numeric test must notice: an optimizer that creates its state but leaves the parameters alone."""
+    """A fault that every numeric test must notice: the optimizer creates states but leaves the parameters alone."""
 
     def __init__(self, make: MakeOptimizer) -> None:
         self.make = make
@@ -185,7 +185,7 @@ class NoOp:
 
 
 class OnePercentOff(NoOp):
-    """What every numeric test must notice: updates that are 1% too large."""
+    """A fault that every numeric test must notice: updates are 1% too large."""
 
     def __call__(self, params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
         optimizer = self.make(params, **options)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this variable when it is imported
 
 import dracopt_ext
 
-collect_ignore = ["integrations"]  # make test-integrations runs them, without this file
+collect_ignore = ["integrations"]  # `make test-integrations` runs these tests, without this file
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -23,7 +23,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU its tests are left out, unless they are what was asked for."""
+    """Deselects the tests that need a GPU if there is none, unless `-m` asks for them. Puts long tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if "gpu" in config.option.markexpr or dracopt_ext.backends()["native:cuda"] is None:
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
@@ -40,5 +41,5 @@ def _unchanged_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _warn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test sees the warnings that a process sees once."""
+    """Lets each test see the warnings that a process issues only once."""
     monkeypatch.setattr("dracopt_ext.backend._warned", set())

@@ -1,6 +1,6 @@
-"""``python -m tests.count_compilations``: how often Triton compiles the kernel in the course of some steps.
+"""``python -m tests.count_compilations``: counts how often Triton compiles the kernel in the course of some steps.
 
-Without a GPU: the driver does everything but launch.
+No GPU is needed: the driver here does everything except launch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
 import dracopt_ext
+from dracopt_ext import devices
 from dracopt_ext.portable.plan import StepPlan
-from dracopt_ext.triton_kernels import step as triton_step
+from dracopt_ext.triton_kernels import kernel, launcher
 
 launched: list[Any] = []
 
@@ -61,20 +62,20 @@ def take_steps(sizes: list[int], dtype: torch.dtype = torch.float32, **options: 
         p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.AdamW(params, **options)
     optimizer._dracopt_kind.create_state(optimizer, optimizer.param_groups[0])
-    plan = StepPlan("adam", "AdamW", triton_step.Kernels())
+    plan = StepPlan("adam", "AdamW", launcher.TritonBackend())
     for _ in range(2):
         optimizer.param_groups[0]["lr"] *= 0.9
         assert plan.step(optimizer.param_groups, optimizer.state) is None
 
 
 def report() -> None:
-    compiled = sum(len(caches[0]) for caches in triton_step.step.device_caches.values())
+    compiled = sum(len(caches[0]) for caches in kernel.step_kernel.device_caches.values())
     print(f"{compiled} compilations for {len(launched)} launches")
 
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    triton_step.GPU = "cpu"
+    devices.GPU = "cpu"
     take_steps([3])
     report()
     for sizes in ([1], [16], [1, 16, 17], [8192], [100_000, 5], [16] * 16, [2] * 100):

@@ -1,4 +1,4 @@
-"""``python -m tests.digest``: the instruction set and a digest of all cases' results, to compare across processes."""
+"""``python -m tests.digest``: prints the instruction set and a digest of all results, to compare across processes."""
 
 from __future__ import annotations
 

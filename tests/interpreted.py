@@ -1,4 +1,4 @@
-"""Triton's interpreter for the tests: fast enough, and with the arithmetic of a GPU in every version."""
+"""Makes Triton's interpreter fast enough for tests, with the arithmetic of a GPU in every version."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def upload(words: list[int], device: torch.device, referred: list[Any]) -> torch.Tensor:
-    """In the place of the launcher's: the interpreter takes its arguments on the CPU, wherever their addresses lead."""
+    """Replaces the launcher's ``upload``: the interpreter takes arguments on the CPU, wherever their addresses lead."""
     referred.append(torch.tensor(words))
     return referred[-1]
 
 
 def set_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the time of a test."""
+    """Patches the interpreter for one test."""
     from triton.runtime import interpreter
 
     builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
@@ -41,10 +41,10 @@ def set_up(monkeypatch: pytest.MonkeyPatch) -> None:
             "triton."
         ):  # a function of the language itself, which the kernel did not patch
             return patches_and_calls(self, *args, **kwargs)
-        with np.errstate(all="ignore"):  # as a GPU does
+        with np.errstate(all="ignore"):  # a GPU ignores errors, too
             return self.rewrite()(*args, **kwargs)
 
-    # The kernel itself has patched the language; to do it again in every call takes half of the time.
+    # The call of the kernel has patched the language. A patch in every call would take half of the time.
     monkeypatch.setattr(function, "__call__", call)
 
     one, third = np.float32(1), np.float32(1 / 3)

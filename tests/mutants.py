@@ -1,5 +1,5 @@
-"""``python -m tests.mutants``: builds one fault after the other into a copy of the sources, and asks of the test that
-is named for it that it fails. Prints a table; exits with 1 if a fault is not found.
+"""``python -m tests.mutants``: builds one fault after the other into a copy of the sources. The test that is named for
+a fault must fail. Prints a table; exits with 1 if a fault is not found.
 
 ``python -m tests.mutants WORD...`` takes only the faults whose name contains one of the words.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutants"
-# The last is a link to the folder beside it.
+# dracopt_ext/triton_kernels is a link to the folder beside dracopt_ext.
 IGNORED = shutil.ignore_patterns("__pycache__", "native", "_build_info.py", "triton_kernels")
 COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
 COPIED += ["benchmarks", "csrc", "dracopt_ext", "triton_kernels", "tests"]
@@ -24,30 +24,42 @@ COPIED += ["benchmarks", "csrc", "dracopt_ext", "triton_kernels", "tests"]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: ``old`` becomes ``new`` in a file, where it stands once."""
+    """A fault that replaces ``old`` by ``new`` in a file, which contains ``old`` once."""
 
     name: str
     file: str
     old: str
     new: str
     found_by: str
-    """The test that has to fail, as ``file::function``."""
+    """The test that must fail, as ``file::function``."""
 
     @property
     def compiled(self) -> bool:
         return self.file.startswith("csrc/")
 
 
-TRITON_STEP, TRITON_PLAN = "triton_kernels/step.py", "dracopt_ext/portable/plan.py"
+TRITON_KERNEL, TRITON_LAUNCHER = "triton_kernels/kernel.py", "triton_kernels/launcher.py"
+TRITON_PLAN, TRITON_EXAMINE = "dracopt_ext/portable/plan.py", "dracopt_ext/portable/examine.py"
 TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
 ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
-PLAN, FACTS, OVERLAP = (f"csrc/bindings/{name}" for name in ("step_plan.cpp", "tensor_facts.h", "overlap.h"))
-KEYS, DISPATCH = "csrc/bindings/key_reader.h", "csrc/cpu/dispatch.cpp"
-LAUNCH, GPU_TILE, LAUNCHES = "csrc/cuda/launch.h", "csrc/cuda/tile.h", "csrc/bindings/launches.cpp"
+PLAN, READER, EXAMINE, UPDATES, RUNNER, TODO, REFUSALS, SEARCH, LAUNCHES = (
+    f"csrc/bindings/{name}.cpp"
+    for name in (
+        *("step_plan", "python_reader", "examine", "updates", "runner", "todo", "refusals", "shared_memory"),
+        "cuda_launches",
+    )
+)
+KEYS, FACTS, OVERLAP = (f"csrc/bindings/{name}.h" for name in ("key_reader", "tensor_facts", "written_memory"))
+DISPATCH = "csrc/cpu/dispatch.cpp"
+LAUNCH, GPU_TILE, GPU_UPDATE = (f"csrc/cuda/{name}.h" for name in ("launch", "tile", "update"))
 FAST_MATH, FAST = "csrc/cuda/fast_math.h", "test_core::test_fast_math"
-BASE, STEP, REFERENCE = "dracopt_ext/optim/_base.py", "dracopt_ext/optim/_step.py", "dracopt_ext/reference.py"
+BASE, STEP, KIND, SCALED, BY_TORCH, BY_REFERENCE, CHECKPOINTS = (
+    f"dracopt_ext/optim/_{name}.py"
+    for name in ("base", "step", "kind", "scaled", "by_torch", "by_reference", "checkpoints")
+)
+REFERENCE = "dracopt_ext/reference.py"
 SGD_CLASS, CONTAINERS = "dracopt_ext/optim/sgd.py", "dracopt_ext/containers.py"
 
 BITS = "test_bits::test_reference_in_fp32"
@@ -80,7 +92,7 @@ MUTANTS = [
     Mutant("first momentum dampened", SGD, ".first = flag<T>(first)", ".first = 0", BITS),
     Mutant("nesterov ignored", SGD, "flag<T>(h.nesterov != 0)", "0", BITS),
     Mutant("dampening ignored", SGD, "static_cast<T>(1 - h.dampening)", "1", BITS),
-    Mutant("mu_product stands still", NADAM, "carried[1].multiply(mu)", "carried[1].value * mu", BITS),
+    Mutant("mu_product stands still", NADAM, "state_scalars[1].multiply(mu)", "state_scalars[1].value * mu", BITS),
     Mutant("momentum of this step for the next", NADAM, "mu_next = momentum(step + 1, h)", "mu_next = mu", BITS),
     # The loop and its tiles
     Mutant("lost tail", KERNELS, "i < words; ++i)", "i < (words & ~7); ++i)", BITS),
@@ -170,31 +182,31 @@ MUTANTS = [
         "test_core::test_work_is_shared_without_gap_or_overlap_beyond_two_to_the_31",
     ),
     # The plan
-    Mutant("last parameter skipped", PLAN, "located_.resize(count);", "located_.resize(count ? count - 1 : 0);", BITS),
+    Mutant("last parameter skipped", READER, "located.resize(count);", "located.resize(count ? count - 1 : 0);", BITS),
     Mutant(
         "hyperparameters of the first group for all",
-        PLAN,
+        UPDATES,
         "first, group.hyperparameters, powers,",
         "first, groups_[0].hyperparameters, powers,",
         "test_known_defects::test_parameters_in_groups_have_their_own_hyperparameters",
     ),
     Mutant(
         "hyperparameters read once",
-        PLAN,
-        "  group.hyperparameters[count++] = value;\n",
-        "  if (prepared_.empty()) group.hyperparameters[count] = value;\n  ++count;\n",
+        READER,
+        "  group.hyperparameters[k] = value;\n",
+        "  if (static bool read[64]; !std::exchange(read[k], true)) group.hyperparameters[k] = value;\n",
         "test_life::test_hyperparameters_change",
     ),
     Mutant(
         "step count of the neighbour",
-        PLAN,
-        "same = carried[k].value == last_carried[k].value &&",
+        UPDATES,
+        "same = scalars[k].value == last_scalars[k].value &&",
         "same =",
         "test_life::test_late_missing_and_frozen_gradients",
     ),
     Mutant(
         "no version bump",
-        PLAN,
+        RUNNER,
         "if (!tensor->is_inference()) tensor->bump_version();",
         "(void)tensor;",
         "test_known_defects::test_versions_are_bumped",
@@ -215,9 +227,9 @@ MUTANTS = [
     ),
     Mutant(
         "the search trusts what lay at another place",
-        PLAN,
-        "return foreign_.empty();",
-        "return true;",
+        SEARCH,
+        "  if (!complete || inventory.size() != searched_) written_moved_ = true;\n",
+        "  complete = true;\n",
         "test_fallback::test_the_search_is_repeated_when_parameters_change_places",
     ),
     Mutant(
@@ -229,14 +241,14 @@ MUTANTS = [
     ),
     Mutant(
         "what torch steps not searched",
-        PLAN,
-        "if (bytes > 0) memory_.add(count_ + i, 0, data);",
+        SEARCH,
+        "if (bytes > 0) memory_.add(i, kParam, data);",
         "(void)data, (void)bytes, (void)i;",
         "test_fallback::test_a_gradient_inside_a_parameter_that_torch_steps",
     ),
     Mutant(
         "fp64 states in fp32 arithmetic",
-        PLAN,
+        EXAMINE,
         "fp64 |= stored.dtype == Dtype::fp64;",
         "fp64 |= k == kParam && stored.dtype == Dtype::fp64;",
         "test_dtypes::test_reference",
@@ -244,8 +256,8 @@ MUTANTS = [
     Mutant(
         "memory is taken to be there since other memory was",
         PLAN,
-        "  if (segments_.size() < count_) segments_.resize(count_);",
-        "  if (segments_.empty() || examined_.size() > segments_.size() + count_) segments_.resize(count_);",
+        "  if (inventory_.segments.size() < size) inventory_.segments.resize(size);",
+        "  if (inventory_.segments.empty()) inventory_.segments.resize(size);",
         "test_hostile_programs::test_memory_runs_out_and_is_there_again",
     ),
     Mutant(
@@ -278,22 +290,22 @@ MUTANTS = [
     ),
     Mutant(
         "a learned learning rate is an old one",
-        PLAN,
-        "read(place_of(group), group.addresses[k], group.bytes[k]);",
+        SEARCH,
+        "read(inventory.size() + static_cast<size_t>(group.index), group.addresses[k], group.bytes[k]);",
         "",
         "test_hostile_programs::test_a_learned_learning_rate",
     ),
     Mutant(
         "a hyperparameter may lie anywhere",
-        PLAN,
-        "reads_moved_ |= group.bytes[count] != bytes || group.addresses[count] != data;",
+        SEARCH,
+        "if (hyperparameters_moved(inventory)) reads_moved_ = true;",
         "",
         "test_hostile_programs::test_a_hyperparameter_that_moves_into_a_parameter",
     ),
     Mutant(
         "infinite scalars",
-        PLAN,
-        "if (!finite && !examined.has_recipe)",
+        UPDATES,
+        "if (!finite && !ready->has_recipe)",
         "if (false)",
         "test_hostile_programs::test_hyperparameters_that_the_arithmetic_does_not_hold",
     ),
@@ -306,7 +318,7 @@ MUTANTS = [
     ),
     Mutant(
         "odd addresses",
-        PLAN,
+        EXAMINE,
         "if (!is_aligned(data, stored.dtype) && extent > 0)",
         "if (false)",
         "test_hostile_programs::test_odd_addresses",
@@ -327,7 +339,7 @@ MUTANTS = [
     ),
     Mutant(
         "gradients of any shape taken",
-        PLAN,
+        EXAMINE,
         "if (!same_shape(tensor, param)) return Fault::shape;",
         "",
         "test_refusals::test_gradients_that_do_not_fit",
@@ -341,7 +353,7 @@ MUTANTS = [
     ),
     Mutant(
         "NaN hyperparameters taken",
-        PLAN,
+        READER,
         "!std::isfinite(value) ||",
         "",
         "test_refusals::test_groups_edited_to_nonsense",
@@ -377,42 +389,42 @@ MUTANTS = [
     ),
     Mutant(
         "last elements lost on the GPU",
-        GPU_TILE,
+        GPU_UPDATE,
         "loose = range.first + (range.end - range.last)",
         "loose = range.first",
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
         "16-bit numbers as whole vectors in fp64",
-        GPU_TILE,
+        GPU_UPDATE,
         "return kLanes * itemsize(dtype(k)) >= kVectorBytes;",
         "return true;",
         "test_gpu::test_mixed_dtypes",
     ),
     Mutant(
         "vectors that need PlainMath are lost",
-        GPU_TILE,
+        GPU_UPDATE,
         "left.bits |= bit;",
         "",
         "test_gpu::test_special_numbers",
     ),
     Mutant(
         "elements in no vector are lost",
-        GPU_TILE,
+        GPU_UPDATE,
         "range.first > 0 || range.last < range.end ? Left::kLoose : 0",
         "range.first > 0 ? Left::kLoose : 0",
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
         "misaligned states taken for aligned",
-        GPU_TILE,
+        GPU_UPDATE,
         "row.misaligned || reinterpret_cast",
         "reinterpret_cast",
         "test_gpu::test_misaligned",
     ),
     Mutant(
         "maximize only where gradients are divided, too",
-        GPU_TILE,
+        GPU_UPDATE,
         "adjusts = number != T(1) || maximize;",
         "adjusts = number != T(1);",
         "test_gpu::test_bits_of_the_cpu",
@@ -433,7 +445,7 @@ MUTANTS = [
     ),
     Mutant(
         "PlainMath for another vector",
-        GPU_TILE,
+        GPU_UPDATE,
         "lowest_bit(left.bits) * kThreads) * left.lanes",
         "lowest_bit(left.bits)) * left.lanes",
         "test_gpu::test_special_numbers_among_others",
@@ -482,7 +494,7 @@ MUTANTS = [
     ),
     Mutant(
         "a launch with gradients that are 1% off",
-        GPU_TILE,
+        GPU_UPDATE,
         "const auto number = static_cast<T>(",
         "const auto number = T(1.01) * static_cast<T>(",
         "test_gpu_kit::test_check_on_the_host",
@@ -490,20 +502,20 @@ MUTANTS = [
     Mutant(
         "threads are waited for before a launch",
         PLAN,
-        "if (count_ > 0 && is_on_gpu(located_.front().param())) {",
+        "if (count > 0 && is_on_gpu(inventory_.located.front().param())) {",
         "if (false) {",
         "test_gpu::test_no_other_thread_is_waited_for",
     ),
     Mutant(
         "misaligned stream taken for aligned",
-        GPU_TILE,
+        GPU_UPDATE,
         "return address % kVectorBytes == 0 && ",
         "return ",
         "test_gpu::test_misaligned",
     ),
     Mutant(
         "grad_scale not read by the kernel",
-        GPU_TILE,
+        GPU_UPDATE,
         "arguments.grad_scale == nullptr ?",
         "true ?",
         "test_gpu::test_grad_scale_is_read_by_the_kernel",
@@ -518,7 +530,7 @@ MUTANTS = [
     Mutant(
         "step count on the GPU not moved on",
         GPU_TILE,
-        "*static_cast<float*>(row.carried[k]) = ",
+        "*static_cast<float*>(row.state_scalars[k]) = ",
         "",
         "test_gpu::test_bits_of_the_cpu",
     ),
@@ -552,7 +564,7 @@ MUTANTS = [
     ),
     Mutant(
         "another device's hyperparameters",
-        PLAN,
+        EXAMINE,
         "p->device() != *group.gpu",
         "false",
         "test_gpu::test_tensor_lr_on_another_device",
@@ -560,43 +572,43 @@ MUTANTS = [
     Mutant(
         "host does not notice an overflow that it must",
         PLAN,
-        "if (!foreign_.empty() || missing_is_hosts_) return true;",
-        "",
+        "if (streams == nullptr || !streams->on_gpu) return true;",
+        "if (streams == nullptr) return false;",
         "test_gpu::test_overflow_with_counts_on_the_host",
     ),
     Mutant(
         "host counts for the GPU",
-        PLAN,
-        "if (examined.carried_on_gpu[k]) continue;  // the kernel does it",
+        RUNNER,
+        "if (ready.scalar_on_gpu[k]) continue;  // the kernel does it",
         "",
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
         "first step captured",
-        PLAN,
-        'if (examined.verdict == Verdict::missing_state) refuse("has',
-        'if (false) refuse("has',
+        REFUSALS,
+        'if (ready == nullptr) refuse_it("has',
+        'if (false) refuse_it("has',
         "test_gpu::test_capture_is_refused_where_it_would_be_wrong",
     ),
     Mutant(
         "GPU's parameters stepped on the CPU, too",
-        PLAN,
-        "if (!examined_[i].on_gpu) keep(i, kept++);",
-        "keep(i, kept++);",
+        RUNNER,
+        "if (ready == nullptr || ready->streams.on_gpu) continue;\n      gathered_",
+        "if (ready == nullptr) continue;\n      gathered_",
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
         "host guesses a count on the GPU",
-        PLAN,
-        "if (k > 0 && examined.has_recipe) return",
-        "if (false) return",
+        EXAMINE,
+        "if (k > 0 && ready.has_recipe) {",
+        "if (false) {",
         "test_gpu::test_nadam_with_a_state_on_both_sides",
     ),
     Mutant(
         "host waits where torch would not",
-        STEP,
-        "foreign in (None, len(params))",
-        "False",
+        SCALED,
+        "kernels_serve_none = todo.nothing_left",
+        "kernels_serve_none = False",
         "test_gpu::test_scaler_where_no_kernel_serves",
     ),
     Mutant(
@@ -616,35 +628,35 @@ MUTANTS = [
     # The Python part
     Mutant(
         "overflow not noticed",
-        STEP,
+        SCALED,
         "if found_inf is None or not found_inf.item():",
         "if True:",
         "test_dtypes::test_grad_scaler_in_low_precision",
     ),
     Mutant(
         "scaled gradients left behind",
-        STEP,
+        BY_TORCH,
         "p.grad = grad\n",
         "pass\n",
         "test_fallback::test_unscaling_for_what_torch_steps",
     ),
     Mutant(
         "state_dtype lost on loading",
-        BASE,
+        CHECKPOINTS,
         "                dtype = state_dtype\n",
         "                pass\n",
         "test_checkpoints::test_state_dtype_holds_after_loading",
     ),
     Mutant(
         "states shared with what was loaded",
-        BASE,
+        CHECKPOINTS,
         "dtype=dtype, copy=True)",
         "dtype=dtype)",
         "test_checkpoints::test_nothing_is_shared_with_what_was_loaded",
     ),
     Mutant(
         "mu_product rounded on loading",
-        BASE,
+        CHECKPOINTS,
         "dtype = value.dtype if value.dtype == torch.float64 else torch.float32",
         "pass",
         "test_checkpoints::test_mu_product_is_not_rounded",
@@ -665,22 +677,22 @@ MUTANTS = [
     ),
     Mutant(
         "torch's fused CPU kernels for the rest",
-        STEP,
+        BY_TORCH,
         '"params": unfused, "fused": None}',
         '"params": unfused}',
         "test_fallback::test_torchs_fused_kernels_are_not_used_where_strides_have_gaps",
     ),
     Mutant(
         "mixed dtypes left to torch",
-        PLAN,
+        TODO,
         "if (mixed) return form | kMixed;",
         "",
         "test_fallback::test_mixed_dtypes_for_what_torch_steps",
     ),
     Mutant(
         "the reference does not look first",
-        STEP,
-        "            self._check_for_reference(groups)\n",
+        BY_REFERENCE,
+        "    check(step, groups)\n",
         "",
         "test_fallback::test_the_reference_changes_nothing_before_it_raises",
     ),
@@ -705,8 +717,8 @@ MUTANTS = [
     Mutant(
         "Triton: mu_product is not rounded",
         "triton_kernels/rules.py",
-        "mu_product = rounded(carried[1] * rounded(mu, is_fp32[1]), is_fp32[1])",
-        "mu_product = carried[1] * mu",
+        "mu_product = rounded(state_scalars[1] * rounded(mu, is_fp32[1]), is_fp32[1])",
+        "mu_product = state_scalars[1] * mu",
         "test_triton::test_bits_after_many_steps",
     ),
     Mutant(
@@ -716,20 +728,24 @@ MUTANTS = [
         "        base_lo = base_lo * 0\n",
         "test_triton::test_bits_after_many_steps",
     ),
-    Mutant("Triton: the last elements are lost", TRITON_STEP, "if in_vectors + i < end:", "if i < -1:", TRITON_BITS),
+    Mutant("Triton: the last elements are lost", TRITON_KERNEL, "if in_vectors + i < end:", "if i < -1:", TRITON_BITS),
     Mutant(
-        "Triton: maximize is ignored", TRITON_STEP, "MAXIMIZE != 0, -1.0, 1.0)", "MAXIMIZE != 0, 1.0, 1.0)", TRITON_BITS
+        "Triton: maximize is ignored",
+        TRITON_KERNEL,
+        "MAXIMIZE != 0, -1.0, 1.0)",
+        "MAXIMIZE != 0, 1.0, 1.0)",
+        TRITON_BITS,
     ),
     Mutant(
         "Triton: a program takes the row before",
-        TRITON_STEP,
+        TRITON_KERNEL,
         "+ FIRST_TILE) > program\n",
         "+ FIRST_TILE) >= program\n",
         TRITON_BITS,
     ),
     Mutant(
         "Triton: blocks that the fast arithmetic cannot do are lost",
-        TRITON_STEP,
+        TRITON_KERNEL,
         "LANES, False, T)",
         "LANES, fast, T)",
         "test_gpu::test_special_numbers_among_others",
@@ -750,21 +766,21 @@ MUTANTS = [
     ),
     Mutant(
         "Triton: scalars of the host for a count on the GPU",
-        TRITON_STEP,
-        "or any(row[words.CARRIED : words.PARAM])",
+        TRITON_LAUNCHER,
+        "or any(row[packed.STATE_SCALARS : packed.PARAM])",
         "",
         "test_gpu::test_one_group_counts_on_the_host",
     ),
     Mutant(
         "Triton: contracts",
-        TRITON_STEP,
+        TRITON_LAUNCHER,
         '"enable_fp_fusion": False',
         '"enable_fp_fusion": True',
         "test_triton::test_compiled_for_gpus_that_are_not_here",
     ),
     Mutant(
         "Triton: no vectors",
-        TRITON_STEP,
+        TRITON_KERNEL,
         "pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 4 * lanes)",
         "pointer = address.to(tl.pointer_type(tl.float32))",
         "test_triton::test_compiled_for_gpus_that_are_not_here",
@@ -793,8 +809,8 @@ MUTANTS = [
     Mutant(
         "Triton: freed gradients are taken",
         TRITON_PLAN,
-        "if any(_lacks_memory(p.grad) or _is_misaligned(p.grad)",
-        "if any(_is_misaligned(p.grad)",
+        "if any(lacks_memory(p.grad) or is_misaligned(p.grad)",
+        "if any(is_misaligned(p.grad)",
         "test_triton::test_freed_gradient",
     ),
     Mutant(
@@ -825,10 +841,10 @@ MUTANTS = [
         "if not known and self._guards",
         "test_triton::test_what_a_graph_refers_to_is_kept",
     ),
-    # What takes the binding's place
+    # The replacement of the binding
     Mutant(
         "a step that failed is forgotten",
-        TRITON_PLAN,
+        TRITON_EXAMINE,
         "        written = WrittenMemory(ranges)\n",
         "        written = self._written = WrittenMemory(ranges)\n",
         "test_portable::test_memory_shared_after_a_step_that_failed",
@@ -842,21 +858,21 @@ MUTANTS = [
     ),
     Mutant(
         "words: no layout",
-        "csrc/cpu/words.cpp",
+        "csrc/cpu/packed.cpp",
         "segment.layout == nullptr || segment.layout->dense(k)",
         "true",
         "test_portable::test_what_holds_for_the_native_backend",
     ),
     Mutant(
         "words: ascent for descent",
-        "csrc/cpu/words.cpp",
+        "csrc/cpu/packed.cpp",
         "(flags & kMaximize) != 0",
         "false",
         "test_portable::test_bits",
     ),
     Mutant(
         "words: one arithmetic for all",
-        "csrc/cpu/words.cpp",
+        "csrc/cpu/packed.cpp",
         "arithmetic_ = Arithmetic::fp64;",
         "arithmetic_ = Arithmetic::fp32;",
         "test_portable::test_bits",
@@ -871,37 +887,37 @@ MUTANTS = [
     Mutant(
         "Triton: state stays after a failure",
         STEP,
-        "        with self._restored_on_error(created + new):\n",
-        "        with self._restored_on_error(new):\n",
+        "        with self.restored_on_error(created + new):\n",
+        "        with self.restored_on_error(new):\n",
         "test_triton::test_failure_changes_nothing",
     ),
     # ---- Other people's code
     Mutant(
         "overridden methods passed by",
-        STEP,
+        KIND,
         "if not _wraps(found, self.originals[name]):",
         "if False:",
         "test_other_peoples_code::test_init_group_overridden",
     ),
     Mutant(
         "methods replaced in torch's class passed by",
-        STEP,
+        KIND,
         "if code is None or not code.co_filename.startswith(_TORCH) or not",
         "if not",
         "test_other_peoples_code::test_init_group_replaced",
     ),
     Mutant(
         "methods of the instance passed by",
-        STEP,
+        KIND,
         "            if name in own:\n                return name\n",
         "",
         "test_other_peoples_code::test_init_group_replaced",
     ),
     Mutant(
         "options dropped for a class that torch steps",
-        STEP,
-        "            if value is not None:\n",
-        "            if False:\n",
+        BY_TORCH,
+        "        if value is not None:\n",
+        "        if False:\n",
         "test_other_peoples_code::test_what_torchs_step_cannot_keep_is_refused",
     ),
     Mutant(
@@ -920,21 +936,21 @@ MUTANTS = [
     ),
     Mutant(
         "any dict read past its methods",
-        PLAN,
+        READER,
         "if (!PyDict_CheckExact(dict)) return false;",
         "if (!PyDict_Check(dict)) return false;",
         "test_other_peoples_code::test_groups_in_other_mappings",
     ),
     Mutant(
         "states that are no exact dicts read past their methods",
-        PLAN,
+        READER,
         "if (!PyDict_CheckExact(entries)) return false;",
         "if (!PyDict_Check(entries)) continue;",
         "test_other_peoples_code::test_states_in_other_mappings",
     ),
     Mutant(
         "any list of parameters read past its methods",
-        PLAN,
+        READER,
         "group.params == nullptr || !PyList_CheckExact(group.params)",
         "group.params == nullptr || !PyList_Check(group.params)",
         "test_other_peoples_code::test_parameters_in_other_sequences",
@@ -948,37 +964,38 @@ MUTANTS = [
     ),
     Mutant(
         "flags read as numbers",
-        PLAN,
+        READER,
         "if (!read_flag(value, flag)) return false;",
         "flag = PyObject_IsTrue(value) == 1 && !PyUnicode_Check(value);",
         "test_other_peoples_code::test_flags_are_asked_for_their_truth",
     ),
     Mutant(
         "torch's fused kernels for strides that they take for others",
-        PLAN,
+        TODO,
         "is_on_cpu(tensor) && tensor->is_contiguous() &&",
         "is_on_cpu(tensor) &&",
         "test_other_peoples_code::test_fused_is_dropped_where_it_is_wrong",
     ),
     Mutant(
         "torch's fused kernels for shapes that differ",
-        PLAN,
+        TODO,
         "!lies_simply(grad) || !has_its_shape(grad)",
         "!lies_simply(grad)",
         "test_other_peoples_code::test_shapes_that_torchs_fused_kernels_would_not_look_at",
     ),
     Mutant(
         "torch's fused kernels for tensors that share memory",
-        PLAN,
-        "group_of(located).fused && foreign.reason != kSharesMemory",
-        "group_of(located).fused",
+        TODO,
+        "group.fused && std::get_if<Unsupported>(&inventory.examined[i])->reason != kSharesMemory",
+        "group.fused",
         "test_other_peoples_code::test_fused_is_dropped_for_memory_that_is_shared",
     ),
     Mutant(
         "bad input not looked for under a mode",
         PLAN,
-        "  settle(stepped);\n",
-        "  if (is_under_mode()) for (Examined& e : examined_) e.be_foreign(kUnderMode);\n  settle(stepped);\n",
+        "  classify(options.stepped);\n",
+        "  if (is_under_mode()) for (Examined& e : inventory_.examined) e = Unsupported{kUnderMode};\n"
+        "  classify(options.stepped);\n",
         "test_other_peoples_code::test_bad_input_under_a_mode",
     ),
     Mutant(
@@ -990,8 +1007,8 @@ MUTANTS = [
     ),
     Mutant(
         "torch's fused kernels dropped",
-        STEP,
-        "(as_it_is if keeps_fused else unfused).append(p)",
+        BY_TORCH,
+        "(as_it_is if kind.keeps_fused else unfused).append(p)",
         "unfused.append(p)",
         "test_other_peoples_code::test_fused_is_kept_where_it_is_right",
     ),
@@ -1008,6 +1025,77 @@ MUTANTS = [
         '{"_dracopt_engine": copy.copy(engine_of(self))}',
         '{"_dracopt_engine": engine_of(self)}',
         "test_other_peoples_code::test_instances_that_pickle_all_their_attributes",
+    ),
+    # Two plans that share a step
+    Mutant(
+        "a look does not ask for infinite scalars",
+        PLAN,
+        "  updates_.prepare(",
+        "  if (!options.only_looks) updates_.prepare(",
+        "test_plan::test_a_look_finds_what_is_wrong",
+    ),
+    Mutant(
+        "subclasses in no plan",
+        READER,
+        "if (!THPVariable_CheckExact(parameter)) return !only_on.has_value();",
+        "if (!THPVariable_CheckExact(parameter)) return false;",
+        "test_plan::test_a_subclass_is_on_no_device",
+    ),
+    Mutant(
+        "parameters of another plan stepped",
+        READER,
+        "return type == only_on.value_or(type) && ",
+        "return ",
+        "test_plan::test_parameters_on_one_type_of_devices",
+    ),
+    Mutant(
+        "Triton: parameters of another plan stepped",
+        TRITON_PLAN,
+        "or only_on not in (None, device_type)",
+        "",
+        "test_gpu::test_parameters_on_gpu_and_cpu",
+    ),
+    Mutant(
+        "Triton: a learning rate that another plan writes",
+        TRITON_EXAMINE,
+        "for p in passed_over if why_not_plain(p) is None]",
+        "for p in ()]",
+        "test_gpu::test_a_learning_rate_on_the_cpu_that_the_step_updates",
+    ),
+    Mutant(
+        "one plan steps before the other has looked",
+        STEP,
+        "            for share in left[1:]:\n",
+        "            for share in ():\n",
+        "test_gpu::test_neither_side_changes_where_the_other_is_wrong",
+    ),
+    Mutant(
+        "a learning rate that was forgotten is an old one",
+        SEARCH,
+        "  moved |= count != hyperparameters_.size();\n",
+        "",
+        "test_fallback::test_a_learning_rate_comes_back_to_memory_that_is_written_now",
+    ),
+    Mutant(
+        "a library of another build",
+        "dracopt_ext/portable/compiled.py",
+        "    if differ:\n",
+        "    if False:\n",
+        "test_portable::test_a_library_with_other_constants",
+    ),
+    Mutant(
+        "the reference for a state_dtype that torch has",
+        BY_TORCH,
+        "state_dtype not in (None, p.dtype)",
+        "state_dtype is not None",
+        "test_dtypes::test_state_dtype_of_the_parameters_without_compiled_kernels",
+    ),
+    Mutant(
+        "torch without our arguments taken",
+        "dracopt_ext/backend.py",
+        "if _minor(version) < (2, 7):",
+        "if _minor(version) < (2, 6):",
+        "test_backend::test_torch_that_has_not_our_constructors",
     ),
 ]
 
@@ -1037,7 +1125,7 @@ def build() -> None:
 
 
 def fails(test: str) -> bool:
-    """Whether the test fails or crashes, rather than passes or does not run at all."""
+    """Says whether the test fails or crashes. Exits if it does not run at all."""
     file, function = test.split("::")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}.py::{function}"]
     run = subprocess.run(command, cwd=COPY, capture_output=True, text=True)
@@ -1068,7 +1156,7 @@ def main(words: list[str]) -> None:
         if fails(test):
             sys.exit(f"{test} fails without any fault")
     survivors = 0
-    for mutant in sorted(mutants, key=lambda mutant: mutant.compiled):  # those in Python need the build without faults
+    for mutant in sorted(mutants, key=lambda mutant: mutant.compiled):  # faults in Python need the build without faults
         begin = time.monotonic()
         caught = found(mutant)
         survivors += not caught

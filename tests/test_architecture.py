@@ -1,4 +1,4 @@
-"""What the sources and the compiled module promise about themselves."""
+"""Checks properties that the sources and the compiled module promise."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from dracopt_ext import _C
+from dracopt_ext.backend import NATIVE
 
 from .mutants import MUTANTS
 
@@ -23,7 +25,7 @@ CSRC = ROOT / "csrc"
 MODULE = Path(_C.__file__)
 COMPILER = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
 
-# Who may include or import whom.
+# These tables say who may include or import whom.
 CPP_MAY_INCLUDE = {
     "core": {"core"},
     "rules": {"core", "rules"},
@@ -35,16 +37,18 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
     "backend": {"portable"},
     "containers": {"reference"},
-    "foreign": set(),
-    "optim": {"backend", "containers", "foreign", "reference"},
+    "devices": set(),
+    "todo": set(),
+    "optim": {"backend", "containers", "devices", "todo", "reference"},
     "__init__": {"optim", "backend"},
     "__main__": {"backend"},
     "_build_info": set(),
-    "portable": {"containers", "foreign", "reference"},
-    # of triton_kernels, which backend imports when it is needed
+    "portable": {"containers", "devices", "todo", "reference"},
+    # modules of triton_kernels, which backend imports when they are needed
     "arithmetic": set(),
     "rules": {"arithmetic"},
-    "step": {"arithmetic", "rules"},
+    "kernel": {"arithmetic"},
+    "launcher": {"kernel", "rules"},
 }
 
 
@@ -55,12 +59,12 @@ def test_cpp_includes_run_one_way(folder: str) -> None:
         for header in re.findall(r'#include "([^"]+)"', text):
             assert header.split("/")[0] in CPP_MAY_INCLUDE[folder], f"{source.name} includes {header}"
         for header in re.findall(r"#include <([^>]+)>", text):
-            foreign = header.split("/")[0] in ("torch", "ATen", "c10", "pybind11", "Python.h")
-            assert not foreign or folder == "bindings", f"{source.name} includes {header}"
+            is_of_torch = header.split("/")[0] in ("torch", "ATen", "c10", "pybind11", "Python.h")
+            assert not is_of_torch or folder == "bindings", f"{source.name} includes {header}"
 
 
 def test_kernels_include_nothing_that_defines_functions() -> None:
-    """Inline functions of the standard library would be merged across instruction sets by the linker."""
+    """The linker would merge inline functions of the standard library across instruction sets."""
     allowed = {"cstddef", "cstdint", "type_traits"}
     for source in [
         *(CSRC / "core").iterdir(),
@@ -87,11 +91,13 @@ def test_python_imports_run_one_way() -> None:
                 assert set(modules) <= PYTHON_MAY_IMPORT[own], f"{source.name} imports {modules}"
             elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("dracopt_ext"):
                 assert package == kernels, f"{source.name} imports {node.module}"
-                assert str(node.module).startswith("dracopt_ext.portable"), f"{source.name} imports {node.module}"
+                is_portable = str(node.module).startswith("dracopt_ext.portable")
+                names = [alias.name for alias in node.names]
+                assert is_portable or names == ["devices"], f"{source.name} imports {node.module}"
 
 
 def test_mutants_fit_the_sources() -> None:
-    """They run for a quarter of an hour; that each can be applied, and names a test that there is, is seen here."""
+    """Mutants run for a quarter of an hour. This test sees that each can be applied and names an existing test."""
     names = [mutant.name for mutant in MUTANTS]
     assert len(names) == len(set(names)) >= 26
     for mutant in MUTANTS:
@@ -100,10 +106,23 @@ def test_mutants_fit_the_sources() -> None:
         assert f"def {function}(" in (ROOT / "tests" / f"{file}.py").read_text(), mutant.name
 
 
+def test_one_translation_unit_has_the_whole_binding() -> None:
+    included = re.findall(r'#include "bindings/(.+)"', (CSRC / "bindings/unity.cpp").read_text())
+    assert included == sorted({source.name for source in CSRC.glob("bindings/*.cpp")} - {"unity.cpp"})
+
+
 def test_no_tensor_of_a_user_is_held_by_the_plan() -> None:
-    header = (CSRC / "bindings/step_plan.h").read_text()
-    assert "at::Tensor" not in header
-    assert "py::object " not in header.replace("pybind11::object", "")
+    for name in ("step_plan", "inventory", "shared_memory", "updates", "runner"):
+        header = (CSRC / f"bindings/{name}.h").read_text()
+        assert "at::Tensor" not in header
+        assert "py::object " not in header.replace("pybind11::object", "")
+
+
+def test_compiled_kernels_are_small_in_a_wheel(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "wheel", "w", zipfile.ZIP_DEFLATED) as wheel:
+        for path in NATIVE.glob("**/*.so"):
+            wheel.write(path)
+    assert (tmp_path / "wheel").stat().st_size < (2 if _C.cuda_architectures() else 1) * 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("readelf") is None, reason="needs readelf")

@@ -1,9 +1,11 @@
-"""Why something cannot run here, in words, without a second installation; test_packaging.py has those."""
+"""Tests the reasons why something cannot run here. test_packaging.py tests those that need a second installation."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,16 @@ def test_backends_that_can_run() -> None:
     assert found["reference"] is None
 
 
+@pytest.mark.parametrize(("version", "works"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.10.0", True)])
+def test_torch_that_has_not_our_constructors(version: str, works: bool) -> None:
+    """torch's Adam has taken ``decoupled_weight_decay`` since 2.7."""
+    if works:
+        backend.check_torch(version)
+    else:
+        with pytest.raises(ImportError, match=r"needs torch 2\.7 or newer, .* but torch 2\.6\.0\+cu124 is installed"):
+            backend.check_torch(version)
+
+
 def test_torch_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     assert backend._load_native() == (None, None, "torch 2.9.1+cu128 is older than 2.10")
@@ -29,13 +41,13 @@ def test_torch_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     ("installed", "fits"),
     [
         ("2.13.0", True),
-        ("2.13.1+cu130", True),  # of one minor version, whatever it was built with
+        ("2.13.1+cu130", True),  # the same minor version, whatever it was built with
         ("2.13.0+cpu", True),
         ("2.13.0.post303", True),
         ("2.14.0", False),
-        ("2.13.0.dev20260401+cpu", False),  # before the release anything may change
+        ("2.13.0.dev20260401+cpu", False),  # anything may change before the release
         ("2.13.0a0+git1234567", False),
-        ("2.12.0a0+git7654321", True),  # the very build that was compiled against
+        ("2.12.0a0+git7654321", True),  # the build that the binding was compiled for
         ("2.12.0", False),
     ],
 )
@@ -45,7 +57,7 @@ def test_bindings_fit_their_minor_version(installed: str, fits: bool, monkeypatc
 
 
 def test_compiled_for_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels are used without binding."""
+    """The kernels are used without a binding."""
     monkeypatch.setitem(backend.BUILD_INFO, "torch", ["2.98.0", "2.99.0"])
     module, library, reason = backend._load_native()
     assert module is None
@@ -64,9 +76,20 @@ def test_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backend._load_native() == (None, None, expected)
 
 
+def test_a_source_tree_that_hides_an_installed_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = tmp_path / "dracopt_ext"
+    installed.mkdir()
+    (installed / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(Path(backend.__file__).parents[1]), str(tmp_path)])
+    reason = backend._why_not_compiled()
+    assert f"A copy is installed in {installed}: start Python in another folder" in reason
+    monkeypatch.setattr(sys, "path", sys.path[:1])
+    assert backend._why_not_compiled() == "not compiled: run `pip install .` in the source tree"
+
+
 @pytest.mark.binding
 def test_the_module_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is broken is not papered over."""
+    """A broken module is reported."""
 
     def broken(spec: Any) -> Any:
         raise ImportError("undefined symbol: _ZN3c10")

@@ -1,4 +1,4 @@
-"""The commands of `benchmarks/` run from end to end."""
+"""Tests that the commands of `benchmarks/` run from end to end."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def run(module: str, out: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_benchmarks_append_to_the_csv_and_draw(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = []
@@ -65,7 +66,7 @@ def test_gpu_suite(tmp_path: Path) -> None:
 
 
 def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What becomes of figures that only a GPU could have given."""
+    """The report treats figures that only a GPU could have given."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     suite = SUITES["gpu"]
@@ -109,7 +110,7 @@ def test_training_on_digits(tmp_path: Path) -> None:
     assert "ran on the backend: native (cpu)" in output
     accuracies = [float(found) for found in re.findall(r"AdamW\S*\s+([\d.]+)%", output)]
     assert len(accuracies) == 2
-    assert min(accuracies) > 50  # of ten digits, after two epochs
+    assert min(accuracies) > 50  # ten digits, two epochs
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 

@@ -1,5 +1,5 @@
-"""The same bits: however a tensor is split, wherever it lies, on every instruction set and number of threads; and the
-bits of the reference and of torch's fused kernels."""
+"""Kernels give the same bits however a tensor is split, wherever it lies, and on every instruction set and number of
+threads. These are the bits of the reference and of torch's fused kernels."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_reference_in_fp32_bites(case: Case, fault: type[NoOp]) -> None:
         assert_same_bits(wrong, by_reference(case, SIZES, torch.float32))
 
 
-# In fp64 the reference has no fused multiply-add and rounds products that the kernels do not: at most six roundings of
-# a step, of half an ulp each, in terms no larger than the scale of the result; and twice that, for what a step finds in
-# its states from the steps before.
+# In fp64 the reference has no fused multiply-add and rounds products that the kernels do not round. A step has at most
+# six such roundings, of half an ulp each, in terms no larger than the scale of the result. The limit is twice that
+# because a step also finds errors of earlier steps in its states.
 FP64_STEPS = 5
 FP64_ULPS = 2 * 6 * 0.5 * FP64_STEPS
 
@@ -121,13 +121,13 @@ def test_torch_unfused_bites(case: Case, dtype: torch.dtype, fault: type[NoOp]) 
 
 
 def one_exact_step(case: Case) -> tuple[Any, dict[str, Tensor]]:
-    """The inputs of a step in fp32, and its result in fp64."""
+    """Returns the inputs of a step in fp32, and the result of the step in fp64."""
     initial, steps = inputs([4096], torch.float32, 1)
     in_double = [t.double() for t in initial], [[t.double() for t in step] for step in steps]
     return (initial, steps), train(case.ours, {**case.options, "backend": "reference"}, *in_double)
 
 
-# Each of a step's at most twelve operations rounds by half an ulp of a term at most twice its result.
+# A step has at most twelve operations. Each rounds by half an ulp of a term at most twice its result.
 FP32_ULPS = 12
 
 
@@ -148,7 +148,7 @@ def test_fp32_against_exact_arithmetic_bites(case: Case, fault: type[NoOp]) -> N
 @every_case
 @every_dtype
 def test_splits(case: Case, dtype: torch.dtype) -> None:
-    """One tensor, or the same elements as many tensors of odd lengths."""
+    """One tensor gives the same bits as its elements in many tensors of odd lengths."""
     (whole,), steps = inputs([5000], dtype, 3)
     lengths = [1, 2, 3, 61, 64, 67, 129, 1000, 3673]
     together = train(case.ours, case.options, [whole], steps)
@@ -183,7 +183,7 @@ def test_offsets_and_guards(case: Case, dtype: torch.dtype, offset: int) -> None
 @pytest.mark.parametrize("case", RULES, ids=str)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 1e-42, -0.0])
 def test_nan_in_every_stream(case: Case, special: float) -> None:
-    """And infinities, subnormal numbers and zeros: each in the parameter, the gradient and the states."""
+    """NaNs, infinities, subnormal numbers and zeros stand in the parameter, the gradient and the states."""
     initial, gradients = inputs([64], torch.float32, 3)
     initial[0][0] = gradients[1][0][1] = special
     streams = iter(range(2, 10))
@@ -209,7 +209,7 @@ def test_threads(case: Case, threads: int) -> None:
 
 
 def test_a_step_that_releases_the_gil() -> None:
-    """Large steps take another path through the binding than small ones."""
+    """Large steps take a different path through the binding than small ones."""
     case = Case("AdamW", {"lr": 0.01})
     given = inputs([3_000_001, 5], torch.float32, 2)
     pieces = [given[0][0][:100], given[0][1]], [[a[:100], b] for a, b in given[1]]

@@ -1,5 +1,5 @@
-"""Loading and saving: what torch does with dtypes, options, hooks and old files, and the three points in which ours
-does more: ``state_dtype``, NAdam's ``mu_product``, and no tensor shared with what was loaded."""
+"""Loading and saving treat dtypes, options, hooks and old files as torch does. Ours does more in three points:
+``state_dtype``, NAdam's ``mu_product``, and no tensor shared with the loaded dict."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_nothing_is_shared_with_what_was_loaded(case: Case) -> None:
 @pytest.mark.parametrize("saved", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("loaded", [FP32, BF16], ids=str)
 def test_dtypes_after_loading_are_torchs(case: Case, saved: torch.dtype, loaded: torch.dtype) -> None:
-    """The moments take the parameter's; ``step`` keeps its own; so does ``mu_product``, which torch rounds."""
+    """Moments take the parameter's dtype. ``step`` keeps its own, and so does ``mu_product``, which torch rounds."""
     found = []
     for make in (case.ours, case.torchs):
         optimizer = trained(make, loaded, steps=0, **case.options)
@@ -88,7 +88,7 @@ def test_mu_product_is_not_rounded() -> None:
 
 
 def test_mu_product_that_torch_has_rounded() -> None:
-    """In bf16 it would keep NAdam off the native path for good."""
+    """A ``mu_product`` in bf16 would keep NAdam off the native path for good."""
     target = trained(dracopt_ext.NAdam, BF16, steps=0)
     rounded = trained(torch.optim.NAdam, BF16, steps=0)
     rounded.load_state_dict(trained(torch.optim.NAdam, BF16).state_dict())
@@ -104,7 +104,7 @@ def test_mu_product_that_torch_has_rounded() -> None:
 @every_class
 @pytest.mark.parametrize("saved", [None, FP32], ids=str)
 def test_state_dtype_holds_after_loading(case: Case, saved: torch.dtype | None) -> None:
-    """torch would cast to the parameter's dtype. What was saved in fp32 is not rounded on the way."""
+    """torch would cast to the parameter's dtype. Moments saved in fp32 are not rounded on the way."""
     source = trained(case.ours, BF16, state_dtype=saved, **case.options)
     target = trained(case.ours, BF16, steps=0, state_dtype=FP32, **case.options)
     target.load_state_dict(source.state_dict())
@@ -147,7 +147,7 @@ def test_saved_options_replace_those_of_the_optimizer() -> None:
 
 @every_class
 def test_states_from_before_some_options_existed(case: Case) -> None:
-    """Their groups lack keys and their step counts are plain numbers."""
+    """Groups in old states lack keys, and step counts are plain numbers."""
     found = []
     for make in (case.ours, case.torchs):
         source = trained(make, **case.options)
@@ -209,7 +209,7 @@ def test_what_does_not_match_is_refused_in_torchs_words(case: Case) -> None:
 
 @every_class
 def test_hooks_around_saving_and_loading(case: Case) -> None:
-    """In torch's order; a pre-hook may replace what is loaded, and a post-hook sees the states as they will stay."""
+    """Hooks run in torch's order. A pre-hook may replace the loaded dict, and a post-hook sees the final states."""
     calls: list[Any] = []
     source = trained(case.ours, BF16, state_dtype=FP32, **case.options)
     source.register_state_dict_pre_hook(lambda *_: calls.append("save"))
@@ -237,7 +237,7 @@ def test_hooks_around_saving_and_loading(case: Case) -> None:
 
 @every_class
 def test_distributed_checkpoints_of_one_process(case: Case) -> None:
-    """Its first act is a step with zero gradients and lr=0, which must create the state and change no parameter."""
+    """torch first takes a step with zero gradients and lr=0, which must create the state and change no parameter."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,

@@ -1,5 +1,5 @@
-"""The rules' scalars, the numbering of strided elements and the sharing of work, compiled on their own: no torch is
-needed, and no tensor is allocated, however many elements it has."""
+"""Tests the rules' scalars, the numbering of strided elements and the sharing of work, compiled on their own. No torch
+is needed, and no tensor is allocated, however many elements it has."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_nadams_momenta_are_those_of_libm_up_to_a_million_steps(tmp_path: Path) 
     assert output_of(MOMENTA, tmp_path) == "0 0 1 1", "other fp32 scalars; more than an ulp off; exponential; its ends"
 
 
-# Segments whose update function writes down its range. Nothing is allocated: the largest has 2^40 elements.
+# The segments' update function records its range. No memory is allocated: the largest has 2^40 elements.
 SHARING = """
 #include <cstdio>
 #include <initializer_list>
@@ -205,13 +205,14 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     assert output_of(EXTREMES, tmp_path).split() == [f"{2 + (big - 2) * 5}+5x2", "3+5x2"]
 
 
-# How tensors are shared out to launches and their tiles to blocks. Nothing is allocated: the largest has 2^42 elements.
+# Launches must share out all tensors, and blocks all of their tiles. No memory is allocated: the largest has 2^42
+# elements.
 LAUNCHES = """
 #include <cstdio>
 #include <initializer_list>
 #include <memory>
 #include <vector>
-#include "cuda/tile.h"
+#include "cuda/update.h"
 using namespace dracopt;
 using namespace dracopt::cuda;
 static long faults = 0;
@@ -401,9 +402,9 @@ int main() {
 
 
 def test_fast_math(tmp_path: Path) -> None:
-    """All significands in two binades, all exponents and special numbers: the bits of IEEE's operations, or none.
+    """All significands in two binades, all exponents and special numbers give the bits of IEEE's operations, or none.
 
-    The estimates are the host's here. With a GPU's own ``benchmarks/kernels/check.cpp`` compares all roots and
-    reciprocals, and 34 billion quotients; and test_cuda_build.py counts its steps and the compiler's.
+    The host makes the estimates here. ``benchmarks/kernels/check.cpp`` compares all roots and reciprocals, and 34
+    billion quotients, with a GPU's own estimates. test_cuda_build.py counts the steps of FastMath and of the compiler.
     """
     assert output_of(FAST_MATH, tmp_path) == "0"

@@ -1,4 +1,4 @@
-"""What nvcc made of the update kernel, read from the compiled library itself. No GPU is needed."""
+"""Tests the update kernel's machine code, read from the compiled library itself. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cuobjdump(*options: str, library: Path = MODULE) -> str:
     tool = find_cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    # It starts nvdisasm, which lies beside it.
+    # cuobjdump starts nvdisasm, which lies in the same folder.
     environment = {"PATH": f"{Path(tool).parent}:/usr/bin:/bin"}
     return subprocess.run([tool, *options, library], env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -45,18 +45,18 @@ def test_every_architecture_is_there() -> None:
 
 
 def test_nothing_lies_in_local_memory() -> None:
-    """Neither spilled registers nor arrays that are indexed at run time."""
+    """No register is spilled, and no array is indexed at run time."""
     kernels = re.findall(r"Function (\S*step\S*):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", cuobjdump("-res-usage"))
     assert len(kernels) == 6 * len(ARCHITECTURES)  # three rules, two arithmetics
     for name, registers, stack, local in kernels:
         assert (stack, local) == ("0", "0"), name
-        # Six blocks of 128 threads at once, so that some compute while the others wait; two in fp64.
+        # Six blocks of 128 threads must fit at once, so that some compute while the others wait; two in fp64.
         assert int(registers) <= (80 if "Ef" in name else 255), name
 
 
 @cache
 def kernels_of(architecture: int) -> list[tuple[str, str]]:
-    """Names, as "Adam-f" for fp32, and machine code."""
+    """Returns names, such as "Adam-f" for fp32, and machine code."""
     kernels = []
     for part in cuobjdump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]:
         name, code = part.split("\n", 1)
@@ -70,18 +70,18 @@ STATES = {"Sgd": (0, 1), "Adam": (2, 3), "NAdam": (2, 2)}
 
 
 def vectors(dtype: str, own: int, states: int) -> int:
-    """How many all loops of a form with so many states move, beside ``own`` streams: the parameter and its gradient."""
+    """Counts the vectors that all loops move for ``states`` states beside ``own`` streams: parameter and gradient."""
     if dtype == "d":
-        return (1 + 2) * (own + states)  # of fp64; of any mixture, where fp64 is two
+        return (1 + 2) * (own + states)  # a loop in fp64, and one for any mixture, where fp64 takes two
     plain = half = anyhow = own + states
     mixed = own + 2 * states  # a vector of 16-bit numbers has as many elements as two of fp32
-    bf16 = fp16 = mixed + (half if states else 0)  # without states those two are the same
+    bf16 = fp16 = mixed + (half if states else 0)  # without states the two loops are the same
     return plain + bf16 + fp16 + anyhow
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_streams_move_16_bytes_at_a_time(architecture: int) -> None:
-    """Each loop loads vectors of all streams, and stores those of all but the gradient, for each number of states."""
+    """Each loop loads vectors of all streams and stores all except the gradient's, for each number of states."""
     kernels = dict(kernels_of(architecture))
     assert set(kernels) == {f"{rule}-{dtype}" for rule in STATES for dtype in "fd"}
     for kernel, code in kernels.items():
@@ -95,7 +95,7 @@ def test_all_streams_move_16_bytes_at_a_time(architecture: int) -> None:
 
 
 Instruction = tuple[int, str]
-"""Its address and its text."""
+"""An instruction's address and text."""
 
 
 def target_of(instruction: Instruction) -> int:
@@ -108,7 +108,7 @@ def is_vector(move: str, instruction: Instruction) -> bool:
 
 
 def loops_of(code: str) -> list[list[Instruction]]:
-    """The loops over vectors whose dtypes are known beforehand; the others contain moves of single numbers."""
+    """Finds the loops over vectors whose dtypes are known beforehand. Other loops also move single numbers."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+?) *;", code)
     instructions = [(int(address, 16), text) for address, text in found]
     loops = []
@@ -121,8 +121,8 @@ def loops_of(code: str) -> list[list[Instruction]]:
 
 
 def fast_path(loop: list[Instruction]) -> int:
-    """How many instructions a turn takes in which nothing is out of the ordinary: all branches past others are taken,
-    except past stores."""
+    """Counts the instructions of an ordinary turn: a turn that takes all branches past other instructions, except past
+    stores."""
     count = at = 0
     while at < len(loop):
         count += 1
@@ -133,18 +133,18 @@ def fast_path(loop: list[Instruction]) -> int:
 
 
 LIMITS = {(4, 4): 38, (8, 6): 40, (8, 4): 44}
-"""The most instructions for an element of AdamW in fp32, in 16 bits with fp32 states, and all in 16 bits: by the number
-of elements in a turn of the loop and the vectors that it loads."""
+"""The most instructions for an element of AdamW in fp32, in 16 bits with fp32 states, and all in 16 bits. A key holds
+the number of elements in a turn of the loop and the vectors that the turn loads."""
 
 
 @pytest.mark.parametrize("architecture", [architecture for architecture in ARCHITECTURES if architecture >= 80])
 def test_few_instructions_for_an_element(architecture: int) -> None:
-    """On the path that nearly all elements take. The machine, not the memory, would be the bound with more."""
+    """The limits hold on the path that nearly all elements take. More would make the machine the bound, not memory."""
     counts = []
     for loop in loops_of(dict(kernels_of(architecture))["Adam-f"]):
         elements = sum("MUFU.RSQ" in text for _, text in loop)
         form = elements, sum(is_vector("LDG", each) for each in loop)
-        if form in LIMITS:  # the others have three states
+        if form in LIMITS:  # other loops have three states
             counts.append((form, fast_path(loop) / elements))
     assert sorted(form for form, _ in counts) == [(4, 4), (8, 4), (8, 4), (8, 6), (8, 6)]
     assert all(count <= LIMITS[form] for form, count in counts), counts
@@ -152,7 +152,7 @@ def test_few_instructions_for_an_element(architecture: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loads_wait_together(architecture: int) -> None:
-    """No root stands between the loads of a turn. SGD has no roots, and there no arithmetic does.
+    """No root stands between the loads of a turn. SGD has no roots: there, no arithmetic stands between loads.
 
     Amsgrad in 16 bits with fp32 states is the exception: it loads eight vectors, for which 80 registers do not suffice.
     """
@@ -167,8 +167,8 @@ def test_loads_wait_together(architecture: int) -> None:
 
 
 def test_nothing_is_contracted_or_approximated() -> None:
-    """Every operation names its rounding, which forbids the assembler to fuse it with another one. The PTX is for GPUs
-    to come, and has none of the estimates of today's."""
+    """Every operation names its rounding, which forbids the assembler to fuse it with another one. The PTX is for
+    future GPUs and has none of the estimates of today's."""
     names = r"\b((?:mul|add|sub|fma|div|sqrt|mad|rcp|rsqrt)\.[a-z.]*f(?:32|64))\b"
     operations = set(re.findall(names, cuobjdump("-ptx")))
     assert {"fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"} <= operations
@@ -189,7 +189,7 @@ __global__ void fast_root_over(float* x, const float* d) {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fast_math_has_the_steps_of_the_compiler(architecture: int, tmp_path: Path) -> None:
-    """From the same estimate as many steps lead to the exact result as this nvcc takes for IEEE's operations."""
+    """FastMath takes as many steps from the same estimate to the exact result as this nvcc's IEEE operations."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")

@@ -1,4 +1,4 @@
-"""What a user of torch.optim finds again: names, signatures, groups, states, hooks, schedulers, checkpoints, AMP."""
+"""Users of torch.optim find the same names, signatures, groups, states, hooks, schedulers, checkpoints and AMP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ every_fused_class = pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 
 def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(3)
-    # Parameters of whole SIMD blocks, where torch's fused kernels round as ours do.
+    # The parameters consist of whole SIMD blocks, where torch's fused kernels round as ours do.
     model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Tanh(), nn.Linear(128, 64, bias=False))
     return model, torch.randn(32, 64), torch.randn(32, 64)
 
@@ -182,7 +182,7 @@ def test_training_as_torchs_fused(case: Case) -> None:
         model, x, y = model_and_data()
         options = {**case.options, **options, "maximize": False}
         optimizer = make([{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(model.parameters())], **options)
-        # A second step would multiply what rounds differently by the gradient's own sensitivity.
+        # In a second step the gradient's own sensitivity would multiply the differences of rounding.
         loop(optimizer, model, x, y, steps=3 if case.fused else 1)
         found.append(snapshot(optimizer))
     case.assert_agree(*found, steps=1)
@@ -278,7 +278,7 @@ def feed(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], seed: int
 @every_case
 @pytest.mark.parametrize("direction", ["from torch", "to torch", "to ourselves"])
 def test_checkpoints_go_both_ways(case: Case, direction: str) -> None:
-    """Half of the training in one library, the rest in the other: as if it had been one."""
+    """Training that starts in one library and ends in the other equals training in one."""
     source = case.torchs if direction == "from torch" else case.ours
     target = case.torchs if direction == "to torch" else case.ours
 
@@ -381,7 +381,7 @@ def test_amp_flag_is_torchs(name: str, fused: bool | None) -> None:
 @every_fused_class
 @pytest.mark.parametrize("fused", [None, True])
 def test_grad_scaler(name: str, fused: bool | None) -> None:
-    """Overflow on the second step changes nothing; gradients are never written by a fused step."""
+    """An overflow in the second step changes nothing. A fused step never writes gradients."""
     options: dict[str, Any] = {"momentum": 0.9} if name == "SGD" else {}
     plain, params = half_trained(getattr(dracopt_ext, name), Case(name, options))
     scaled, scaled_params = half_trained(getattr(dracopt_ext, name), Case(name, options), fused=fused)
@@ -390,7 +390,7 @@ def test_grad_scaler(name: str, fused: bool | None) -> None:
         overflow = step == 1
         for p, q, grad in zip(params, scaled_params, grads, strict=True):
             p.grad = None if overflow else grad.clone()
-            scaler.scale(torch.ones(()))  # what a backward would do first
+            scaler.scale(torch.ones(()))  # a backward would do this first
             q.grad = grad * scaler.get_scale()
         if overflow:
             scaled_params[1].grad[3] = float("inf")  # type: ignore[index]
@@ -441,11 +441,11 @@ def test_compiled_training_step_gives_the_eager_result() -> None:
     assert_same_bits(*found)
 
 
-# What torch's own suite asks of every optimizer
+# Requirements of torch's own suite for every optimizer
 
 
 @every_class
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.10 says it once
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.10 warns once
 def test_profiler_sees_the_step_under_torchs_name(name: str) -> None:
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
@@ -458,7 +458,7 @@ def test_profiler_sees_the_step_under_torchs_name(name: str) -> None:
 @every_class
 @pytest.mark.parametrize("fused", [None, True])
 def test_parameters_that_begin_on_meta(name: str, fused: bool | None) -> None:
-    """They can be optimized once they are somewhere."""
+    """Parameters can be optimized once they have left meta."""
     model = nn.Linear(4, 4, device="meta")
     options: dict[str, Any] = {} if fused is None or name == "NAdam" else {"fused": True}
     optimizer = getattr(dracopt_ext, name)(model.parameters(), **options)

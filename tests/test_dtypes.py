@@ -1,5 +1,5 @@
-"""Every mixture of storage dtypes: the arithmetic is fp32's, or fp64's where a tensor has it, and each number is
-rounded once where it is stored."""
+"""Tests every mixture of storage dtypes. The arithmetic is fp32's, or fp64's if a tensor is in fp64. Each number is
+rounded once, when it is stored."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def trained(make: Any, case: Case, form: Form, backend: str | None, sizes: list[
     return train(make, {**case.options, "state_dtype": form[2], "backend": backend}, *stored(form, sizes, steps))
 
 
-# One step in fp64, where the reference rounds its multiply-adds twice: what is stored in less may fall on the other
-# side of a rounding.
+# The limit for one step in fp64, where the reference rounds its multiply-adds twice. Numbers stored in a smaller dtype
+# may fall on the other side of a rounding.
 FP64_ULPS = 2 * 6 * 0.5
 
 
@@ -72,7 +72,7 @@ def test_reference(case: Case, form: Form) -> None:
     assert {tensor.dtype for name, tensor in ours.items() if name.endswith(("avg", "sq", "buffer"))} == {form[2]}
 
 
-# 1% of an update is less than the last place of a parameter in bf16 or fp16; these have an fp32 stream that shows it.
+# 1% of an update is less than the last place of a parameter in bf16 or fp16. These forms have a stream in fp32.
 @every_rule
 @every_fault
 @pytest.mark.parametrize("form", [(FP32, BF16, FP16), (FP32, FP16, BF16), (FP32, FP32, FP32)], ids=name_of)
@@ -95,7 +95,7 @@ def test_low_precision_bites_on_a_no_op(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", [(BF16, BF16, BF16), (BF16, BF16, FP32), (FP16, FP16, FP32)], ids=name_of)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_and_splits(case: Case, form: Form, threads: int) -> None:
-    """A large tensor against the same elements in pieces."""
+    """A large tensor gives the same bits as its elements in pieces."""
     (whole,), steps = stored(form, [70_001], 2)
     options = {**case.options, "state_dtype": form[2]}
     lengths = [1, 31, 32, 33, 1000, 68_904]
@@ -110,7 +110,7 @@ def test_threads_and_splits(case: Case, form: Form, threads: int) -> None:
 
 
 def test_mixtures_in_one_optimizer() -> None:
-    """Each parameter as if it were alone."""
+    """Each parameter is updated as if it were alone."""
     case = RULES[1]
     params, alone = [], []
     for param, grad, _ in FORMS:
@@ -130,7 +130,7 @@ def test_mixtures_in_one_optimizer() -> None:
 
 
 def added_to_zero(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad`` as ``0 + 1 * grad`` in a parameter of another dtype: read, widened, narrowed and stored."""
+    """Computes ``0 + 1 * grad`` in a parameter of another dtype: ``grad`` is read, widened, narrowed and stored."""
     p = nn.Parameter(torch.zeros(grad.shape, dtype=dtype))
     p.grad_dtype = grad.dtype
     p.grad = grad
@@ -144,14 +144,14 @@ def added_to_zero(grad: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("wide", [FP32, FP64], ids=str)
 def test_every_16_bit_number_is_read_right(dtype: torch.dtype, wide: torch.dtype) -> None:
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-    expected = numbers.to(wide) + 0.0  # of zeros, 0 + -0 is 0
+    expected = numbers.to(wide) + 0.0  # 0 + -0 is 0
     assert_same_bits({"": added_to_zero(numbers, wide)}, {"": expected})
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("wide", [FP32, FP64], ids=str)
 def test_every_rounding_to_16_bits_is_right(dtype: torch.dtype, wide: torch.dtype) -> None:
-    """Every number, every midpoint between two and its neighbours, numbers that are too large, infinities and NaNs."""
+    """Rounds every number, every midpoint and its neighbours, numbers that are too large, infinities and NaNs."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
     numbers = numbers[numbers.isfinite()].sort().values
     middles = (numbers[1:].double() + numbers[:-1].double()).div(2).float()
@@ -280,7 +280,7 @@ def test_tensor_betas() -> None:
     "form", [(FP32, FP32, FP32), (BF16, BF16, BF16), (FP16, FP16, FP32), (FP64, FP64, FP64)], ids=name_of
 )
 def test_grad_scale_is_divided_by(case: Case, form: Form) -> None:
-    """By a power of two, which is exact, and by a number that is not: as if the gradient had been divided before."""
+    """A scale, be it a power of two (exact) or not, acts as if the gradient had been divided before."""
     for scale in (1024.0, 3.0):
         found = []
         arithmetic = FP64 if form[0] == FP64 else FP32
@@ -301,7 +301,7 @@ def test_grad_scale_is_divided_by(case: Case, form: Form) -> None:
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 def test_grad_scaler_in_low_precision(name: str, dtype: torch.dtype) -> None:
-    """The whole loop, with an overflow on the first step: nothing changes, no state appears, the scale halves."""
+    """An overflow in the first step of the loop changes nothing, creates no state and halves the scale."""
     options: dict[str, Any] = {"momentum": 0.9} if name == "SGD" else {}
     p, q = nn.Parameter(torch.ones(64, dtype=dtype)), nn.Parameter(torch.ones(64, dtype=dtype))
     scaled = getattr(dracopt_ext, name)([p], lr=0.125, fused=True, **options)
@@ -328,7 +328,7 @@ def test_grad_scaler_in_low_precision(name: str, dtype: torch.dtype) -> None:
 
 
 def test_grad_scaler_after_unscale() -> None:
-    """The scaler passes no scale then; the gradients are not divided twice."""
+    """The scaler passes no scale after ``unscale_``, so gradients are not divided twice."""
     p = nn.Parameter(torch.zeros(4))
     optimizer = dracopt_ext.SGD([p], lr=1.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -346,8 +346,21 @@ def test_grad_scaler_after_unscale() -> None:
 
 @pytest.mark.parametrize("case", RULES, ids=str)
 def test_state_dtype_without_compiled_kernels(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch cannot mix dtypes so; the reference can."""
+    """torch cannot mix dtypes like this. The reference can."""
     form = (BF16, BF16, FP32)
     expected = trained(case.ours, case, form, "native", SIZES)
     monkeypatch.setattr("dracopt_ext.backend.NATIVE_REASON", "switched off")
-    assert_same_bits(trained(case.ours, case, form, None, SIZES), expected)
+    with pytest.warns(RuntimeWarning, match="gradients or states have other dtypes to the reference implementation"):
+        found = trained(case.ours, case, form, None, SIZES)
+    assert_same_bits(found, expected)
+
+
+def test_state_dtype_of_the_parameters_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch can have it, and is faster than the reference."""
+    monkeypatch.setattr("dracopt_ext.backend.NATIVE_REASON", "switched off")
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = dracopt_ext.AdamW([p], state_dtype=FP32)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        assert optimizer.last_backend == {"cpu": frozenset({"torch"})}

@@ -1,4 +1,4 @@
-"""The CUDA backend: the bits of the CPU, in one launch. Every test runs on a simulated GPU (see ``simulated_gpu``), and
+"""The GPU backends give the bits of the CPU in one launch. Tests run on a simulated GPU (see ``simulated_gpu``), and
 with ``pytest -m gpu`` on a real one."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 import dracopt_ext
 from dracopt_ext import backend as backend_module
-from dracopt_ext.optim import _step
+from dracopt_ext import devices
 from dracopt_ext.portable import plan
 from dracopt_ext.reference import MOMENTS
 
@@ -43,6 +44,7 @@ class Gpu:
     simulation: simulated_gpu.SimulatedGpu | None = None
     type = "cuda"
     sizes: Sequence[int] = (*SIZES, TILE, 3 * TILE + 5)
+    few_sizes = sizes
     misaligned_sizes: Sequence[int] = (1, 2, 5, 8, 9, 17, TILE - 1, TILE, TILE + 1, TILE + 7, 2 * TILE + 9)
 
     def __init__(self, backend: str = "native") -> None:
@@ -60,11 +62,11 @@ class Gpu:
         return {name: value.cpu() for name, value in found.items()}
 
     def only_here(self, optimizer: Any) -> bool:
-        """Was this GPU the only one to work in the last step?"""
+        """Says whether only this GPU worked in the last step."""
         return bool(optimizer.last_backend == {self.type: frozenset({self.backend})})
 
     def launches(self, optimizer: Any) -> int:
-        """Of the last step."""
+        """The number of launches in the last step."""
         return sum(plan.launches for name, plan in optimizer._dracopt_engine.plans_ran if name == self.backend)
 
 
@@ -86,9 +88,10 @@ class Simulated(Gpu):
 
 
 class Interpreted(Simulated):
-    """By Triton's interpreter, which reads and writes what is in the host's memory. It is slow."""
+    """A simulated GPU whose kernels run in Triton's interpreter, in the host's memory and slowly."""
 
     sizes = (0, 1, 17, 1000, TILE + 3)
+    few_sizes = (1, 17, 1000)
     misaligned_sizes = (1, 9, 17, 1000)
 
     def __init__(self, simulation: simulated_gpu.SimulatedGpu) -> None:
@@ -111,7 +114,7 @@ def on_a_real_gpu(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 @pytest.fixture(params=ON_GPUS)
 def real_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """For what no simulation shows."""
+    """A real GPU, for tests that no simulation can replace."""
     return on_a_real_gpu(request.param, monkeypatch)
 
 
@@ -124,13 +127,12 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     if torch.version.cuda is not None or torch.cuda.is_available():
         pytest.skip("torch takes one accelerator only, and this one has another")
     simulation = load_simulation()
-    monkeypatch.setattr(_step, "GPU", simulated_gpu.DEVICE)
+    monkeypatch.setattr(devices, "GPU", simulated_gpu.DEVICE)
     if backend == "triton":
-        triton_step = pytest.importorskip("dracopt_ext.triton_kernels.step")
+        launcher = pytest.importorskip("dracopt_ext.triton_kernels.launcher")
         interpreted.set_up(monkeypatch)
-        monkeypatch.setattr(plan, "GPU", simulated_gpu.DEVICE)
-        monkeypatch.setattr(triton_step, "IN_MEMORY", ("cpu", simulated_gpu.DEVICE))
-        monkeypatch.setattr(triton_step, "upload", interpreted.upload)
+        monkeypatch.setattr(launcher, "IN_MEMORY", ("cpu", simulated_gpu.DEVICE))
+        monkeypatch.setattr(launcher, "upload", interpreted.upload)
         monkeypatch.setattr(plan, "is_capturing", lambda device: simulation.read("capturing") == 1)
         monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
         yield Interpreted(simulation)
@@ -144,7 +146,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def simulation(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
-    """For what only a simulation can be made to do."""
+    """A simulation, for tests that a real GPU cannot run."""
     if gpu.simulation is None:
         pytest.skip("of the simulation")
     return gpu.simulation
@@ -152,14 +154,14 @@ def simulation(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
 
 @pytest.fixture
 def simulated(gpu: Gpu) -> simulated_gpu.SimulatedGpu:
-    """For what only the simulation of the CUDA kernels can be made to do."""
+    """The simulation of the CUDA kernels, for tests that only this simulation can run."""
     if gpu.simulation is None or gpu.backend != "native":
         pytest.skip("of the simulation")
     return gpu.simulation
 
 
 COMMON = [(FP32, FP32, FP32), (BF16, BF16, FP32), (BF16, BF16, BF16), (FP16, FP16, FP32), (FP16, FP16, FP16)]
-"""How models are mostly stored, which has loops of its own."""
+"""The usual dtypes of models, for which the kernels have loops of their own."""
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_rule = pytest.mark.parametrize("case", RULES, ids=str)
@@ -169,7 +171,7 @@ counting = pytest.mark.parametrize("counts_on", ["host", "gpu"])
 
 
 def with_count(case: Case, counts_on: str) -> dict[str, Any]:
-    """The case's options, and where its steps are to be counted."""
+    """The case's options, with the one that decides where steps are counted."""
     if counts_on == "host":
         return case.options
     if case.algorithm == "SGD":
@@ -200,7 +202,7 @@ def test_bits_of_the_cpu_bites(gpu: Gpu, case: Case, counts_on: str, fault: type
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 def test_mixed_dtypes(gpu: Gpu, case: Case, form: Form) -> None:
     options = {**case.options, "state_dtype": form[2]}
-    given = stored(form, gpu.sizes, 3)
+    given = stored(form, gpu.few_sizes, 3)
     ours = gpu.train(case.ours, {**options, "backend": gpu.backend}, *given)
     assert_same_bits(ours, train(case.ours, {**options, "backend": "native"}, *given))
 
@@ -222,9 +224,9 @@ def test_special_numbers(gpu: Gpu, case: Case) -> None:
 
 
 def special_among_others(gpu: Gpu, form: Form) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """A parameter and its gradients: few vectors of the first half hold what FastMath leaves to PlainMath, others none.
+    """A parameter and its gradients. Few vectors, all in the first half, hold what FastMath leaves to PlainMath.
 
-    It has two tiles of the CUDA kernel and some elements, or four of the blocks that Triton tries at once.
+    The size is two tiles of the CUDA kernel and some elements, or four of the blocks that Triton tries at once.
     """
     generator = torch.Generator().manual_seed(0)
     size = 2 * TILE + 300 if gpu.backend == "native" else 4 * 1024 + 300
@@ -257,7 +259,7 @@ def test_special_numbers_among_others_bites(gpu: Gpu, case: Case, fault: type[No
         assert_same_bits(wrong, train(case.ours, case.options, *values))
 
 
-# ---- where the elements lie
+# ---- layouts
 
 
 class OnGpu(Buffers):
@@ -271,12 +273,20 @@ class OnGpu(Buffers):
         return self.gpu(super().buffer(tensor))
 
 
+PLACES = [
+    pytest.param(*(gpu.values if hasattr(gpu, "values") else [gpu]), dtype, where, marks=getattr(gpu, "marks", ()))
+    for gpu in ("simulated", "interpreted", *ON_GPUS)
+    for dtype in (FP32, BF16, FP64)
+    for where in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))
+    if gpu != "interpreted" or dtype == FP32 or where == (1, 1, 1)  # the interpreter is slow
+]
+
+
 @every_rule
 @every_layout
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
-@pytest.mark.parametrize("where", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(("gpu", "dtype", "where"), PLACES, indirect=["gpu"])
 def test_layouts(gpu: Gpu, case: Case, layout: str, dtype: torch.dtype, where: tuple[int, int, int]) -> None:
-    """Of the parameter, the gradient and the states."""
+    """The parameter, the gradient and the states take the layout, alone or together."""
     places = [OnGpu(gpu, LAYOUTS[layout if chosen else "contiguous"]) for chosen in where]
     names = ("place", "place_grad", "place_state")
     ours = gpu.train(case.ours, case.options, *given(dtype), **dict(zip(names, places, strict=True)))
@@ -318,7 +328,7 @@ def test_expanded_gradient(gpu: Gpu) -> None:
 
 
 def test_more_elements_than_two_to_the_31(gpu: Gpu) -> None:
-    """Their first, last and middle ones: each as in a tensor of its own."""
+    """The first, last and middle elements are updated like those of a small tensor."""
     if gpu.simulation is not None:
         pytest.skip("takes too long without a GPU")
     places = (0, 2**30, 2**31 - 1, 2**31, 2**31 + 123)
@@ -358,7 +368,7 @@ def launches_for(tensors: int, pairs: int, slot_words: int) -> int:
 )
 def test_one_launch(gpu: Gpu, tensors: int, groups: int, expected: int) -> None:
     if gpu.backend == "triton":
-        expected = 1  # its arguments lie in memory
+        expected = 1  # Triton's arguments lie in memory
         if gpu.simulation is not None:
             tensors, groups = tensors // 50 + 1, groups // 50 + 1
     params = parameters(gpu, [3] * tensors)
@@ -384,7 +394,7 @@ def test_one_launch_for_each_arithmetic(gpu: Gpu) -> None:
     params = [p for dtype in (FP32, BF16, FP16) for p in parameters(gpu, [3, 5], dtype)]
     optimizer = dracopt_ext.AdamW(params)
     optimizer.step()
-    assert gpu.launches(optimizer) == (1 if gpu.backend == "native" else 3)  # Triton's is for one mix of dtypes
+    assert gpu.launches(optimizer) == (1 if gpu.backend == "native" else 3)  # Triton has one for each mix of dtypes
     optimizer.add_param_group({"params": parameters(gpu, [3, 5], FP64)})
     optimizer.step()
     assert gpu.launches(optimizer) == (2 if gpu.backend == "native" else 4)
@@ -392,7 +402,7 @@ def test_one_launch_for_each_arithmetic(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("work", ["465 groups", "30 groups", "mixed dtypes"])
 def test_launches_that_the_profiler_counts(real_gpu: Gpu, work: str) -> None:
-    from benchmarks.measure import on_gpu  # not where the tests are copied without the benchmarks
+    from benchmarks.measure import on_gpu  # imported here because tests may be copied without the benchmarks
 
     if work == "mixed dtypes":
         groups = [{"params": parameters(real_gpu, [100] * 50, dtype)} for dtype in (FP32, BF16)]
@@ -411,18 +421,17 @@ def test_launches_that_the_profiler_counts(real_gpu: Gpu, work: str) -> None:
     names = on_gpu(profile)
     kernels = [name for name in names if "Memcpy" not in name]
     expected = 2 if work == "mixed dtypes" and real_gpu.backend == "triton" else 1
-    assert 9 * expected <= len(kernels) <= 10 * expected, names  # at the edges of its window the profiler may lose one
+    assert 9 * expected <= len(kernels) <= 10 * expected, names  # the profiler may lose one at the edges of its window
     assert len(set(kernels)) == 1
-    assert len(names) == len(kernels) or real_gpu.backend == "triton"  # which has its arguments copied
+    assert len(names) == len(kernels) or real_gpu.backend == "triton"  # Triton's arguments are copied
 
 
 THREADS = """
 import os
 import torch, dracopt_ext
-from dracopt_ext import backend
-from dracopt_ext.optim import _step
+from dracopt_ext import backend, devices
 from tests import simulated_gpu
-_step.GPU = simulated_gpu.DEVICE
+devices.GPU = simulated_gpu.DEVICE
 backend._C = simulated_gpu.load().module
 torch.set_num_threads(4)
 params = [torch.nn.Parameter(torch.ones(1).to(simulated_gpu.DEVICE)) for _ in range(1000)]
@@ -437,7 +446,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 
 def test_no_other_thread_is_waited_for(simulated: simulated_gpu.SimulatedGpu) -> None:
-    """With a region of 16 threads before the launch, steps took 10 ms more on an H200's host."""
+    """A region of 16 threads before the launch made steps 10 ms slower on an H200's host."""
     if not os.path.exists("/proc/self/task"):
         pytest.skip("needs /proc")
     root = Path(__file__).parents[1]
@@ -532,7 +541,7 @@ def test_what_a_user_changes_between_steps(gpu: Gpu) -> None:
 
 
 def test_a_learning_rate_that_the_step_updates(gpu: Gpu) -> None:
-    """Only torch, which takes one group after the other, reads it when it is updated."""
+    """torch takes one group after the other and so reads the updated value. No kernel does."""
     params = parameters(gpu, [1, 5])
     groups = [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": params[0].detach().view(())}]
     optimizer = dracopt_ext.AdamW(groups, capturable=True, backend=gpu.backend)
@@ -565,6 +574,57 @@ def test_parameters_on_gpu_and_cpu(gpu: Gpu, case: Case) -> None:
 
     ours = gpu.train(case.ours, case.options, initial, steps, place=alternate)
     assert_same_bits(ours, train(case.ours, case.options, initial, steps))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_neither_side_changes_where_the_other_is_wrong(gpu: Gpu, first: bool) -> None:
+    """Triton steps the GPU's parameters, and the native plan the others. Each of them finds one kind of mistake."""
+    for side in (0, 1):
+        params = [nn.Parameter(gpu(torch.ones(3))), nn.Parameter(torch.ones(3))]
+        optimizer = dracopt_ext.AdamW([{"params": [p]} for p in params], lr=0.1)
+        for p in params:
+            p.grad = torch.full_like(p, 0.5)
+        if not first:
+            optimizer.step()
+        before = snapshot(optimizer)
+        group = optimizer.param_groups[side]
+        for change, back in (({"lr": 1e300}, {"lr": 0.1}), ({"eps": float("nan")}, {"eps": 1e-8})):
+            group.update(change)
+            with pytest.raises(ValueError, match=rf"param_groups\[{side}\]"):
+                optimizer.step()
+            assert_same_bits(snapshot(optimizer), before)
+            group.update(back)
+        p = group["params"][0]
+        grad = p.grad
+        p.grad = torch.ones_like(p)
+        p.grad.data = gpu(torch.ones(4)) if side == 0 else torch.ones(4)
+        with pytest.raises(ValueError, match=f"the gradient of parameter 0 of group {side}"):
+            optimizer.step()
+        assert_same_bits(snapshot(optimizer), before)
+        p.grad = grad
+        optimizer.step()
+        assert set(optimizer.last_backend) == {gpu.type, "cpu"}
+
+
+def test_a_learning_rate_on_the_cpu_that_the_step_updates(gpu: Gpu) -> None:
+    """torch reads the updated value in the later group, whichever device that is on."""
+    results = []
+    for make in (dracopt_ext.AdamW, torch.optim.AdamW):
+        rate, p = nn.Parameter(torch.tensor(0.5)), nn.Parameter(gpu(torch.ones(3)))
+        groups = [{"params": [rate], "lr": 0.1}, {"params": [p], "lr": rate.detach().view(())}]
+        optimizer = make(groups, foreach=False)
+        for _ in range(3):
+            for param in (rate, p):
+                param.grad = torch.full_like(param, 0.5)
+            if make is dracopt_ext.AdamW:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    optimizer.step()
+                assert all("tensors that share memory" in str(warning.message) for warning in caught)
+            else:
+                optimizer.step()
+        results.append(p.detach().cpu())
+    torch.testing.assert_close(*results)
 
 
 def test_several_devices(gpu: Gpu) -> None:
@@ -618,7 +678,7 @@ def test_tensor_hyperparameters(gpu: Gpu, algorithm: str, dtype: torch.dtype) ->
 
 
 def test_tensor_lr_on_another_device(gpu: Gpu) -> None:
-    """torch takes the parameter over, and the lr to where it is."""
+    """torch takes over the parameter and copies the lr to its device."""
     if gpu.devices < 2:
         pytest.skip("there is one GPU")
     lr = gpu(torch.tensor(0.25), 1)
@@ -635,7 +695,7 @@ def _rounded(value: Any) -> Any:
 
 
 def test_steps_of_different_tensors(gpu: Gpu) -> None:
-    """Each counts its own, where one has been without gradient; on the host and on the GPU."""
+    """Each tensor counts its own steps, on the host and on the GPU. Some lack a gradient at times."""
     for options in ({}, {"capturable": True}, {"fused": True}):
         results = []
         for place in (gpu, Tensor.clone):
@@ -649,12 +709,33 @@ def test_steps_of_different_tensors(gpu: Gpu) -> None:
         assert_same_bits(*results)
 
 
+def examples(count: int) -> Any:
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+
 @counting
 @programs
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_a_user_does(
+@examples(200)
+@pytest.mark.parametrize("gpu", ["simulated", *ON_GPUS], indirect=True)
+def test_whatever_a_user_does(gpu: Gpu, counts_on: str, **given: Any) -> None:
+    assert_same_bits_after_each_action(gpu, counts_on, **given)
+
+
+@pytest.mark.long
+@counting
+@programs
+@examples(50)
+@pytest.mark.parametrize("gpu", ["interpreted"], indirect=True)
+def test_whatever_a_user_does_in_the_interpreter(gpu: Gpu, counts_on: str, **given: Any) -> None:
+    assert_same_bits_after_each_action(gpu, counts_on, **given)
+
+
+def assert_same_bits_after_each_action(
     gpu: Gpu,
     counts_on: str,
     case: Case,
@@ -662,7 +743,7 @@ def test_whatever_a_user_does(
     parameters: list[Any],
     program: list[tuple[Any, ...]],
 ) -> None:
-    """Any shapes, strides, dtypes, options and sequences of actions: the bits of the CPU after each of them."""
+    """Any shapes, strides, dtypes, options and actions give the bits of the CPU."""
     more = {"state_dtype": state_dtype}
     ours = Trained(case.ours, {**with_count(case, counts_on), **more, "backend": gpu.backend}, parameters, gpu)
     on_cpu = Trained(case.ours, {**case.options, **more, "backend": "native"}, parameters)
@@ -675,7 +756,7 @@ def test_whatever_a_user_does(
 
 @pytest.mark.parametrize("case", [case for case in RULES if case.algorithm != "SGD"], ids=str)
 def test_one_group_counts_on_the_host(gpu: Gpu, case: Case) -> None:
-    """It takes its first step later than the group that counts on the GPU, with the same hyperparameters."""
+    """The group that counts on the host begins later than the other, with the same hyperparameters."""
     results = []
     for place, capturable in ((gpu, True), (Tensor.clone, False)):
         late, early = (nn.Parameter(place(torch.ones(100))) for _ in range(2))
@@ -691,7 +772,7 @@ def test_one_group_counts_on_the_host(gpu: Gpu, case: Case) -> None:
 
 
 def test_nadam_with_a_state_on_both_sides(gpu: Gpu) -> None:
-    """mu_product depends on the step count: the host cannot move one on without the other."""
+    """mu_product depends on the step count: the host cannot update one without the other."""
     (p,) = parameters(gpu, [100])
     q = nn.Parameter(torch.ones(100))
     q.grad = torch.full((100,), 0.5)
@@ -723,7 +804,7 @@ def scaled(optimizer: Any, gpu: Gpu, found: float, scale: float) -> None:
 
 @pytest.fixture
 def reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The tensors that the host reads, which it has to wait for."""
+    """Records the tensors that the host reads and must wait for."""
     found: list[Tensor] = []
     item = Tensor.item
     monkeypatch.setattr(Tensor, "item", lambda tensor: found.append(tensor) or item(tensor))
@@ -736,7 +817,7 @@ def reads(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_grad_scale_is_read_by_the_kernel(
     gpu: Gpu, case: Case, dtype: torch.dtype, scale: float, reads: list[Tensor]
 ) -> None:
-    """Also one by which the fast arithmetic does not divide, with gradients of which some are too small for it."""
+    """The fast arithmetic does not divide by some of the scales. Some of the gradients are too small for it."""
     initial, steps = inputs([5, 3 * TILE if gpu.backend == "native" else 3000], dtype, 3)
     for step in steps:
         step[1][::97] *= 1e-30
@@ -754,7 +835,7 @@ def test_grad_scale_is_read_by_the_kernel(
             if place is gpu:
                 scaled(optimizer, gpu, 0.0, scale)
                 assert gpu.only_here(optimizer)
-                # A momentum buffer is created in the first step, which none after an overflow would be.
+                # The host reads found_inf before it creates a momentum buffer: an overflow must create none.
                 assert not reads or (number == 0 and case.algorithm == "SGD")
             else:
                 optimizer.grad_scale = torch.tensor(scale)
@@ -801,7 +882,7 @@ def test_overflow_with_counts_on_the_host(gpu: Gpu) -> None:
 
 
 def test_scaler_where_no_kernel_serves(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu, reads: list[Tensor]) -> None:
-    """torch's fused kernels read both tensors as well."""
+    """torch's fused kernels read found_inf and grad_scale, too."""
     params = parameters(gpu, [10])
     simulated.set("unavailable", 1)
     optimizer = dracopt_ext.AdamW(params, fused=True, lr=0.1)
@@ -818,7 +899,7 @@ def test_scaler_where_no_kernel_serves(gpu: Gpu, simulated: simulated_gpu.Simula
 
 
 def test_grad_scaler_end_to_end(real_gpu: Gpu) -> None:
-    """A real GradScaler, against unscaled training that leaves out the steps that overflow."""
+    """A real GradScaler trains like unscaled training that leaves out the steps that overflow."""
     for make in (dracopt_ext.AdamW, dracopt_ext.SGD):
         torch.manual_seed(0)
         p, q = (nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda")) for _ in range(2))
@@ -828,7 +909,7 @@ def test_grad_scaler_end_to_end(real_gpu: Gpu) -> None:
             gradient = torch.randn(1000, device="cuda")
             overflows = step in (0, 3)
             p.grad = gradient * scaler.get_scale() if scaler._scale is not None else gradient * 2.0**10
-            scaler.scale(torch.ones((), device="cuda"))  # initialises it
+            scaler.scale(torch.ones((), device="cuda"))  # initializes the scale
             if overflows:
                 p.grad[7] = math.inf
             scaler.step(ours)
@@ -883,7 +964,7 @@ def test_capture_is_refused_where_it_would_be_wrong(gpu: Gpu, simulation: simula
 
 
 def test_captured_tables_outlive_the_capture(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
-    """What a graph refers to must stay as it was, whatever the optimizer does later."""
+    """A table that a graph refers to must not change, whatever the optimizer does later."""
     params = parameters(gpu, [10, 20])
     optimizer = dracopt_ext.AdamW(params, capturable=True)
     optimizer.step()
@@ -902,7 +983,7 @@ def test_captured_tables_outlive_the_capture(gpu: Gpu, simulated: simulated_gpu.
 
 
 def test_table_of_a_capture_is_the_graphs_alone(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
-    """It is written in the replay, not before: a step without graph must not rely on it."""
+    """The replay writes this table, not the capture. A step without a graph must not rely on the table."""
     params = parameters(gpu, [10, 20])
     optimizer = dracopt_ext.AdamW(params, capturable=True)
     optimizer.step()
@@ -927,7 +1008,7 @@ def test_current_stream(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None
 
 @every_rule
 def test_graph_replays(real_gpu: Gpu, case: Case) -> None:
-    """A captured step, replayed while gradients and a Tensor lr change, is what eager steps are."""
+    """Replays of a captured step equal eager steps while gradients and a Tensor lr change."""
     is_sgd = case.algorithm == "SGD"
     options = {**case.options, **({} if is_sgd else {"capturable": True})}
     initial, steps = inputs([5, 3 * TILE], FP32, 6)
@@ -986,7 +1067,7 @@ assert torch.equal(p.cpu(), torch.full((10_000,), 0.75)), p
 
 
 def test_first_step_of_a_process_is_captured(real_gpu: Gpu) -> None:
-    """SGD without momentum needs no step before the capture, so that CUDA loads our kernels while it captures."""
+    """SGD without momentum needs no step before the capture, so CUDA loads our kernels during the capture."""
     if real_gpu.backend == "triton":
         pytest.skip("Triton compiles in a step before the capture")
     done = subprocess.run([sys.executable, "-c", CAPTURED, real_gpu.backend], capture_output=True, text=True)
@@ -1016,7 +1097,7 @@ def test_steps_on_several_streams(real_gpu: Gpu) -> None:
 
 
 def test_table_outlives_its_last_step_on_another_stream(real_gpu: Gpu) -> None:
-    """Its memory belongs to the stream that wrote it, and is given back there while the other stream still waits."""
+    """A table's memory belongs to the stream that wrote it, which frees it while the other stream still waits."""
     initial, steps = inputs([5000] * 40, FP32, 3)
     params = [nn.Parameter(value.cuda()) for value in initial]
     optimizer = dracopt_ext.AdamW(params)
@@ -1035,7 +1116,7 @@ def test_table_outlives_its_last_step_on_another_stream(real_gpu: Gpu) -> None:
         step(1)
         old = params[0].data
         params[0].data = old.clone()
-        step(2)  # with another table: that of the first step is given back
+        step(2)  # needs another table and frees the first step's
     rubbish = [
         torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in (1024, 4096, 16384) for _ in range(50)
     ]
@@ -1046,7 +1127,7 @@ def test_table_outlives_its_last_step_on_another_stream(real_gpu: Gpu) -> None:
 
 
 def test_host_never_waits(real_gpu: Gpu) -> None:
-    """step() returns while the GPU has not even begun with it."""
+    """step() returns before the GPU has begun with the step."""
     params = [nn.Parameter(torch.ones(1000, device="cuda")) for _ in range(50)]
     optimizer = dracopt_ext.AdamW(params, fused=True)
     for number in range(4):
@@ -1067,7 +1148,7 @@ def test_host_never_waits(real_gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD, dracopt_ext.NAdam])
 def test_model_is_trained_alike(real_gpu: Gpu, make: Any) -> None:
-    """On the GPU; and on the CPU by the gradients of the GPU."""
+    """A twin on the CPU that gets the GPU's gradients keeps the same bits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 10))
     twin = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.sh`` and the programs of ``benchmarks/kernels``, without a GPU: what they print, keep and refuse."""
+"""Tests what ``benchmarks/gpu.sh`` and the programs of ``benchmarks/kernels`` print, keep and refuse without a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-# PYTHON stands for Python with our kernels and a GPU, TOOL for all else. The environment says what they do: FAILING
-# names a part that fails, SLOW one that does not end.
+# PYTHON stands for a Python that has our kernels and a GPU, TOOL for all other programs. The environment controls both:
+# FAILING names a part that fails, SLOW a part that does not end.
 PYTHON = """#!/bin/bash
 case "$*" in
   *"-m pytest"*) part=tests ;;
@@ -46,7 +46,7 @@ def gpu(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 @pytest.fixture
 def with_everything(tmp_path: Path) -> dict[str, str]:
-    """An environment in which each tool is there, and simulated."""
+    """An environment in which each tool is present and simulated."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in {"python": PYTHON, **dict.fromkeys(["nvidia-smi", "ncu", "compute-sanitizer"], TOOL)}.items():
@@ -129,7 +129,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
 
 def test_without_torch(tmp_path: Path, with_everything: dict[str, str]) -> None:
     python = tmp_path / "tools" / "python"
-    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n')  # without what is installed
+    python.write_text(f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n')  # without installed packages
     done = gpu(tmp_path, "smoke", **with_everything)
     assert summary(tmp_path)["tests"] == summary(tmp_path)["benchmarks"] == "cannot run: No module named 'torch'"
     assert summary(tmp_path)["check"] == "passed"
@@ -157,7 +157,7 @@ def build(out: Path, *arguments: str) -> None:
 
 
 def test_check_on_the_host(tmp_path: Path) -> None:
-    """The program that the sanitizer watches on a GPU, with the launcher of the simulation."""
+    """The program that the sanitizer watches on a GPU runs here with the simulation's launcher."""
     build(tmp_path, "--host")
     done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -166,7 +166,7 @@ def test_check_on_the_host(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_check_on_a_gpu() -> None:
-    """FastMath against IEEE's instructions: all roots and reciprocals, 34 billion quotients, and whole updates."""
+    """FastMath agrees with IEEE's instructions: all roots and reciprocals, 34 billion quotients, and whole updates."""
     program = ROOT / os.environ.get("PROGRAMS", "build/kernels") / "check"
     if not program.exists():
         pytest.skip(f"needs {program}, which benchmarks/kernels/build.py makes")
@@ -175,8 +175,9 @@ def test_check_on_a_gpu() -> None:
     assert "reciprocal" in done.stdout, f"{program} was built for the host"
 
 
+@pytest.mark.long
 def test_programs_for_a_gpu(tmp_path: Path) -> None:
-    """They compile, and say on a machine without GPU that there is none."""
+    """The programs compile, and report a missing GPU."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     build(tmp_path, "--architecture", "sm_90", "--variants", "project")

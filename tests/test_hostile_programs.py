@@ -1,7 +1,7 @@
-"""Programs that no one writes on purpose: code of the user's that runs within a step and changes what the step reads,
-memory that runs out, forks, numbers that no arithmetic holds. A step does its work or raises; the next one is right.
+"""Tests programs that no one writes on purpose: a user's code runs within a step and changes what the step reads,
+memory runs out, processes fork, numbers overflow. A step does its work or raises, and the next one is right.
 
-``STRESS_SECONDS`` says how long the stress at the end takes.
+``STRESS_SECONDS`` sets how long the stress at the end takes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def in_new_process(program: str, **environment: Any) -> subprocess.CompletedProc
 
 
 class Number:
-    """A number as a configuration library might have it. Asked for its value, it first does something else."""
+    """A number as in a configuration library. ``__float__`` calls ``act`` before it returns the value."""
 
     def __init__(self, value: float, act: Callable[[], object] = lambda: None) -> None:
         self.value = value
@@ -79,7 +79,7 @@ class Number:
 
 
 class Index:
-    """A number that is none except by its index."""
+    """An object that is a number only by ``__index__``."""
 
     def __index__(self) -> int:
         return 2
@@ -107,7 +107,7 @@ def assert_like_torchs(ours: Any, theirs: Any) -> None:
 
 @every_class
 def test_comparisons_bite(name: str) -> None:
-    """They see a step that was not taken, and one that is 1% too long."""
+    """Comparisons see a step that was not taken, and one that is 1% too long."""
     idle, wrong, theirs = make(name), make(name), make(name, module=torch.optim)
     for group in wrong.param_groups:
         group["lr"] *= 1.01
@@ -120,7 +120,7 @@ def test_comparisons_bite(name: str) -> None:
 
 
 def assert_steps_alike(name: str, edit: Callable[[Any, Any], object], plain: Any) -> None:
-    """Steps after an edit with a number have the bits of those with the plain number, and are close to torch's."""
+    """Asserts that an edit with a number gives the bits of an edit with the plain number, and is close to torch's."""
     ours, expected, theirs = make(name), make(name), make(name, module=torch.optim)
     for optimizer, value in ((ours, None), (expected, plain), (theirs, plain)):
         edit(optimizer, value)
@@ -163,7 +163,7 @@ class Key(str, Enum):
 
 
 class Equal:
-    """A key that equals a string, and does something else when it is asked."""
+    """A key that equals a string, and calls ``act`` when it is compared."""
 
     def __init__(self, name: str, act: Callable[[], object] = lambda: None) -> None:
         self.name = name
@@ -228,7 +228,7 @@ EDITS: dict[str, Callable[[Any], object]] = {
 
 
 def after_edit(optimizer: Any, name: str) -> None:
-    """The optimizer makes a good step again."""
+    """Asserts that the optimizer takes a good step again."""
     fresh = make(name)
     optimizer.param_groups[:] = [dict(group, params=list(group["params"])) for group in fresh.param_groups]
     optimizer.state.clear()
@@ -241,7 +241,7 @@ def after_edit(optimizer: Any, name: str) -> None:
 
 
 class Once:
-    """Does something at the first call only. Collects garbage, so that what was let go is gone."""
+    """Acts at the first call only, and then collects garbage so that released objects are gone."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         self.act = act
@@ -293,7 +293,7 @@ def test_a_step_within_a_step_is_refused() -> None:
 
 
 class Shard(Tensor):
-    """A tensor as those of torch.distributed, around a local one. It runs the user's code when it is asked for that."""
+    """A tensor like torch.distributed's, around a local one. Access to the local one runs the user's code."""
 
     act: Callable[[], object] = staticmethod(lambda: None)
     held: Tensor
@@ -379,7 +379,7 @@ def test_edits_while_an_error_is_written(kind: str) -> None:
 
 @every_class
 def test_a_key_is_not_asked_while_an_error_is_written(name: str) -> None:
-    """The key is the last one, after all that a rule reads."""
+    """The key comes last, after all keys that a rule reads."""
     optimizer = make(name)
     act = Once(optimizer.param_groups.clear)
     group = optimizer.param_groups[1]
@@ -455,7 +455,7 @@ def test_what_is_no_number_is_named(value: Any, error: type[Exception], message:
 
 
 def test_a_class_that_torch_steps_may_have_any_numbers() -> None:
-    """Its own method makes numbers of them."""
+    """The class's own method makes numbers of them."""
 
     class Scheduled(dracopt_ext.SGD):
         def _init_group(self, group: Any, *lists: Any) -> Any:
@@ -530,7 +530,7 @@ for moved in (False, True):
 
 @pytest.mark.binding
 def test_memory_runs_out_and_is_there_again(tmp_path: Path) -> None:
-    """One after the other, each larger allocation of a step fails. Nothing has changed then, and the next step works.
+    """Each larger allocation of a step fails in turn. Nothing has changed then, and the next step works.
 
     The plan's work grows with the number of gradients, and it allocates memory at several places.
     """
@@ -544,7 +544,7 @@ def test_memory_runs_out_and_is_there_again(tmp_path: Path) -> None:
 
 
 def in_child(work: Callable[[], str]) -> str:
-    """Returns the answer of a forked child, or by which signal it died."""
+    """Returns the answer of a forked child, or the signal that ended the child."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -570,7 +570,7 @@ def in_child(work: Callable[[], str]) -> str:
 
 
 def test_a_child_forked_during_a_step() -> None:
-    """The child inherits a step that never ends there."""
+    """The child inherits a step that never ends in the child."""
     p = nn.Parameter(torch.zeros(4_000_000))
     p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.SGD([p], lr=1.0)
@@ -630,7 +630,7 @@ def test_a_checkpoint_is_loaded_meanwhile() -> None:
 @left_to_torch
 @every_class
 def test_a_learned_learning_rate(name: str) -> None:
-    """A hyperparameter that an earlier group updates: the later group sees its new value, as in torch."""
+    """A group sees the new value of a hyperparameter that an earlier group updates, as in torch."""
 
     def build(module: Any, fault: float = 1.0) -> Any:
         params = [nn.Parameter(value) for value in inputs([33, 33, 33], torch.float32, 0)[0]]
@@ -653,7 +653,7 @@ def test_a_learned_learning_rate(name: str) -> None:
 
 
 def test_a_hyperparameter_that_moves_into_a_parameter() -> None:
-    """The search for shared memory is made again when only a hyperparameter has moved."""
+    """The search for shared memory is repeated when only a hyperparameter has moved."""
     optimizer = make("SGD")
     lr = torch.tensor(0.1)
     optimizer.param_groups[2]["lr"] = lr
@@ -712,7 +712,7 @@ HARMLESS: dict[str, tuple[str, dict[str, float]]] = {
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_large_hyperparameters_that_are_harmless(kind: str, backend: str | None) -> None:
-    """torch takes them as well."""
+    """torch accepts these numbers, too."""
     name, edit = HARMLESS[kind]
     ours, theirs = make(name, backend=backend), make(name, module=torch.optim)
     for optimizer in (ours, theirs):
@@ -756,7 +756,7 @@ def test_a_state_that_makes_the_update_infinite() -> None:
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_negative_momentum_decay_is_torchs(backend: str | None) -> None:
-    """torch takes it as long as 0.96 to its power is a number."""
+    """torch accepts a negative decay as long as 0.96 to its power is a number."""
     ours = make("NAdam", backend=backend)
     theirs = torch.optim.NAdam([{"params": [p.detach().clone()]} for p in params_of(ours)], lr=0.1)
     theirs.load_state_dict({**theirs.state_dict(), "state": deepcopy(ours.state_dict()["state"])})
@@ -789,7 +789,7 @@ def at_odd_address(values: Tensor) -> Tensor:
 @pytest.mark.parametrize("what", ["parameter", "gradient", "moment", "step"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_odd_addresses(what: str, dtype: torch.dtype) -> None:
-    """torch steps what processors need not be able to access."""
+    """torch steps tensors that some processors cannot access."""
 
     def run(module: Any, odd: bool, lr: float = 0.1) -> Any:
         p = nn.Parameter(torch.ones(40, dtype=dtype))
@@ -813,7 +813,7 @@ def test_odd_addresses(what: str, dtype: torch.dtype) -> None:
 
     theirs = run(torch.optim, odd=False)
     torch.testing.assert_close(run(dracopt_ext, odd=True), theirs)
-    if dtype != torch.bfloat16:  # which does not show 1%
+    if dtype != torch.bfloat16:  # bf16 does not show 1%
         with pytest.raises(AssertionError, match="not close"):
             torch.testing.assert_close(run(dracopt_ext, odd=True, lr=0.101), theirs)
 
@@ -842,7 +842,7 @@ def test_an_empty_tensor_far_behind_its_storage() -> None:
 
 
 def test_stress() -> None:
-    """Threads step optimizers of their own and one that they share, whose numbers edit it."""
+    """Threads step their own optimizers and a shared one. The numbers in an optimizer edit it."""
     end = time.monotonic() + float(os.environ.get("STRESS_SECONDS", "2"))
     shared = make("AdamW", count=8)
     unexpected: list[BaseException] = []
@@ -900,7 +900,7 @@ def test_an_instruction_set_in_any_bytes() -> None:
 
 @pytest.mark.binding
 def test_kernels_are_those_of_the_binding(tmp_path: Path) -> None:
-    """LD_LIBRARY_PATH names a library of the same name."""
+    """LD_LIBRARY_PATH leads to another library of the same name."""
     decoy = tmp_path / "libdracopt_kernels.so"
     command = [os.environ.get("CXX", "c++"), "-shared", f"-Wl,-soname,{decoy.name}", "-x", "c", os.devnull]
     subprocess.run([*command, "-o", str(decoy)], check=True)
@@ -911,7 +911,7 @@ def test_kernels_are_those_of_the_binding(tmp_path: Path) -> None:
 
 @pytest.mark.binding
 def test_kernels_of_another_build_are_refused(tmp_path: Path) -> None:
-    """Its interface has another number, which is changed here where it stands in the machine code."""
+    """The interface's number tells builds apart. The test changes the number in the machine code."""
     native = Path(dracopt_ext.__file__).parent / "native"
     for path in native.rglob("*.so"):
         copy = tmp_path / path.relative_to(native)

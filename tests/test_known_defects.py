@@ -1,5 +1,5 @@
-"""What is known to go wrong in other fused optimizers, one test each. The number is that of the report, in PyTorch's
-tracker where no other is named."""
+"""One test for each known defect of other fused optimizers. The number in a name is the report's, in PyTorch's tracker
+if no other is named."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_123428_a_scale_of_the_users_own_is_multiplied_in() -> None:
 
 @every_class
 def test_step_takes_a_closure_and_nothing_else(name: str) -> None:
-    """GradScaler passes itself to a step() that has a parameter of that name."""
+    """GradScaler passes itself to a step() that has a parameter ``grad_scaler``."""
     assert list(inspect.signature(getattr(dracopt_ext, name).step).parameters) == ["self", "closure"]
 
 
@@ -160,7 +160,7 @@ def test_deepspeed_1983_fp16_around_1024(size: int) -> None:
 
 
 def test_106951_strides_of_dimensions_of_one_element() -> None:
-    """A 1x1 convolution in channels_last is contiguous as well, by other strides."""
+    """A 1x1 convolution in channels_last is contiguous, too, with other strides."""
     weight = torch.ones(8, 4, 1, 1).to(memory_format=torch.channels_last)
     grad = torch.arange(32.0).view(8, 4, 1, 1)
     optimizer, p = one("SGD", weight, grad, lr=1.0)
@@ -233,7 +233,7 @@ def test_a_gradient_is_never_written(case: Case) -> None:
     assert all(torch.equal(p.grad, grad) for p, grad in zip(params, grads, strict=True))
 
 
-# Tests that tested nothing
+# Defects that tests of others could not see
 
 
 @every_rule
@@ -247,7 +247,7 @@ def test_91228_the_native_kernels_are_what_is_tested(case: Case) -> None:
 
 @every_rule
 def test_a_large_lr_and_many_steps_show_what_small_ones_hide(case: Case) -> None:
-    """Twenty steps of size 0.1, without meeting in between."""
+    """Twenty steps of size 0.1 must end at the same bits."""
     options = {**case.options, "lr": 0.1}
     given = inputs(WHOLE_BLOCKS, torch.float32, 20)
     ours = train(case.ours, options, *given)

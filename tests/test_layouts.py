@@ -1,5 +1,5 @@
-"""However the elements of a parameter, its gradient and its states lie in memory: the bits are those of tensors that
-lie one after the other, and nothing between or beside them is touched."""
+"""The bits do not depend on how the elements of a parameter, its gradient and its states lie in memory. Nothing between
+or beside the elements is touched."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Buffers:
 
 
 def strided(steps: tuple[int, ...], order: tuple[int, ...] | None = None, offset: int = 0) -> Callable[..., Tensor]:
-    """A view of a buffer that takes every ``steps[d]``-th place in dimension d; ``order`` lists the slowest first."""
+    """Makes views of buffers with every ``steps[d]``-th place in dimension d; ``order`` lists the slowest first."""
 
     def view(buffer: Tensor, shape: torch.Size) -> Tensor:
         strides, stride = [0] * len(shape), 1
@@ -98,7 +98,7 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def placed(case: Case, dtype: torch.dtype, p: str, g: str, s: str, make: Any = None) -> Snapshot:
-    """Trained with the parameter, the gradients and the states in these layouts, and nothing else written."""
+    """Trains with parameter, gradients and states in these layouts; asserts that nothing else is written."""
     buffers = [Buffers(LAYOUTS[name]) for name in (p, g, s)]
     found = train(make or case.ours, {**case.options, "backend": "native"}, *given(dtype), *buffers)
     for place in buffers:
@@ -146,7 +146,7 @@ EXPANDED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 @every_rule
 @pytest.mark.parametrize("kind", EXPANDED)
 def test_expanded_gradients_are_legal(case: Case, kind: str) -> None:
-    """As ``sum().backward()`` makes them."""
+    """``sum().backward()`` makes expanded gradients."""
     expand = EXPANDED[kind][0]
     initial, gradients = given()
     spread = [[expand(grad) for grad in step] for step in gradients]
@@ -227,7 +227,7 @@ def test_dense_states_of_a_parameter_with_gaps() -> None:
 
 
 def test_two_interleaved_parameters_go_to_torch() -> None:
-    """Their memory overlaps as far as its ends tell. Slower, and right."""
+    """The ends of both memories suggest an overlap. torch is slower, and right."""
     base = torch.zeros(64)
     even, odd = nn.Parameter(base[::2]), nn.Parameter(base[1::2])
     even.grad, odd.grad = torch.ones(32), torch.full((32,), 2.0)
@@ -266,7 +266,7 @@ def test_complex_parameters(case: Case, dtype: torch.dtype, place: str) -> None:
 @every_rule
 @every_fault
 def test_complex_parameters_as_torch(case: Case, fault: type[NoOp]) -> None:
-    """torch has no fused kernel for them: close, and closer than 1% of an update."""
+    """torch has no fused kernel for complex numbers. Results must be closer than 1% of an update."""
     initial, gradients = given(shape=(32, 2))
     pairs = [torch.view_as_complex(t) for t in initial], [[torch.view_as_complex(t) for t in s] for s in gradients]
 

@@ -1,5 +1,5 @@
-"""Installing: with and without a compiler, with and without torch, and what a user then sees. Every wheel is installed
-into a folder of its own and used from outside the source tree."""
+"""Tests installation with and without a compiler and torch, and the messages that a user then sees. Every wheel is
+installed into a folder of its own and used from outside the source tree."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from dracopt_ext import _C
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -33,7 +31,7 @@ SOURCES = [
 COMPILER = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
 NO_COMPILER = {"CXX": "/nowhere/c++"}
 
-# The tests' own editable installation must not help out.
+# The program must not find the tests' own editable installation.
 ALONE = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
 
 OVERVIEW = "import runpy; runpy.run_module('dracopt_ext', run_name='__main__')"
@@ -59,7 +57,7 @@ except RuntimeError as error:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the sources, without what was built in them."""
+    """A copy of the sources, without build outputs."""
     for name in SOURCES:
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("native", "_build_info.py", "__pycache__", "triton_kernels")
@@ -71,7 +69,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def without_torch(tmp_path: Path) -> dict[str, str]:
-    """An environment in which torch is not to be found."""
+    """An environment in which torch cannot be imported."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden/torch.py").write_text("raise ImportError('hidden')\n")
     return {"PYTHONPATH": str(tmp_path / "hidden")}
@@ -84,7 +82,7 @@ def python(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None)
 
 
 def build(tree: Path, env: dict[str, str] | None = None, *options: str) -> Path:
-    """The wheel that pip builds of the tree."""
+    """Builds the tree with pip and returns the wheel."""
     command = ["-m", "pip", "wheel", "-q", "--no-deps", "-w", "wheels", *(options or ["--no-build-isolation"]), "."]
     run = python(*command, cwd=tree, env=env)
     assert run.returncode == 0, run.stderr
@@ -93,7 +91,7 @@ def build(tree: Path, env: dict[str, str] | None = None, *options: str) -> Path:
 
 
 def install(wheel: Path) -> Path:
-    """The folder into which the wheel was installed."""
+    """Installs the wheel and returns the folder that holds it."""
     target = wheel.parent / "installed"
     run = python("-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=wheel.parent)
     assert run.returncode == 0, run.stderr
@@ -101,7 +99,7 @@ def install(wheel: Path) -> Path:
 
 
 def use(target: Path, program: str = USE, env: dict[str, str] | None = None) -> tuple[list[str], list[str]]:
-    """Lines of output and of errors of a program run with the installed package."""
+    """Runs a program with the installed package; returns its lines of output and of errors."""
     env = {"PYTHONPATH": str(target), "PYTHONWARNINGS": "default", **(env or {})}
     run = python("-c", ALONE + program, cwd=target.parent, env=env)
     assert run.returncode == 0, run.stderr
@@ -109,7 +107,7 @@ def use(target: Path, program: str = USE, env: dict[str, str] | None = None) -> 
 
 
 def assert_pure(wheel: Path, reason: str) -> Path:
-    """A pure wheel that works through torch, and says once why."""
+    """The wheel is pure; the package works through torch and gives the reason once."""
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     target = install(wheel)
@@ -122,16 +120,16 @@ def assert_pure(wheel: Path, reason: str) -> Path:
     return target
 
 
+@pytest.mark.long
 def test_compiled_wheel(tree: Path) -> None:
-    """As a user's ``pip install .`` builds it: in pip's isolated environment, against the torch that is installed."""
-    wheel = build(tree, None, "--use-pep517")
+    """A user's ``pip install .`` builds in pip's isolated environment, against the torch that is installed."""
+    wheel = build(tree, {"DRACOPT_CUDA_ARCHITECTURES": "90"}, "--use-pep517")
     names = zipfile.ZipFile(wheel).namelist()
     assert "any" not in wheel.name
     assert {"dracopt_ext/py.typed", "dracopt_ext/_C.pyi", "dracopt_ext/optim/_base.py"} <= set(names)
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks", "triton_kernels"))]
     assert len([name for name in names if name.startswith("dracopt_ext/native/")]) == 2  # the kernels, one binding
-    assert "dracopt_ext/triton_kernels/step.py" in names
-    assert wheel.stat().st_size < (2 if _C.cuda_architectures() else 1) * 2**20
+    assert "dracopt_ext/triton_kernels/kernel.py" in names
 
     target = install(wheel)
     output, errors = use(target)
@@ -140,13 +138,29 @@ def test_compiled_wheel(tree: Path) -> None:
     assert errors == []
 
 
+def failing_nvcc(folder: Path) -> Path:
+    """A toolkit whose nvcc answers what the build asks first, and compiles nothing."""
+    for name in ("bin", "lib"):
+        (folder / name).mkdir(parents=True)
+    (folder / "lib/libcudart_static.a").touch()
+    nvcc = folder / "bin/nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        f"--dryrun) echo '\"-L{folder}/lib\"' >&2 ;;\n--list-gpu-arch) echo compute_90 ;;\n*) exit 7 ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.mark.long
 def test_wheel_for_versions_of_torch(tree: Path, tmp_path: Path) -> None:
-    """As wheels.py builds it, from headers; and what a user of it then sees."""
+    """wheels.py builds such a wheel from headers. Its user meets every situation in turn; nvcc fails in the build."""
     headers = tmp_path / "headers/torch"
     headers.mkdir(parents=True)
     for name in ("include", "version.py"):
         (headers / name).symlink_to(Path(torch.__file__).parent / name)
-    target = install(build(tree, {"DRACOPT_TORCH_HEADERS": str(headers.parent), "CUDA_HOME": "/nowhere"}))
+    nvcc = failing_nvcc(tmp_path / "toolkit")
+    target = install(build(tree, {"DRACOPT_TORCH_HEADERS": str(headers.parent), "CUDA_HOME": str(nvcc.parents[1])}))
     native, version = target / "dracopt_ext/native", torch.__version__.split("+")[0]
     (module,) = native.glob("torch_*/_C*.so")
     assert module.parent.name == "torch_{}_{}".format(*torch.__version__.split(".")[:2])
@@ -156,17 +170,20 @@ def test_wheel_for_versions_of_torch(tree: Path, tmp_path: Path) -> None:
     assert output[0].startswith(str(target))
     assert output[1:] == ["{'cpu': frozenset({'native'})} 0.798"]
     assert errors == []
-    assert "CPU ISA     baseline" in use(target, OVERVIEW, {"DRACOPT_ISA": "baseline"})[0][3]
+    overview, _ = use(target, OVERVIEW, {"DRACOPT_ISA": "baseline"})
+    assert "CPU ISA     baseline" in overview[3]
+    reason = f"compiled without CUDA kernels: {nvcc} failed; its output is among the build's"
+    assert f"native:cuda not available: {reason}" in overview
 
-    # torch was upgraded, and no compiler is there to build for it
+    # torch was upgraded, and no compiler can build a binding for it.
     other = "import torch; torch.__version__ = '{}'\n"
     output, errors = use(target, other.format("2.99.0") + USE, without_compiler)
     assert output[1] == "{'cpu': frozenset({'native'})} 0.798"
     (warning,) = (line for line in errors if "Warning" in line)
     assert f"compiled for torch {version}, not for the installed 2.99.0. Its kernels run on the CPU" in warning
-    assert "build it for this torch: DRACOPT_BUILD=force pip install --force-reinstall" in warning
+    assert "in a clone of the repository: DRACOPT_BUILD=force pip install --force-reinstall --no-deps ." in warning
 
-    # or is older than any that is served
+    # torch is older than the oldest version that is served.
     output, errors = use(target, other.format("2.9.1") + USE)
     assert output[1] == "{'cpu': frozenset({'torch'})} 0.798"
     (warning,) = (line for line in errors if "Warning" in line)
@@ -183,7 +200,7 @@ def test_wheel_for_versions_of_torch(tree: Path, tmp_path: Path) -> None:
     assert "undefined symbol: nowhere" in warning
     assert "undefined symbol: nowhere" in use(target, "import dracopt_ext; print(dracopt_ext.backends())")[0][0]
 
-    # Nor is there one for this Python, or the kernels themselves are gone.
+    # No binding fits this Python. Then the kernels themselves are missing, too.
     module.unlink()
     output, errors = use(target)
     assert output[1] == "{'cpu': frozenset({'native'})} 0.798"
@@ -194,26 +211,7 @@ def test_wheel_for_versions_of_torch(tree: Path, tmp_path: Path) -> None:
     assert "cannot open shared object file" in errors[0]
 
 
-def test_nvcc_fails(tree: Path, tmp_path: Path) -> None:
-    """All but the CUDA kernels is built, and says so. It is as if there were no nvcc."""
-    toolkit = tmp_path / "toolkit"
-    for folder in ("bin", "lib"):
-        (toolkit / folder).mkdir(parents=True)
-    (toolkit / "lib/libcudart_static.a").touch()
-    nvcc = toolkit / "bin/nvcc"
-    nvcc.write_text(
-        '#!/bin/sh\ncase "$1" in\n'
-        f"--dryrun) echo '\"-L{toolkit}/lib\"' >&2 ;;\n--list-gpu-arch) echo compute_90 ;;\n*) exit 7 ;;\nesac\n"
-    )
-    nvcc.chmod(0o755)
-    target = install(build(tree, {"CUDA_HOME": str(toolkit)}))
-    output, errors = use(target)
-    assert output[1] == "{'cpu': frozenset({'native'})} 0.798"
-    assert errors == []
-    output, _ = use(target, "import dracopt_ext; print(dracopt_ext.backends()['native:cuda'])")
-    assert output == [f"compiled without CUDA kernels: {nvcc} failed; its output is among the build's"]
-
-
+@pytest.mark.long
 def test_no_compiler(tree: Path) -> None:
     target = assert_pure(build(tree, NO_COMPILER), "no C++ compiler was found (/nowhere/c++)")
     output, _ = use(target, OVERVIEW)
@@ -222,7 +220,7 @@ def test_no_compiler(tree: Path) -> None:
 
 
 def test_triton_needs_no_compiler(tree: Path) -> None:
-    """The pure package has its kernels; its interpreter serves here for a GPU."""
+    """The pure package contains the Triton kernels. Triton's interpreter replaces a GPU here."""
     pytest.importorskip("triton")
     target = install(build(tree, {"DRACOPT_BUILD": "pure"}))
     program = USE.replace("lr=0.1)", "lr=0.1, backend='triton')").replace("import torch", INTERPRET + "import torch")
@@ -230,12 +228,17 @@ def test_triton_needs_no_compiler(tree: Path) -> None:
     assert output[1] == "{'cpu': frozenset({'triton'})} 0.798"
 
 
-def test_no_torch(tree: Path, without_torch: dict[str, str]) -> None:
-    assert_pure(build(tree, without_torch), "torch is not installed")
+@pytest.mark.parametrize(("mode", "reason"), [("auto", "torch is not installed"), ("pure", "DRACOPT_BUILD=pure")])
+def test_why_nothing_is_compiled(tree: Path, without_torch: dict[str, str], mode: str, reason: str) -> None:
+    run = python("setup.py", "-q", "build_ext", "--inplace", cwd=tree, env={**without_torch, "DRACOPT_BUILD": mode})
+    assert run.returncode == 0, run.stderr
+    assert f"building without compiled kernels: {reason}\n" in run.stderr
+    assert repr(reason) in (tree / "dracopt_ext/_build_info.py").read_text()
 
 
+@pytest.mark.long
 def test_compilation_fails(tree: Path) -> None:
-    """Nor is a module of an earlier build shipped."""
+    """A failed compilation yields a pure wheel, without the modules of an earlier build."""
     tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     for folder in (tree, tree / f"build/lib.{tag}"):
         stale = folder / "dracopt_ext/native/torch_2_13"
@@ -248,14 +251,10 @@ def test_compilation_fails(tree: Path) -> None:
     _, errors = use(install(wheel))
     assert "compilation failed: CompileError" in errors[0]
 
-    # In place, the outcome lies in the sources.
+    # A build in place writes its outcome into the sources.
     python("setup.py", "-q", "build_ext", "--inplace", cwd=tree)
     assert "compilation failed: CompileError" in (tree / "dracopt_ext/_build_info.py").read_text()
     assert not (tree / "dracopt_ext/native").exists()
-
-
-def test_pure_on_demand(tree: Path) -> None:
-    assert_pure(build(tree, {"DRACOPT_BUILD": "pure"}), "DRACOPT_BUILD=pure")
 
 
 def test_force_fails_rather_than_falls_back(tree: Path) -> None:
@@ -283,7 +282,7 @@ def test_source_distribution_is_complete(tree: Path) -> None:
         names = {name.split("/", 1)[-1] for name in opened.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
     assert not [name for name in names if name.startswith("tests") or name.endswith(("_build_info.py", ".so"))]
-    assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "triton_kernels/step.py"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "triton_kernels/kernel.py"} <= names
 
 
 def test_architectures_that_are_no_numbers(tree: Path) -> None:

@@ -1,4 +1,4 @@
-"""A step planned in Python, by the compiled kernels without a binding to torch. test_triton.py has Triton's."""
+"""Tests steps that Python plans for the compiled kernels, without a binding to torch. test_triton.py tests Triton's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import torch
 
 import dracopt_ext
 from dracopt_ext import backend as backend_module
-from dracopt_ext.portable import compiled
+from dracopt_ext.portable import compiled, packed
 from dracopt_ext.portable.rules import RULES
-from dracopt_ext.reference import CARRIED, MOMENTS, hyperparameters
+from dracopt_ext.reference import MOMENTS, STATE_SCALARS, hyperparameters
 
 from . import cases
 from .cases import FAULTS, Case, NoOp, assert_same_bits, inputs, train
 
 HERE = Path(__file__).parent
 SIZES = [0, 1, 15, 4099, 70_001]
+
+KERNELS_ALONE = "bites or instruction_sets or threads or two_to_the_31"
+"""Tests of what the kernels do, whoever plans the step; and the proofs that other tests can fail."""
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def library() -> compiled.Library:
 
 @pytest.fixture
 def without_binding(library: compiled.Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under a torch that the installed bindings do not know."""
+    """Simulates a torch that the installed bindings do not know."""
     monkeypatch.setattr(backend_module, "_C", None)
     monkeypatch.setattr(backend_module, "_LIBRARY", library)
     monkeypatch.setattr(backend_module, "_REASON", "compiled for torch 2.12.0, not for the installed 2.99.0")
@@ -39,8 +42,21 @@ def without_binding(library: compiled.Library, monkeypatch: pytest.MonkeyPatch) 
 def test_rules_have_the_references_names() -> None:
     for name, rule in RULES.items():
         assert rule.group_keys == hyperparameters(name)
-        assert set(rule.carried_keys) <= set(CARRIED)
+        assert set(rule.state_scalar_keys) <= set(STATE_SCALARS)
         assert set(rule.state_keys) <= set(MOMENTS)
+
+
+@pytest.mark.parametrize("name", ["ROW_WORDS", "HEADER_WORDS", "MAXIMIZE", "STATE_SCALAR_FP32", "FIRST"])
+def test_a_library_with_other_constants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, name, getattr(packed, name) + 1)
+    with pytest.raises(OSError, match=r"is of another build: (row|header|recipe)_[a-z]+ differ"):
+        compiled.load(backend_module.NATIVE)
+
+
+def test_a_library_with_other_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "adam", RULES["adam"]._replace(state_keys=("exp_avg_sq", "exp_avg", "max_exp_avg_sq")))
+    with pytest.raises(OSError, match="is of another build: adam differ"):
+        compiled.load(backend_module.NATIVE)
 
 
 @pytest.mark.binding
@@ -67,15 +83,16 @@ def test_bits_bites(case: Case, fault: type[NoOp], request: pytest.FixtureReques
         assert_same_bits(train(fault(case.ours), options, *given), expected)
 
 
+@pytest.mark.long
 @pytest.mark.binding
 def test_what_holds_for_the_native_backend() -> None:
-    """The same tests, in a process in which these kernels take its place."""
+    """The native backend's tests pass in a process in which these kernels replace it."""
     names = ("bits", "dtypes", "layouts", "refusals", "life", "known_defects", "fallback", "checkpoints", "dropin")
-    names += ("other_peoples_code", "hostile_programs")
+    names += ("other_peoples_code", "hostile_programs", "plan")
     files = [HERE / f"test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.as_native"]
     run = subprocess.run(
-        [*command, *files, "-m", "not binding"],
+        [*command, *files, "-m", "not binding", "-k", f"not ({KERNELS_ALONE})"],
         cwd=HERE.parent,
         env={**os.environ, "AS_NATIVE": "compiled"},
         capture_output=True,
@@ -86,11 +103,11 @@ def test_what_holds_for_the_native_backend() -> None:
 
 @pytest.mark.usefixtures("without_binding")
 def test_without_what_torch_may_take_away(library: compiled.Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its guards, which spare the next step most of its work, and its threads: nothing else is asked of it."""
+    """Steps need neither torch's threads nor its guards, which only spare the next step most of its work."""
     case = cases.RULES[0]
     given = inputs(SIZES, torch.float32, 3)
     expected = train(case.ours, case.options, *given)
-    monkeypatch.setattr("torch._C._dynamo.guards.TensorGuards", lambda *tensors: None)  # takes other arguments
+    monkeypatch.setattr("torch._C._dynamo.guards.TensorGuards", lambda *tensors: None)  # refuses our arguments
     monkeypatch.setattr(backend_module, "_LIBRARY", library._replace(parallel_for=None))
     assert_same_bits(train(case.ours, case.options, *given), expected)
     load, none = compiled.ctypes.CDLL, compiled.ctypes.CDLL(None)
@@ -100,7 +117,7 @@ def test_without_what_torch_may_take_away(library: compiled.Library, monkeypatch
 
 @pytest.mark.usefixtures("without_binding")
 def test_memory_that_shrinks_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of a storage which is freed and gets less at the same address."""
+    """Simulates a storage that is freed and gets less memory at the same address."""
     p = torch.nn.Parameter(torch.ones(10))
     p.grad = torch.ones(10)
     optimizer = dracopt_ext.AdamW([p])
@@ -120,7 +137,7 @@ def test_memory_that_shrinks_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("without_binding")
 def test_memory_shared_after_a_step_that_failed() -> None:
-    """What was found in the step that failed is not about the tensors of the step before it."""
+    """The facts that a failed step found do not describe the tensors of the step before."""
     a, b = (torch.nn.Parameter(torch.ones(11)[:10]) for _ in range(2))
     a.grad = torch.ones(11)[1:]
     optimizer = dracopt_ext.AdamW([a, b], backend="native")
@@ -148,9 +165,10 @@ def test_what_is_said() -> None:
 
 
 def test_a_call_that_fails_is_reported(library: compiled.Library) -> None:
-    launch = compiled.Kernels(library).launch(RULES["sgd"]._replace(name="none"), torch.device("cpu"), ("fp32",) * 5)
+    rule = RULES["sgd"]._replace(name="none")
+    launch = compiled.CompiledBackend(library).launch_type(rule, torch.device("cpu"), ("fp32",) * 5)
     with pytest.raises(RuntimeError, match="the compiled kernels failed: no compiled rule has this name"):
-        launch.run([], [], 1.0, None, None)
+        launch.launch([], [], 1.0, None, None)
 
 
 def test_an_instruction_set_that_is_not_there() -> None:

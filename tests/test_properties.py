@@ -1,5 +1,5 @@
-"""Whatever shapes, strides, dtypes and options come together, and whatever is done between the steps: after each of
-them the native kernels and the reference hold the same bits."""
+"""The native kernels and the reference hold the same bits after each action. Shapes, strides, dtypes, options and
+actions between the steps are arbitrary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 
 from .cases import CASES, NoOp, assert_same_bits, snapshot
 
-# In fp64 the reference has no fused multiply-add; test_dtypes.py has that.
+# fp64 is tested in test_dtypes.py because the reference has no fused multiply-add there.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), 1e-40, 65504.0, 1e30]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the elements of a tensor lie: the order of its dimensions, the gaps in them, and the first place."""
+    """Places the elements of a tensor: the order of its dimensions, the gaps in them, and the first place."""
 
     order: tuple[int, ...]
     steps: tuple[int, ...]
@@ -103,7 +104,7 @@ def actions() -> st.SearchStrategy[tuple[Any, ...]]:
 
 
 class Trained:
-    """An optimizer and what has been done to it; its tensors are where ``bring`` brings them."""
+    """An optimizer with the actions on it. ``bring`` decides where its tensors lie."""
 
     def __init__(
         self,
@@ -184,6 +185,7 @@ programs = given(
 )
 
 
+@pytest.mark.long
 @programs
 @settings(max_examples=600, deadline=None, derandomize=True)
 def test_native_and_reference_agree(
@@ -199,7 +201,7 @@ def test_native_and_reference_agree(
 
 
 def test_these_programs_bite() -> None:
-    """An optimizer that does nothing is found out by the first program that steps a tensor with elements."""
+    """The first program that steps a tensor with elements finds out an optimizer that does nothing."""
     case = CASES[9]
     shape = (3, 4)
     place = Placement((1, 0), (2, 1), 1, (False, False))

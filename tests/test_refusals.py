@@ -1,5 +1,5 @@
-"""Bad input: an error that says which parameter and what to do, raised before anything has changed, and after which the
-next correct step works."""
+"""Bad input raises an error that names the parameter and the remedy. Nothing has changed then, and the next correct
+step works."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_expanded_parameter() -> None:
 def wrong_gradients() -> dict[str, tuple[Callable[[nn.Parameter], None], str]]:
     def set_grad(grad: torch.Tensor) -> Callable[[nn.Parameter], None]:
         def change(p: nn.Parameter) -> None:
-            # torch checks what is assigned to .grad, but not what becomes of it then.
+            # torch checks a tensor that is assigned to .grad, but not its later changes.
             p.grad = torch.zeros_like(p)
             p.grad.data = grad
 
@@ -251,7 +251,7 @@ def test_sparse_gradient_for_nadam() -> None:
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 def test_sparse_gradient_for_adam(fused: bool | None) -> None:
-    """torch raises the same words, but only after the first parameter's state was created or its step counted."""
+    """torch raises the same error, but only after it has created the first parameter's state or counted its step."""
     broken = Broken(fused=fused)
     broken.params[1].grad = torch.ones(64).to_sparse()
     broken.assert_refuses(RuntimeError, "Adam does not support sparse gradients, please consider SparseAdam instead")
@@ -267,8 +267,7 @@ def test_sparse_gradient_for_adam(fused: bool | None) -> None:
 def test_sparse_gradient_for_fused_sgd() -> None:
     broken = Broken("SGD", momentum=0.9, fused=True)
     broken.params[1].grad = torch.ones(64).to_sparse()
-    with pytest.warns(RuntimeWarning, match="leaves sparse tensors to torch"):
-        broken.assert_refuses(RuntimeError, "`_fused_sgd` does not support sparse gradients")
+    broken.assert_refuses(RuntimeError, "`_fused_sgd` does not support sparse gradients")
     broken.assert_recovers()
 
 
@@ -304,11 +303,11 @@ def test_interrupted_creation_of_states_leaves_none_behind(monkeypatch: pytest.M
     assert {p: list(s) for p, s in optimizer.state.items()} == {params[0]: ["mine"]}
     optimizer.step()
     for p in params:
-        assert (p == 0).all()  # the first step is undampened: it was not taken before
+        assert (p == 0).all()  # only a first step is undampened
 
 
 def test_freed_memory() -> None:
-    """As sharded training frees it: nothing may be written where nothing is."""
+    """Sharded training frees memory. Nothing may be written to memory that is freed."""
     p, q = (nn.Parameter(torch.ones(10)) for _ in range(2))
     p.grad, q.grad = torch.ones(10), torch.ones(10)
     optimizer = dracopt_ext.AdamW([p, q])

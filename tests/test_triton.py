@@ -1,4 +1,4 @@
-"""The Triton backend, beside what test_gpu shows: what it is compiled to, how often, and when it serves."""
+"""Tests of the Triton backend beside test_gpu.py: its compiled code, its compilations, and when it serves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import nn
 import dracopt_ext
 from dracopt_ext import backend as backend_module
 from dracopt_ext.portable import plan
-from dracopt_ext.portable.words import HEADER_WORDS, MAX_CARRIED
-from dracopt_ext.reference import CARRIED
+from dracopt_ext.portable.packed import HEADER_WORDS, MAX_STATE_SCALARS
+from dracopt_ext.reference import STATE_SCALARS
 
 from . import interpreted
 from .cases import FAULTS, RULES, Case, NoOp, assert_same_bits, inputs, snapshot, train
@@ -28,7 +28,7 @@ from .triton_compiler import TARGETS, variants
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-step = pytest.importorskip("dracopt_ext.triton_kernels.step")
+launcher = pytest.importorskip("dracopt_ext.triton_kernels.launcher")
 arithmetic = pytest.importorskip("dracopt_ext.triton_kernels.arithmetic")
 
 ROOT = Path(__file__).parents[1]
@@ -45,13 +45,13 @@ def without_interpreter() -> dict[str, str]:
 
 @pytest.fixture
 def prepared_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who prepares a step's scalars. Without compiled kernels the host cannot."""
+    """Names who prepares a step's scalars. The host cannot without compiled kernels."""
     if request.param == "kernel":
         monkeypatch.setattr(backend_module, "_library", lambda: None)
     return str(request.param)
 
 
-# ---- what it computes
+# ---- results
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @preparing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_after_many_steps(case: Case, dtype: torch.dtype, prepared_by: str) -> None:
-    """Powers and exponentials of step counts that tests do not reach, whoever takes them."""
+    """Powers and exponentials have the same bits at step counts that other tests do not reach."""
     for number in (99, 65_535, 1_000_000, 16_777_214):
         (value,), ((first,), (second,)) = inputs([100], dtype, 2)
         results = []
@@ -75,7 +75,7 @@ def test_bits_after_many_steps(case: Case, dtype: torch.dtype, prepared_by: str)
             p.grad = first
             optimizer.step()
             for name, scalar in optimizer.state[p].items():
-                if name in CARRIED:
+                if name in STATE_SCALARS:
                     scalar.fill_(number if name == "step" else 0.1234)
             p.grad = second
             optimizer.step()
@@ -85,7 +85,7 @@ def test_bits_after_many_steps(case: Case, dtype: torch.dtype, prepared_by: str)
 
 @triton.jit
 def fast(xs, ds, quotients, quotients_by, roots_over, BLOCK: tl.constexpr):
-    """Writes the results of the fast arithmetic, for a numerator and a divisor each."""
+    """Writes the results of the fast arithmetic for pairs of a numerator and a divisor."""
     at = tl.arange(0, BLOCK)
     x, d = tl.load(xs + at), tl.load(ds + at)
     tl.store(quotients + at, arithmetic.quotient(x, d, True))
@@ -96,15 +96,15 @@ def fast(xs, ds, quotients, quotients_by, roots_over, BLOCK: tl.constexpr):
 @interpreting
 @pytest.mark.usefixtures("interpreter")
 def test_fast_arithmetic() -> None:
-    """Numbers of all sizes: the bits of IEEE's operations, or NaN, which is rare where numbers are ordinary.
+    """Fast arithmetic gives the bits of IEEE's operations or, rarely where numbers are ordinary, NaN.
 
-    The estimates are the host's here; test_core.py tests the same sequences in C++, with many more numbers.
+    The host makes the estimates here. test_core.py tests the same sequences in C++, with many more numbers.
     """
     generator = torch.Generator().manual_seed(0)
     special = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 2.0**-100, 2.0**-80, 1.0, -1.0, 2.0**40, 3e38, torch.inf, torch.nan]
     pairs = torch.cartesian_prod(torch.tensor(special), torch.tensor(special))
     any_size = torch.randint(-(2**31), 2**31, (2**15, 2), generator=generator).to(torch.int32).view(torch.float32)
-    exponents = torch.linspace(-110, -70, 2**15)  # numerators and radicands about where the proof ends
+    exponents = torch.linspace(-110, -70, 2**15)  # numerators and radicands near the proof's limits
     tiny = torch.rand(2**15, 2, generator=generator) + 0.1
     tiny[:, 0] *= 2**exponents
     begin = len(pairs) + len(any_size) + len(tiny)
@@ -128,7 +128,7 @@ def test_fast_arithmetic() -> None:
 @every_rule
 @pytest.mark.parametrize("fault", FAULTS)
 def test_on_the_cpu_in_the_interpreter(case: Case, fault: type[NoOp]) -> None:
-    """For those who debug a kernel: tensors on the CPU are served there, if Triton is asked for."""
+    """The interpreter serves tensors on the CPU if Triton is asked for, so that users can debug a kernel."""
     given = inputs([1, 100], torch.float32, 3)
     options = {**case.options, "backend": "triton"}
     expected = train(case.ours, {**case.options, "backend": "native"}, *given)
@@ -137,11 +137,12 @@ def test_on_the_cpu_in_the_interpreter(case: Case, fault: type[NoOp]) -> None:
         assert_same_bits(train(fault(case.ours), options, *given), expected)
 
 
+@pytest.mark.long
 @interpreting
 def test_what_holds_for_the_native_backend() -> None:
-    """Refusals, and what users do between two steps: the same tests, in a process in which Triton takes its place."""
+    """Tests of refusals and of users' changes between steps pass in a process where Triton replaces that backend."""
     files = [f"tests/test_{name}.py" for name in ("refusals", "life", "known_defects", "fallback")]
-    # It says that it has no Triton kernels where it has none.
+    # The message about meta tensors names Triton kernels there, not native ones.
     others = "not (forked or threads or compiled_training or meta)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.as_native"]
     env = {**os.environ, "AS_NATIVE": "triton"}
@@ -151,11 +152,12 @@ def test_what_holds_for_the_native_backend() -> None:
     assert run.returncode == 0, run.stdout
 
 
-# ---- what it is compiled to
+# ---- compiled code
 
 
+@pytest.mark.long
 def test_compiled_for_gpus_that_are_not_here() -> None:
-    """For each variant: nothing spilled, nothing rounded but as IEEE 754 has it, and access in vectors."""
+    """Each variant spills nothing, rounds only as IEEE 754 does, and accesses memory in vectors."""
     complete = os.environ.get("TRITON_VARIANTS") == "all"
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton_compiler", *(["--all"] if complete else [])],
@@ -177,36 +179,36 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
         assert variant["stack"] == 0, variant
         if variant["target"].startswith("sm_") or square_root_is_exact:  # see why_no_triton
             assert variant["inexact"] == [], variant
-        if variant["rule"] == "nadam":  # that no constant was rounded to fp32
+        if variant["rule"] == "nadam":  # no constant was rounded to fp32
             assert numbers <= set(variant["constants"]), variant
-        elements = 4 if "fp64" in variant["dtypes"] else 8  # of a thread
-        # Every stream is accessed as many times, the widest by 16 bytes.
+        elements = 4 if "fp64" in variant["dtypes"] else 8  # per thread
+        # All streams are accessed equally often, the widest by 16 bytes.
         widest = max(BYTES[dtype] for dtype in variant["dtypes"])
         vectors = [elements * widest // 16 * (BYTES[dtype] == widest) for dtype in variant["dtypes"]]
         loads, stores = sum(vectors), sum(vectors) - vectors[1]
         if variant["target"].startswith("sm_"):
-            ways = 2 if variant["fast"] else 1  # the loop tries the fast arithmetic before the other
+            ways = 2 if variant["fast"] else 1  # the loop tries the fast arithmetic before the plain one
             assert (variant["vector_loads"], variant["vector_stores"]) == (ways * loads, ways * stores), variant
             if widest == 4:
                 vectors = [elements * widest // 16 * (BYTES[dtype] == 2) for dtype in variant["dtypes"]]
                 halves = variant["half_vector_loads"], variant["half_vector_stores"]
                 assert halves == (ways * sum(vectors), ways * (sum(vectors) - vectors[1])), variant
-            # Threads exchange only whether all are done, by one store or two, and at the end who is the last.
+            # Threads exchange only whether all are done, by one or two stores, and at the end which one is last.
             assert variant["exchanges"] <= 2 * ways - 1, variant
             estimates = {"rcp.approx.ftz.f32": elements, "rsqrt.approx.ftz.f32": elements}
             assert variant["estimates"] == (estimates if variant["fast"] else {}), variant
-        else:  # whose compiler unrolls loops
+        else:  # AMD's compiler unrolls loops
             assert variant["vector_loads"] >= loads, variant
             assert variant["vector_stores"] >= stores, variant
         if "fp64" not in variant["dtypes"]:
             assert variant["fast"] == (variant["rule"] != "sgd" and variant["target"] != "gfx942"), variant
             is_usual = variant["rule"] != "nadam" and variant["dtypes"][0] == variant["dtypes"][1]
-            limit = 96 if is_usual and variant["target"] != "gfx942" else 104  # for five programs at once, or four
+            limit = 96 if is_usual and variant["target"] != "gfx942" else 104  # lets five programs run at once, or four
             assert variant["registers"] <= limit, variant
 
 
 def test_compiled_once(tmp_path: Path) -> None:
-    """Not anew for another learning rate, step, size or number of tensors, but for another dtype."""
+    """Another dtype needs a compilation. Another learning rate, step, size or number of tensors does not."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.count_compilations"],
         cwd=ROOT,
@@ -228,10 +230,10 @@ def test_compiled_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def uploads(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """What was brought to the device."""
+    """Records the arrays that are copied to the device."""
     made: list[list[int]] = []
-    upload = step.upload
-    monkeypatch.setattr(step, "upload", lambda array, *more: made.append(array) or upload(array, *more))
+    upload = launcher.upload
+    monkeypatch.setattr(launcher, "upload", lambda array, *more: made.append(array) or upload(array, *more))
     return made
 
 
@@ -243,20 +245,20 @@ def parameters(count: int) -> list[nn.Parameter]:
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is asked for, tensors on the CPU go to Triton, and what it does not serve to torch."""
-    monkeypatch.setattr("dracopt_ext.optim._step.GPU", "cpu")
+    """Sends tensors on the CPU to Triton by default, and those that Triton does not serve to torch."""
+    monkeypatch.setattr("dracopt_ext.devices.GPU", "cpu")
     monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
     monkeypatch.setattr(backend_module, "NATIVE_REASON", "switched off")
     monkeypatch.setattr(
         backend_module,
         "step_plan",
-        lambda name, rule, optimizer, asked_for: plan.StepPlan(rule, optimizer, step.Kernels(on_cpu=True)),
+        lambda name, rule, optimizer, asked_for: plan.StepPlan(rule, optimizer, launcher.TritonBackend(on_cpu=True)),
     )
 
 
 @interpreting
 def test_table_is_made_once(uploads: list[list[int]]) -> None:
-    """A step brings its arguments to the device; the table, too, when a fact that it holds has changed."""
+    """A step copies its arguments to the device, and the table only when a fact in the table has changed."""
     params = parameters(3)
     optimizer = dracopt_ext.AdamW(params, lr=0.1, backend="triton")
 
@@ -290,7 +292,7 @@ def test_table_is_made_once(uploads: list[list[int]]) -> None:
 @interpreting
 @pytest.mark.usefixtures("interpreter")
 def test_gradients_that_change_between_steps() -> None:
-    """What an address, a shape and strides do not tell: another's memory, and a conjugation that torch puts off."""
+    """Address, shape and strides do not tell whether memory is shared or torch has put a conjugation off."""
 
     def run(make: Any, conjugated: bool = True, **options: Any) -> list[torch.Tensor]:
         p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
@@ -336,7 +338,7 @@ def test_freed_gradient() -> None:
 @pytest.mark.usefixtures("interpreter")
 @every_rule
 def test_inference_mode(case: Case) -> None:
-    """States and parameters that were made in it, and steps out of it."""
+    """States and parameters are created in inference mode; a step outside it follows."""
     results = []
     for backend in ("triton", "native"):
         p = parameters(1)[0]
@@ -364,7 +366,7 @@ def test_default_device() -> None:
 
 @interpreting
 def test_foreign_parameters_do_not_move_the_table(uploads: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that torch steps beside it."""
+    """Parameters that torch steps leave the table as it is."""
     as_on_a_gpu(monkeypatch)
     p, q = parameters(2)
     q.grad = q.grad.to_sparse()  # type: ignore[union-attr]
@@ -382,7 +384,7 @@ def test_foreign_parameters_do_not_move_the_table(uploads: list[list[int]], monk
 @pytest.mark.usefixtures("interpreter")
 def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = dracopt_ext.AdamW(parameters(1), backend="triton")
-    run = step.Launch.run
+    run = launcher.TritonLaunch.launch
     refused = []
 
     def run_and_step(*arguments: Any) -> Any:
@@ -391,7 +393,7 @@ def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         refused.append(caught)
         return run(*arguments)
 
-    monkeypatch.setattr(step.Launch, "run", run_and_step)
+    monkeypatch.setattr(launcher.TritonLaunch, "launch", run_and_step)
     optimizer.step()
     assert refused
 
@@ -399,7 +401,7 @@ def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreting
 @preparing
 def test_arguments_hold_a_recipe_for_each_group_and_step(uploads: list[list[int]], prepared_by: str) -> None:
-    """However many tensors share it."""
+    """The number of tensors that share a recipe does not matter."""
     words = []
     for groups in (1, 2, 5):
         params = parameters(10)
@@ -409,19 +411,19 @@ def test_arguments_hold_a_recipe_for_each_group_and_step(uploads: list[list[int]
         )
         optimizer.step()
         words.append(len(uploads[-1]))
-    recipe = 1 + 6 if prepared_by == "host" else 1 + 7 + MAX_CARRIED  # eleven numbers of four bytes
+    recipe = 1 + 6 if prepared_by == "host" else 1 + 7 + MAX_STATE_SCALARS  # 6 for eleven numbers of four bytes
     assert words == [HEADER_WORDS + 2 * 10 + groups * recipe for groups in (1, 2, 5)]
 
 
 @interpreting
 @pytest.mark.usefixtures("interpreter")
 def test_what_a_graph_refers_to_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a table that a graph is yet to write is no other step's."""
+    """No other step uses a table that a graph has yet to write."""
     params = parameters(2)
-    stepper = plan.StepPlan("sgd", "SGD", step.Kernels(on_cpu=True))
+    stepper = plan.StepPlan("sgd", "SGD", launcher.TritonBackend(on_cpu=True))
     optimizer = dracopt_ext.SGD(params, lr=0.1)
-    monkeypatch.setattr(plan, "GPU", "cpu")
-    monkeypatch.setattr(step, "_launched", set())
+    monkeypatch.setattr("dracopt_ext.devices.GPU", "cpu")
+    monkeypatch.setattr(launcher, "_launched", set())
     monkeypatch.setattr(plan, "is_capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="Triton has yet to compile its kernel"):
         stepper.step(optimizer.param_groups, optimizer.state)
@@ -450,7 +452,7 @@ def test_failure_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) ->
             raise RuntimeError("out of resources")
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "step", Failing())
+        patch.setattr(launcher, "step_kernel", Failing())
         with pytest.raises(RuntimeError, match="out of resources"):
             optimizer.step()
         fresh = case.ours(params, **case.options, backend="triton")
@@ -461,12 +463,12 @@ def test_failure_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     optimizer.step()
 
 
-# ---- when it serves
+# ---- availability
 
 
 def test_no_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But in the interpreter."""
-    monkeypatch.setattr(step, "INTERPRETED", False)
+    """Triton serves tensors on the CPU only in its interpreter."""
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
     monkeypatch.setattr(backend_module, "why_no_triton", lambda: None)
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
@@ -513,7 +515,7 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + 2 * device, 0))
     assert reason() is None
     backend_module._triton_is_needed.cache_clear()
-    assert not backend_module.triton_serves_gpus()  # as long as nothing is on a GPU
+    assert not backend_module.triton_serves_gpus()  # while nothing is on a GPU
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert backend_module.triton_serves_gpus()  # this build of torch has no CUDA, so there are no CUDA kernels
 

@@ -1,6 +1,6 @@
-"""``python -m tests.triton_compiler [--all]``: compiles the Triton kernel for GPUs that are not there, and reports.
+"""``python -m tests.triton_compiler [--all]``: compiles the Triton kernel for GPUs that are absent, and reports.
 
-Prints a line of JSON for each variant and target. Triton must not be in its interpreter here.
+Prints a line of JSON for each variant and target. Triton must not run in its interpreter here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 PRODUCT = list(itertools.product(DTYPES, repeat=3))
-"""Of the dtypes of the parameter, the gradient and the states."""
+"""All combinations of the dtypes of parameter, gradient and states."""
 USUAL = [*((d, d, d) for d in DTYPES), ("bf16", "bf16", "fp32"), ("fp16", "fp16", "fp32"), ("fp32", "fp32", "bf16")]
 IN_FP32 = [dtypes for dtypes in PRODUCT if "fp64" not in dtypes]
 
@@ -35,7 +35,7 @@ Variant = tuple[str, tuple[str, str, str], str]
 
 
 def variants(complete: bool) -> list[Variant]:
-    """Every combination for every target; or all that are computed in fp32 for one, and for the others the usual."""
+    """Every combination for every target; or all in fp32 for one target, and the usual ones for the others."""
     chosen = dict.fromkeys(TARGETS, PRODUCT if complete else USUAL)
     if not complete:
         chosen["sm_90"] = sorted({*USUAL, *IN_FP32})
@@ -49,15 +49,15 @@ def compile_one(variant: Variant) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     from dracopt_ext.portable.rules import RULES
-    from dracopt_ext.triton_kernels import step
+    from dracopt_ext.triton_kernels import kernel, launcher
 
     name, (param, grad, state), target = variant
     rule = RULES[name]
     backend = TARGETS[target][0]
-    constants = step.specialization(rule, (param, grad, *[state] * len(rule.state_keys)), backend)
+    constants = launcher.specialization(rule, (param, grad, *[state] * len(rule.state_keys)), backend)
     signature = {"table": "*i64", "arguments": "*i64", **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(step.step, signature=signature, constexprs=constants)
-    options = step.options(rule, (param, grad, state), backend)
+    source = ASTSource(kernel.step_kernel, signature=signature, constexprs=constants)
+    options = launcher.options(rule, (param, grad, state), backend)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     constants_of = re.findall(r"arith\.constant (\S+) : f64", compiled.asm["ttir"])
     found = {
@@ -71,7 +71,7 @@ def compile_one(variant: Variant) -> dict[str, Any]:
 
 
 def number(text: str) -> float:
-    """As MLIR writes it: in decimals, or its bits."""
+    """Reads a number as MLIR writes it: in decimals, or as bits."""
     return struct.unpack("<d", int(text, 16).to_bytes(8, "little"))[0] if text.startswith("0x") else float(text)
 
 
@@ -91,7 +91,7 @@ def of_nvidia(asm: Any) -> dict[str, Any]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "estimates": Counter(re.findall(r"\b(?:rcp|rsqrt)\.approx\.ftz\.f32", ptx)),
-        # Contracted, approximate or flushing: whatever else does not round as IEEE 754 has it.
+        # All other operations that do not round as IEEE 754 does: contracted, approximate or flushing.
         "inexact": re.findall(
             r"\b(?:div|sqrt|rcp|rsqrt|ex2|lg2)\.(?:full|approx)\S*|\b(?:mul|add|sub|fma)\.(?!rn)\S*f(?:32|64)\b|\S+\.ftz\S*",
             re.sub(r"\b(?:rcp|rsqrt)\.approx\.ftz\.f32", "", ptx),

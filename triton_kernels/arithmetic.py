@@ -1,6 +1,6 @@
-"""Arithmetic that rounds as csrc/core does: one rounding where an ``fma`` is written, IEEE division and square root.
+"""Arithmetic that rounds like csrc/core: one rounding for each ``fma``, IEEE division and square root.
 
-Contraction is off in every launch. The functions take scalars of a program and blocks alike.
+Every launch turns contraction off. The functions take scalars of a program and blocks alike.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def sqrt(x):
     return root
 
 
-# ---- divisions and roots in fewer instructions: csrc/cuda/fast_math.h says why they are exact. Where that is not
-# proved, the result is NaN.
+# ---- divisions and roots in fewer instructions: csrc/cuda/fast_math.h says why they are exact. The result is NaN where
+# no proof holds.
 
 INTERPRETED = not isinstance(fma, triton.runtime.JITFunction)
 
@@ -75,14 +75,14 @@ def is_zero_or_from(x, least: tl.constexpr):
 
 @triton.jit
 def divide_by(x, d, inverse):
-    """x / d, given the correctly rounded reciprocal of d."""
+    """Returns x / d, given the correctly rounded reciprocal of d."""
     q = x * inverse
     return fma(fma(d, q, -x), -inverse, q)
 
 
 @triton.jit
 def divisor_of(d):
-    """A number that others are divided by, with its reciprocal."""
+    """Returns a number that divides others, with its reciprocal."""
     return d, unless_proved((d > 0) & (d <= MOST_DIVISOR), divide(d * 0 + 1, d))
 
 
@@ -123,13 +123,13 @@ def root_over(x, divisor, fast: tl.constexpr):
 
 @triton.jit
 def maximum(a, b):
-    """The larger of two; NaN if either is, as torch.maximum."""
+    """Returns the larger of two numbers, or NaN if either is NaN, like torch.maximum."""
     return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
 def power(x, n):
-    """x^n in fp64 for 0 <= x <= 1 and a natural n, both scalars; as csrc/core/math.h has it."""
+    """Returns x^n in fp64 for 0 <= x <= 1 and a natural n, both scalars, like csrc/core/math.h."""
     n = n.to(tl.int64)
     hi, lo = x * 0 + 1, x * 0
     base, base_lo = x, x * 0
@@ -149,8 +149,8 @@ def power(x, n):
 
 @triton.jit
 def exponential(x, correction):
-    """e^(x + correction) in fp64 for a correction that is tiny beside x; as csrc/core/math.h has it."""
-    # A number that is given a name or is written in a call would be rounded to fp32.
+    """Returns e^(x + correction) in fp64 for a correction that is tiny beside x, like csrc/core/math.h."""
+    # Triton would round a number to fp32 that has a name or is written in a call.
     ln2 = tl.full((), 0.6931471805599453, tl.float64)
     ln2_rest = tl.full((), 2.3190468138462996e-17, tl.float64)
     round_to_integer = 6755399441055744.0
@@ -171,7 +171,7 @@ def exponential(x, correction):
 
 @triton.jit
 def widen(stored, dtype: tl.constexpr, T: tl.constexpr):
-    """To the arithmetic's dtype, T. A number in bf16 comes as its 16 bits."""
+    """Converts a number to the arithmetic's dtype, T. A bf16 number comes as its 16 bits."""
     if dtype == "bf16":
         stored = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return stored.to(T)
@@ -179,7 +179,7 @@ def widen(stored, dtype: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """To the nearest, ties to even; 64-bit numbers take the way over float, as in torch."""
+    """Rounds to nearest, ties to even. 64-bit numbers are rounded to float first, as in torch."""
     if dtype == "fp64":
         stored = x
     elif dtype == "fp32":

@@ -1,10 +1,10 @@
-"""The update rules in Triton, line for line those of csrc/rules: the same operations in the same order, the same bits.
+"""The update rules in Triton, line for line like csrc/rules: the same operations in the same order give the same bits.
 
-A rule has three functions. ``prepare`` takes what the state carries from step to step and the hyperparameters, all of
-them fp64, and returns the carried scalars of this step and the step's scalars in the arithmetic's dtype, T. ``load``
-reads these scalars where the host has prepared them: at an address, in the order of csrc/rules. ``update`` takes the
-scalars and a block of elements of the parameter, the gradient and the states, and returns the parameter and the states
-as they become; with ``fast``, the parameter is NaN where it must be computed again without.
+A rule has three functions. ``prepare`` takes the last step's state scalars and the hyperparameters, all of them fp64,
+and returns this step's state scalars and the step's scalars in the arithmetic's dtype, T. ``load`` reads these scalars
+if the host has prepared them: at an address, in the order of csrc/rules. ``update`` takes the scalars and a block of
+elements of the parameter, the gradient and the states, and returns the new parameter and states. With ``fast``, the
+parameter is NaN where ``update`` must compute it again without ``fast``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .arithmetic import divisor_of, exponential, fma, maximum, quotient, root_ov
 
 @triton.jit
 def scalar(address, k: tl.constexpr, T: tl.constexpr):
-    """Number k of the scalars that lie there."""
+    """Reads number k of the scalars at an address."""
     return tl.load(address.to(tl.pointer_type(T)) + k)
 
 
 @triton.jit
 def flag(address, k: tl.constexpr, T: tl.constexpr):
-    """Number k of the scalars that lie there, which is true if any of its bits is set."""
+    """Reads number k of the scalars at an address: a flag, which is true if any of its bits is set."""
     if T == tl.float32:
         bits = tl.load(address.to(tl.pointer_type(tl.int32)) + k).to(tl.int64)
     else:
@@ -38,7 +38,7 @@ def rounded(x, is_fp32):
     return tl.where(is_fp32, x.to(tl.float32).to(tl.float64), x)
 
 
-# ---- what Adam and its relatives share: weight decay and the moving averages of the gradient and of its square
+# ---- Adam and its relatives share weight decay and the moving averages of the gradient and of its square
 
 
 @triton.jit
@@ -55,10 +55,10 @@ def prepare_moments(
 ):
     decoupled = decoupled_weight_decay != 0
     weight = (1 - beta1).to(T)
-    from_grad = weight >= 0.5  # torch.lerp then starts from the gradient, the end that is nearer
+    from_grad = weight >= 0.5  # torch.lerp then starts from the gradient, the nearer end
     return (
-        tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T),  # decoupled: the parameter's factor
-        tl.where(decoupled, 0.0, weight_decay).to(T),  # else: what the parameter adds to the gradient
+        tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T),  # the parameter's factor, if decoupled
+        tl.where(decoupled, 0.0, weight_decay).to(T),  # the parameter's factor in the gradient, if not decoupled
         tl.where(from_grad, weight - 1, weight),
         beta2.to(T),
         (1 - beta2).to(T),
@@ -104,13 +104,13 @@ def denominator(c, second_moment, fast: tl.constexpr):
 
 
 @triton.jit
-def prepare_adam(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
+def prepare_adam(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
     lr, beta1, beta2, eps, weight_decay, _, decoupled_weight_decay = h
-    step = rounded(carried[0] + 1, is_fp32[0])
+    step = rounded(state_scalars[0] + 1, is_fp32[0])
     bias_correction1 = 1 - power(beta1, step)
     moments = prepare_moments(step, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, power, T)
     neg_step_size = (-(lr / bias_correction1)).to(T)
-    return (step, carried[1]), (moments, neg_step_size)
+    return (step, state_scalars[1]), (moments, neg_step_size)
 
 
 @triton.jit
@@ -133,8 +133,8 @@ def update_adam(c, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, states, fast: tl.c
 
 @triton.jit
 def momentum(step, beta1, momentum_decay):
-    """Of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2)."""
-    ln = tl.full((), -0.040821994520255166, tl.float64)  # of 0.96
+    """Returns the momentum of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2)."""
+    ln = tl.full((), -0.040821994520255166, tl.float64)  # the logarithm of 0.96
     ln_rest = tl.full((), -8.893492737632459e-19, tl.float64)
     decays = step * momentum_decay
     x = decays * ln
@@ -142,12 +142,12 @@ def momentum(step, beta1, momentum_decay):
 
 
 @triton.jit
-def prepare_nadam(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
+def prepare_nadam(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
     lr, beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay = h
-    step = rounded(carried[0] + 1, is_fp32[0])
+    step = rounded(state_scalars[0] + 1, is_fp32[0])
     mu = momentum(step, beta1, momentum_decay)
     mu_next = momentum(step + 1, beta1, momentum_decay)
-    mu_product = rounded(carried[1] * rounded(mu, is_fp32[1]), is_fp32[1])
+    mu_product = rounded(state_scalars[1] * rounded(mu, is_fp32[1]), is_fp32[1])
     moments = prepare_moments(step, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, power, T)
     grad_factor = (-lr * (1 - mu) / (1 - mu_product)).to(T)
     exp_avg_factor = (-lr * mu_next / (1 - mu_product * mu_next)).to(T)
@@ -173,7 +173,7 @@ def update_nadam(c, p, g, exp_avg, exp_avg_sq, none, states, fast: tl.constexpr)
 
 
 @triton.jit
-def prepare_sgd(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
+def prepare_sgd(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
     lr, momentum, dampening, weight_decay, nesterov = h
     # `first`: the buffer starts as the gradient itself, undampened
     scalars = (
@@ -185,7 +185,7 @@ def prepare_sgd(carried, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr
         nesterov != 0,
         first,
     )
-    return carried, scalars
+    return state_scalars, scalars
 
 
 @triton.jit

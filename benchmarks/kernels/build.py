@@ -1,6 +1,6 @@
 """Compiles the programs that run the kernels without torch: ``check`` and, with nvcc, ``sweep``.
 
-Without nvcc, or with ``--host``, ``check`` gets the launcher that the tests simulate a GPU with.
+Without nvcc, or with ``--host``, ``check`` uses the launcher of the tests' simulated GPU.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ VARIANTS: dict[str, Mapping[str, str | int]] = {
     "threads_256_tile_8k": {"THREADS": 256, "BLOCKS": 3, "TILE": 8192},
     "threads_256_blocks_4_tile_8k": {"THREADS": 256, "BLOCKS": 4, "TILE": 8192},
 }
-"""By name, the macros in which a variant differs from the kernel as it is, without their prefix DRACOPT_. FMAD is
-nvcc's option: with it the compiler contracts a multiplication and an addition, which does not give the CPU's bits."""
+"""The macros in which each variant differs from the project's kernel, without their prefix DRACOPT_. FMAD is nvcc's
+option: the compiler then contracts a multiplication and an addition, which does not give the CPU's bits."""
 
 FLAGS = ["-std=c++20", "-O3", "-Icsrc", "-DDRACOPT_ISA=device"]
 
@@ -42,7 +42,7 @@ def run(*command: str | Path) -> None:
 
 
 def nvcc(architecture: str, *arguments: str | Path, fmad: str = "false") -> None:
-    # Relaxed, because the programs' host code calls the rules with lambdas of its own.
+    # The programs' host code calls the rules with lambdas of its own, which needs relaxed constexpr.
     exact = [f"--fmad={fmad}", "-Xcompiler=-ffp-contract=off", "--expt-relaxed-constexpr"]
     run("nvcc", *FLAGS, *exact, f"-arch={architecture}", *arguments)
 

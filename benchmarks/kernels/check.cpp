@@ -1,6 +1,6 @@
-// Steps a few awkward tensors through the launcher itself and compares every bit with a loop over the elements. Small
-// and without torch, so that compute-sanitizer can watch it. Compiled for a GPU, or with the simulated launcher of the
-// tests.
+// Steps a few awkward tensors through the launcher itself and compares every bit with a loop over the elements. The
+// program is small and has no torch, so that compute-sanitizer can watch it. The launcher is a GPU's, or the simulated
+// one of the tests.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -16,7 +16,7 @@ namespace {
 constexpr size_t kGuard = 64;
 constexpr unsigned char kUntouched = 0xa5;
 
-// A stream on the device and its copy on the host, with guards before and behind it. Some begin between two vectors.
+// A stream on the device and its copy on the host, with guards before and behind it. Some begin within a vector.
 struct Buffer {
   Buffer(Dtype dtype, int64_t numel, int offset, std::mt19937& random, bool squares) {
     const size_t shift = kGuard + static_cast<size_t>(offset * itemsize(dtype));
@@ -51,15 +51,15 @@ struct Buffer {
 };
 
 struct Counted {
-  float* device[kMaxCarried];
-  Carried host[kMaxCarried];
+  float* device[kMaxStateScalars];
+  StateScalar host[kMaxStateScalars];
 };
 
 // Takes a few steps of one rule over tensors of all sizes at all offsets. Returns how many tensors went wrong.
 template <typename Rule, typename T, int N>
 int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule::Hyperparameters& hyperparameters,
         bool counts_on_device, bool scaled) {
-  constexpr int carried_count = sizeof(Rule::carried_keys) / sizeof(char*) - 1;
+  constexpr int state_scalar_count = sizeof(Rule::state_scalar_keys) / sizeof(char*) - 1;
   const int64_t sizes[] = {0, 1, 7, 100, cuda::kTile - 1, cuda::kTile, cuda::kTile + 1, 2 * cuda::kTile + 5, 0};
   const int offsets[][kMaxStreams] = {{0, 0, 0, 0, 0}, {1, 1, 1, 1, 1}, {0, 1, 0, 0, 0}, {3, 2, 1, 0, 5}};
   const auto power = [](double base, double exponent) { return dracopt::power(base, static_cast<int64_t>(exponent)); };
@@ -76,8 +76,8 @@ int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule:
       tensors.push_back(std::move(buffers));
       numels.push_back(numel);
       Counted count{};
-      for (int c = 0; c < carried_count; ++c) {
-        const float start = c == 0 ? 0.0f : 1.0f;  // steps; mu_product
+      for (int c = 0; c < state_scalar_count; ++c) {
+        const float start = c == 0 ? 0.0f : 1.0f;  // the step count; mu_product
         count.host[c] = {start, true};
         if (!counts_on_device) continue;
         count.device[c] = static_cast<float*>(memory::allocate(sizeof(float)));
@@ -118,8 +118,8 @@ int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule:
         streams.data[k] = reinterpret_cast<char*>(buffer.host.data()) + buffer.begin;
         row.describe(k, buffer.device + buffer.begin, streams.dtypes[k], true);
       }
-      for (int c = 0; c < carried_count; ++c) row.carried[c] = counted[t].device[c];
-      row.carried_fp32 = static_cast<uint8_t>((1 << carried_count) - 1);
+      for (int c = 0; c < state_scalar_count; ++c) row.state_scalars[c] = counted[t].device[c];
+      row.state_scalar_fp32 = static_cast<uint8_t>((1 << state_scalar_count) - 1);
       row.numel = numels[t];
       row.slot = slot;
       row.layout = cuda::kDense;
@@ -142,7 +142,7 @@ int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule:
     for (size_t t = 0; t < tensors.size(); ++t) {
       bool right = true;
       for (const Buffer& buffer : tensors[t]) right &= buffer.is_as_on_the_host();
-      for (int c = 0; counts_on_device && c < carried_count; ++c) {
+      for (int c = 0; counts_on_device && c < state_scalar_count; ++c) {
         float found;
         memory::copy(&found, counted[t].device[c], sizeof(found));
         right &= found == static_cast<float>(counted[t].host[c].value);
@@ -168,7 +168,7 @@ struct Counts {
   unsigned long long asked, exact, wrong;
 };
 
-// Compares two numbers bit by bit. Only NaNs count as equal, whose bits are a GPU's own.
+// Compares two numbers bit by bit, except that all NaNs count as equal, because a GPU chooses their bits.
 __device__ bool same(float a, float b) { return __float_as_uint(a) == __float_as_uint(b) || (a != a && b != b); }
 
 __device__ void compare(const cuda::FastMath& math, float fast, float plain, Counts& counts) {
@@ -184,7 +184,7 @@ __device__ uint32_t scrambled(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// Compares every float's root, over one divisor.
+// Compares the root of every float, divided by one divisor.
 __global__ void compare_roots(float d, Counts* counts) {
   Counts found{};
   for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < uint64_t(1) << 32;
@@ -213,8 +213,8 @@ __global__ void compare_reciprocals(Counts* counts) {
   atomicAdd(&counts->wrong, found.wrong);
 }
 
-// Compares quotients of many numerators for every significand of a divisor: half of the pairs of any size, half of them
-// not far from one.
+// Compares quotients of many numerators for every significand of a divisor. Half of the pairs have any size; the others
+// are not far from one.
 __global__ void compare_quotients(int rounds, Counts* counts) {
   Counts found{};
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < 1u << 23; i += gridDim.x * blockDim.x) {
@@ -273,7 +273,7 @@ int compare_math() { return 0; }
 }  // namespace
 }  // namespace dracopt
 
-// check [kernels]: without FastMath's numbers, which take too long where every access is watched
+// check [kernels]: any argument leaves out FastMath's comparisons, which take too long if a tool watches every access
 int main(int argc, char**) {
   using namespace dracopt;
   if (const char* reason = memory::unavailable()) {

@@ -1,4 +1,4 @@
-// The memory that the kernels work on: a GPU's, or the host's where the launcher is the simulated one.
+// The memory that the kernels work on: a GPU's, or the host's if the launcher is the simulated one.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ inline void release(void* data) { require(cudaFree(data), "cudaFree"); }
 inline void copy(void* to, const void* from, size_t bytes) {
   require(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "cudaMemcpy");
 }
-// Returns why nothing can be launched; null if it can.
+// Says why no kernel can be launched; null if kernels can be launched.
 inline const char* unavailable() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

@@ -1,4 +1,4 @@
-// A launch of the update kernel made by hand, without torch, and what it must compute.
+// A launch of the update kernel made by hand, without torch, and the results that the kernel must compute.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace dracopt {
 // A Problem holds the table and the arguments of a launch.
 class Problem {
  public:
-  // Every tensor of one slot has the scalars, or the recipe, that these words are.
+  // Adds a slot and returns its place. The words are the scalars, or the recipe, of every tensor that uses the slot.
   uint32_t add_slot(const void* words, size_t bytes) {
     slot_words_ += (bytes + 7) / 8;
     const size_t at = cuda::kArgumentWords - slot_words_;
@@ -27,7 +27,7 @@ class Problem {
     rows_.push_back(row);
   }
 
-  // Copies the table to the device for blocks of so many elements each.
+  // Copies the table to the device for blocks of `tile` elements each.
   void upload(int64_t tile, bool counts_on_device) {
     std::vector<uint32_t> first_tiles;
     arguments.blocks = 0;
@@ -65,7 +65,7 @@ struct OnHost {
   Dtype dtypes[kMaxStreams];
 };
 
-// Applies the rule to all elements, one after the other, with none of the kernel's code but the conversions of numbers.
+// Applies the rule to all elements, one after the other, without the kernel's code except the conversions of numbers.
 template <typename Rule, typename T, int N>
 void update_each(const typename Rule::template Scalars<T>& scalars, const OnHost& streams, int64_t numel, T divisor) {
   for (int64_t i = 0; i < numel; ++i) {

@@ -1,5 +1,5 @@
 // Times launches by the size of their arguments, and AdamW over 256M parameters in 300 tensors by each variant of the
-// kernel, beside a stream of the same dtypes and a plain copy: a row of CSV each, written when it is measured.
+// kernel, beside a stream of the same dtypes and a plain copy. Each measurement prints its row of CSV at once.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -23,7 +23,7 @@ namespace {
 
 using memory::require;
 
-constexpr int kStreams = 4;  // of AdamW: parameter, gradient and two moments
+constexpr int kStreams = 4;  // AdamW's parameter, gradient and two moments
 constexpr int64_t kNumel = 4096 * 208;
 
 struct Mix {
@@ -44,7 +44,8 @@ constexpr Mix kMixes[] = {
     {"fp32, zero gradients", {Dtype::fp32, Dtype::fp32, Dtype::fp32, Dtype::fp32}, true},
 };
 
-// Random numbers of the size of real ones: of a parameter, a gradient or a first moment, or of a second moment.
+// Fills a stream with random numbers of a realistic size: of a parameter, a gradient or a first moment, or of a second
+// moment.
 template <typename Stored>
 __global__ void fill(Stored* to, int64_t numel, uint32_t seed, bool squares, bool zero) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -57,14 +58,14 @@ __global__ void fill(Stored* to, int64_t numel, uint32_t seed, bool squares, boo
   }
 }
 
-// Loads a vector of each fp32 stream, and as many elements of the others, then stores all but the gradient's.
+// Loads eight elements of each stream per thread, in vectors, then stores all except the gradient's.
 template <bool kParam16, bool kState16>
 __global__ void __launch_bounds__(512) stream(char* p, const char* g, char* m, char* v, int64_t numel) {
   constexpr int elements = 8;
   constexpr int param_vectors = elements * (kParam16 ? 2 : 4) / 16, state_vectors = elements * (kState16 ? 2 : 4) / 16;
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
   if (at * elements >= numel) return;
-  // The vectors of a warp lie in a row.
+  // The vectors of a warp lie one after the other.
   const auto place = [&](int64_t vectors, int64_t u) { return at / 32 * 32 * vectors + u * 32 + at % 32; };
   uint4 x[3][2], gradient[2];
   for (int u = 0; u < param_vectors; ++u) {
@@ -108,7 +109,7 @@ class Sweep {
         "mix,variant,about,threads,tile,registers,blocks_per_sm,us_median,us_min,gb_per_s,share_of_stream,bits\n");
   }
 
-  // How long a launch takes by the size of its arguments, if many follow each other.
+  // Times one of many launches that follow each other, by the size of its arguments.
   template <size_t kBytes>
   void run_launches(const char* name) {
     static Sized<kBytes> argument;
@@ -142,9 +143,9 @@ class Sweep {
       best_stream_ = std::max(best_stream_, gb_per_s(found.back().second));
     }
     for (const auto& [threads, times] : found) row({"stream", "", threads, 8 * threads, kernel}, times, "");
-    const size_t bytes = mix_->bytes(numel()) / 2;  // read and written
+    const size_t bytes = mix_->bytes(numel()) / 2;  // each byte is read and written
     if (mix_ != &kMixes[0]) return;
-    // A stream is smaller than that: it is copied in parts.
+    // A stream is smaller than `bytes`, so the copy has parts.
     const Times times = time([&] {
       for (size_t done = 0; done < bytes; done += static_cast<size_t>(numel()) * 4) {
         const size_t part = std::min(bytes - done, static_cast<size_t>(numel()) * 4);
@@ -159,7 +160,7 @@ class Sweep {
     reset();
     Problem problem;
     const Adam::Hyperparameters h{1e-3, 0.9, 0.999, 1e-8, 1e-2, 0, 1};
-    Carried count[kMaxCarried] = {{9, true}, {}};
+    StateScalar count[kMaxStateScalars] = {{9, true}, {}};
     const auto power = [](double base, double exponent) {
       return dracopt::power(base, static_cast<int64_t>(exponent));
     };
@@ -180,7 +181,7 @@ class Sweep {
     problem.upload(variant.tile, false);
     void* arguments[] = {&problem.arguments};
     const auto step = [&] { launch(variant.kernel, problem.arguments.blocks, variant.threads, arguments); };
-    // More than a tile of the first tensor, before and after a step.
+    // Copies more than a tile of the first tensor, before and after a step.
     const int64_t checked = variant.tile + 1000;
     std::vector<char> before[kStreams], after[kStreams];
     for (auto* copies : {before, after}) {

@@ -1,4 +1,4 @@
-// The project's own kernels, compiled once more with other constants (-DDRACOPT_TILE=4096 and so on) in a namespace of
+// The project's own kernels, compiled again with other constants (-DDRACOPT_TILE=4096 and so on) in a namespace of
 // their own (-Ddracopt=NAME).
 #include "cuda/kernels.cu"
 #include "variants.h"

@@ -12,5 +12,5 @@ struct Variant {
   const void* kernel;
 };
 
-// Filled before main() begins.
+// Returns the variants, which are registered before main() begins.
 std::vector<Variant>& variants();

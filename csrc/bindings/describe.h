@@ -1,4 +1,4 @@
-// The words in which errors name groups, parameters and tensors.
+// Names groups, parameters and tensors in error messages.
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,23 +10,23 @@
 namespace dracopt {
 
 inline std::string quoted(PyObject* object) {
-  const auto held = pybind11::reinterpret_borrow<pybind11::object>(object);  // its __repr__ may be anyone's code
+  const auto held = pybind11::reinterpret_borrow<pybind11::object>(object);  // a __repr__ may run any code
   return pybind11::repr(held).cast<std::string>();
 }
 
-// "param_groups[0]['lr']"
+// Returns, for example, "param_groups[0]['lr']".
 inline std::string describe_key(int group, PyObject* key) {
   return "param_groups[" + std::to_string(group) + "][" + quoted(key) + "]";
 }
 
-// "[10, 4]"
+// Returns, for example, "[10, 4]".
 inline std::string shape_of(const c10::TensorImpl* tensor) {
   std::ostringstream out;
   out << tensor->sizes();
   return out.str();
 }
 
-// The names of a group's parameters, if there is a list of them. Keys that are no exact strings are not asked.
+// Returns the list of a group's parameter names, or null if there is none. Calls no methods of keys.
 inline PyObject* names_in(PyObject* group) {
   PyObject *key, *value;
   for (Py_ssize_t position = 0; PyDict_Next(group, &position, &key, &value);) {
@@ -36,7 +36,7 @@ inline PyObject* names_in(PyObject* group) {
   return nullptr;
 }
 
-// "parameter 3 of group 0 ('layer.weight', shape [10, 4])"
+// Returns, for example, "parameter 3 of group 0 ('layer.weight', shape [10, 4])".
 inline std::string describe_parameter(PyObject* group, int group_index, int index, const c10::TensorImpl* param) {
   std::ostringstream out;
   out << "parameter " << index << " of group " << group_index << " (";

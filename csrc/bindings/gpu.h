@@ -6,7 +6,7 @@
 
 namespace dracopt {
 
-#if defined(DRACOPT_SIMULATED_GPU)  // the tests', which lies in the host's memory
+#if defined(DRACOPT_SIMULATED_GPU)  // the tests' device, which lies in the host's memory
 constexpr c10::DeviceType kGpu = c10::DeviceType::PrivateUse1;
 constexpr c10::DispatchKeySet kGpuKey(c10::DispatchKey::PrivateUse1);
 constexpr c10::DispatchKeySet kGpuKeys = kGpuKey | c10::DispatchKeySet(c10::DispatchKey::AutogradPrivateUse1) |

@@ -10,7 +10,7 @@
 
 namespace dracopt {
 
-// The value of a key, borrowed; null if there is none.
+// Returns the value of a key, borrowed, or null if the key is missing.
 inline PyObject* lookup(PyObject* dict, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
@@ -26,13 +26,13 @@ inline void prefetch_entries(PyObject* dict) {
 
 class KeyReader {
  public:
-  // The string is interned and never freed.
+  // Appends a name, whose string is interned and never freed.
   void append(const char* name) {
     keys_.push_back(PyUnicode_InternFromString(name));
     if (keys_.back() == nullptr) throw pybind11::error_already_set();
   }
 
-  // Null-terminated.
+  // Appends a null-terminated list of names.
   void append(const char* const* names) {
     for (; *names != nullptr; ++names) append(*names);
   }
@@ -40,9 +40,9 @@ class KeyReader {
   size_t size() const { return keys_.size(); }
   PyObject* operator[](size_t k) const { return keys_[k]; }
 
-  // Finds the values of the first `count` keys, borrowed, null where absent. One walk that compares pointers with the
-  // order in which the last dict had its keys takes half the time of lookups; what the walk does not meet is looked up.
-  // Returns false if that would call a method of some key, which may equal one of ours.
+  // Finds the values of the first `count` keys; they are borrowed, and null if missing. A walk compares pointers with
+  // the order in which the last dict had its keys, which takes half the time of lookups. Keys that the walk does not
+  // meet are looked up. Returns false if a lookup would call a method of some key, which may equal one of ours.
   bool read(PyObject* dict, size_t count, PyObject** values) {
     std::fill(values, values + count, nullptr);
     size_t found = 0, i = 0;
@@ -67,8 +67,8 @@ class KeyReader {
   }
 
  private:
-  // `key` is only ever compared: a string that is none of ours may be gone by now. Another one at its address is then
-  // passed over by the walk and looked up.
+  // The place of a key in the last dict. `key` is only compared, because a string that is none of ours may be gone by
+  // now. The walk passes over another string at the same address, and the string is looked up.
   struct Place {
     PyObject* key;
     size_t index;

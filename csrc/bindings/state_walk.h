@@ -7,9 +7,9 @@
 
 namespace dracopt {
 
-// The optimizer's state, by parameter. Its entries usually lie in the order of the parameters: a walk in step with them
-// compares pointers. Once an entry is not at the walk's position, an index of all entries is made. Either is much
-// faster than Tensor.__hash__; and that is Python, during which another thread might take away what was located.
+// Walks through an optimizer's state in step with the parameters, because its entries usually lie in their order. Each
+// find then compares pointers. If an entry is not at the walk's position, the walk makes an index of all entries. Both
+// are much faster than Tensor.__hash__, which is also Python: meanwhile another thread might take away located objects.
 class StateWalk {
  public:
   explicit StateWalk(PyObject* state) : state_(state) { advance(); }

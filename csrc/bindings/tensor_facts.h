@@ -1,4 +1,4 @@
-// What a step needs to know of a tensor, read from its TensorImpl without a dispatch.
+// Facts about a tensor that a step needs, read from the TensorImpl without a dispatch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,15 +16,15 @@
 
 namespace dracopt {
 
-// Has a tensor the key of a backend, and otherwise only those that it allows? So it is none that torch marks by a key:
-// a subclass, a lazy or a wrapped tensor.
+// Says whether a tensor has the key of a backend, and otherwise only allowed keys. torch marks subclasses, lazy and
+// wrapped tensors by other keys, so a dense tensor is none of them.
 inline bool is_dense(const c10::TensorImpl* tensor, c10::DispatchKeySet key, c10::DispatchKeySet allowed) {
   const uint64_t keys = tensor->key_set().raw_repr();
   const uint64_t any = allowed.raw_repr() | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
   return (keys & ~any) == 0 && (keys & key.raw_repr()) == key.raw_repr() && tensor->unsafe_storage();
 }
 
-// An ordinary dense tensor in the host's memory.
+// Says whether a tensor is an ordinary dense one in the host's memory.
 inline bool is_on_cpu(const c10::TensorImpl* tensor) {
   static constexpr c10::DispatchKeySet key(c10::DispatchKey::CPU);
   static constexpr c10::DispatchKeySet allowed =
@@ -32,19 +32,19 @@ inline bool is_on_cpu(const c10::TensorImpl* tensor) {
   return is_dense(tensor, key, allowed);
 }
 
-// An ordinary dense tensor on a GPU that the kernels can run on.
+// Says whether a tensor is an ordinary dense one on a GPU that the kernels can run on.
 inline bool is_on_gpu(const c10::TensorImpl* tensor) {
   return is_dense(tensor, kGpuKey, kGpuKeys) && cuda::unavailable(tensor->device().index()) == nullptr;
 }
 
 inline bool is_plain(const c10::TensorImpl* tensor) { return is_on_cpu(tensor) || is_on_gpu(tensor); }
 
-// A tensor whose shape, device or layout Python may decide, which no parallel region can ask.
+// Says whether Python may decide a tensor's shape, device or layout. No parallel region can ask for these.
 inline bool is_python_subclass(const c10::TensorImpl* tensor) {
   return tensor->key_set().has(c10::DispatchKey::Python);
 }
 
-// Lives as long as the process, as the reasons of `unavailable` do.
+// Returns a text that lives as long as the process, as the reasons of `unavailable` do.
 inline const char* why_not_on_gpu(const char* unavailable) {
   static std::map<std::string, std::string> texts;
   static std::mutex mutex;
@@ -64,14 +64,14 @@ inline const char* why_not_plain(const c10::TensorImpl* tensor) {
   return "lazily transformed tensors";
 }
 
-// How a tensor's numbers are stored. A complex number is two real ones, side by side.
+// Says how a tensor's numbers are stored. A complex number is two real ones, side by side.
 struct Format {
   bool is_native = false;
   bool is_complex = false;
   Dtype dtype = Dtype::fp32;
 
   int reals() const { return is_complex ? 2 : 1; }
-  int bytes() const { return itemsize(dtype) * reals(); }  // of an element
+  int bytes() const { return itemsize(dtype) * reals(); }  // the size of an element
 };
 
 inline const Format& format_of(const c10::TensorImpl* tensor) {
@@ -100,7 +100,7 @@ inline bool same_shape(const c10::TensorImpl* a, const c10::TensorImpl* b) {
   return true;
 }
 
-// Do several elements lie at one place?
+// Says whether several elements lie at one place.
 inline bool is_expanded(const c10::TensorImpl* tensor) {
   if (tensor->is_non_overlapping_and_dense()) return false;
   for (int64_t d = 0; d < tensor->dim(); ++d) {
@@ -109,8 +109,8 @@ inline bool is_expanded(const c10::TensorImpl* tensor) {
   return false;
 }
 
-// Not expanded. Might several elements lie at one place all the same? Not if each dimension strides over all that the
-// faster ones reach.
+// Says whether several elements of a tensor that is not expanded might lie at one place. They cannot if each dimension
+// strides over all that the faster ones reach.
 inline bool may_overlap_itself(const c10::TensorImpl* tensor) {
   if (tensor->is_non_overlapping_and_dense()) return false;
   const auto sizes = tensor->sizes(), strides = tensor->strides();
@@ -125,7 +125,7 @@ inline bool may_overlap_itself(const c10::TensorImpl* tensor) {
   return false;
 }
 
-// Elements from a tensor's first to the end of its last.
+// Returns the distance from a tensor's first element to the end of its last one, in elements.
 inline int64_t extent_of(const c10::TensorImpl* tensor) {
   if (tensor->numel() == 0) return 0;
   int64_t last = 0;
@@ -133,24 +133,25 @@ inline int64_t extent_of(const c10::TensorImpl* tensor) {
   return last + 1;
 }
 
-// Does a write have to copy the storage first, as torch's lazy clones are? No parallel region may do that.
+// Says whether a write must copy the storage first, as for torch's lazy clones. No parallel region may do that.
 inline bool is_lazily_cloned(const c10::TensorImpl* tensor) {
   return c10::impl::cow::is_cow_data_ptr(tensor->unsafe_storage().data_ptr());
 }
 
-// Has the storage of a plain tensor become too small for it, as resize_(0) makes it?
+// Says whether the storage of a plain tensor has become too small, as resize_(0) makes it.
 inline bool lacks_memory(const c10::TensorImpl* tensor, int64_t extent, int64_t itemsize) {
   const auto end = static_cast<uint64_t>(tensor->storage_offset()) + static_cast<uint64_t>(extent);
   return extent > 0 && end * static_cast<uint64_t>(itemsize) > tensor->unsafe_storage().nbytes();
 }
 
-// The place of a plain tensor's first element. It lies in no storage if the tensor is empty, so it is no pointer yet.
+// Returns the address of a plain tensor's first element. The address is no pointer yet, because an empty tensor's lies
+// in no storage.
 inline uintptr_t place_in(const void* storage, const c10::TensorImpl* tensor, int64_t itemsize) {
   return reinterpret_cast<uintptr_t>(storage) +
          static_cast<uintptr_t>(tensor->storage_offset()) * static_cast<uintptr_t>(itemsize);
 }
 
-// The first element of a plain tensor, to be written; not of one that is lazily cloned.
+// Returns a plain tensor's first element for writing. The tensor must not be lazily cloned.
 inline void* writable_data(c10::TensorImpl* tensor, int64_t itemsize) {
   return reinterpret_cast<void*>(place_in(tensor->unsafe_storage().mutable_data(), tensor, itemsize));
 }
@@ -159,12 +160,12 @@ inline const void* readable_data(const c10::TensorImpl* tensor, int64_t itemsize
   return reinterpret_cast<const void*>(place_in(tensor->unsafe_storage().data(), tensor, itemsize));
 }
 
-// May numbers of this dtype be read and written at an address?
+// Says whether numbers of this dtype may be read and written at an address.
 inline bool is_aligned(const void* data, Dtype dtype) {
   return (reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(itemsize(dtype) - 1)) == 0;
 }
 
-// The number at any address, widened.
+// Returns the number at any address, widened.
 inline double number_at(const void* data, Dtype dtype) {
   double number = 0;
   as_stored(data, dtype, [&](const auto* stored) {

@@ -1,5 +1,4 @@
-// The forms in which a stream of numbers may lie in memory, and how one number is read and written. Arithmetic is never
-// done in them but in float or double.
+// The dtypes of a stream in memory, and how one number is read and written. Arithmetic is done in float or double only.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +22,7 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// Two neighbours of a bf16 stream, the first in the lower half. At any address that one of them may have.
+// Two neighbours of a bf16 stream, the first in the lower half. A pair may lie at any address that a Bf16 may have.
 struct __attribute__((packed, may_alias)) Bf16Pair {
   uint32_t bits;
 };
@@ -42,8 +41,8 @@ DRACOPT_HD double widen(double x) { return x; }
 
 DRACOPT_HD float widen(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
-// In integers throughout, so that every compiler vectorises it and no mode of the processor changes it. A GPU has one
-// instruction for it, which does the same but for the bits of a NaN.
+// The host works on the bits as integers, so that every compiler vectorises the conversion and no mode of the processor
+// changes it. A GPU has one instruction, which gives the same result except for the bits of a NaN.
 DRACOPT_HD float widen(Fp16 x) {
 #if defined(__CUDA_ARCH__)
   float wide;
@@ -58,7 +57,7 @@ DRACOPT_HD float widen(Fp16 x) {
 #endif
 }
 
-// The upper half is the number in bf16: to the nearest, ties to even.
+// The upper half of the result is x in bf16, rounded to nearest, ties to even.
 DRACOPT_HD uint32_t round_to_bf16(float x) {
   const uint32_t bits = bits_of(x);
   return x != x ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
@@ -73,14 +72,14 @@ DRACOPT_HD uint16_t round_to_fp16(float x) {
   constexpr uint32_t rebias = (127 - 15) << 23, too_large = 0x47800000u, smallest_normal = 0x38800000u;
   const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
   const uint32_t normal = (magnitude - rebias + 0xfffu + (magnitude >> 13 & 1)) >> 13;
-  // One half has its last place where the smallest fp16 has it: the addition rounds.
+  // The last place of 0.5f is the smallest fp16 number, so the addition rounds.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t finite = magnitude < smallest_normal ? subnormal : normal;
   return static_cast<uint16_t>((x != x ? 0x7e00u : magnitude >= too_large ? 0x7c00u : finite) | sign);
 #endif
 }
 
-// To the nearest, ties to even; 64-bit numbers take the way over float, as in torch.
+// Rounds to nearest, ties to even. 64-bit numbers are rounded to float first, as in torch.
 template <typename Stored, typename T>
 DRACOPT_HD Stored narrow(T x) {
   if constexpr (std::is_floating_point_v<Stored>) {
@@ -92,7 +91,7 @@ DRACOPT_HD Stored narrow(T x) {
   }
 }
 
-// Rounds two numbers at once, the first in the lower half. On a GPU neither may be NaN.
+// Rounds two numbers at once and puts the first into the lower half. On a GPU neither may be NaN.
 DRACOPT_HD uint32_t narrow_pair(float low, float high, Bf16) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t pair;
@@ -113,11 +112,11 @@ DRACOPT_HD uint32_t narrow_pair(float low, float high, Fp16) {
 #endif
 }
 
-// `To` as constant as `Void` is.
+// `To`, which is const if `Void` is.
 template <typename Void, typename To>
 using LikeVoid = std::conditional_t<std::is_const_v<Void>, const To, To>;
 
-// Calls `body` with an address as a pointer to what is stored there.
+// Calls `body` with the address as a pointer to the type that is stored there.
 template <typename Void, typename Body>
 DRACOPT_HD void as_stored(Void* data, Dtype dtype, const Body& body) {
   switch (dtype) {
@@ -132,13 +131,13 @@ DRACOPT_HD void as_stored(Void* data, Dtype dtype, const Body& body) {
   }
 }
 
-// What the update loop reads and writes at once: one number, or a pair.
+// The update loop reads and writes this many numbers at once: one, or a pair.
 template <typename Word>
 constexpr int kLanes = std::is_same_v<Word, Bf16Pair> ? 2 : 1;
 
 template <typename Word, typename T>
 DRACOPT_HD void unpack(Word word, T* to) {
-  if constexpr (kLanes<Word> == 2) {  // in half the operations of two numbers on their own
+  if constexpr (kLanes<Word> == 2) {  // takes half the operations of two single numbers
     to[0] = float_of(word.bits << 16);
     to[1] = float_of(word.bits & 0xffff0000u);
   } else {

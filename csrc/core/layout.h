@@ -1,4 +1,4 @@
-// Where the elements of tensors of one shape lie, when it is not simply one after the other.
+// Says where the elements of tensors of one shape lie, if they do not simply lie one after the other.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,17 @@ namespace dracopt {
 constexpr int kMaxStates = 3;
 constexpr int kMaxStreams = 2 + kMaxStates;  // the parameter, its gradient and its states
 
-// More dimensions of two or more elements than this do not fit into an address space.
+// A tensor that fits into an address space has no more dimensions of two or more elements than this.
 constexpr int kMaxDims = 48;
 
-// The elements are numbered in the order of the parameter's memory, the last dimension running fastest. Dimensions that
-// all streams traverse as one are one.
+// A layout numbers the elements in the order of the parameter's memory; the last dimension runs fastest. Dimensions
+// that all streams traverse as one are merged.
 struct Layout {
   int dims;
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxStreams][kMaxDims];  // in elements
 
-  // Do a stream's elements lie one after the other?
+  // Returns whether a stream's elements lie one after the other.
   bool dense(int stream) const {
     int64_t stride = 1;
     for (int d = dims - 1; d >= 0; stride *= sizes[d--]) {
@@ -28,10 +28,10 @@ struct Layout {
   }
 };
 
-// Of tensors of one shape, with at least one element. The first stream is the parameter's, no two of whose elements
-// share their place.
+// Makes the layout of tensors of one shape, with at least one element. The first stream is the parameter's, and no two
+// of its elements share an address.
 inline Layout make_layout(int dims, const int64_t* sizes, int streams, const int64_t* const* strides) {
-  int order[kMaxDims], count = 0;  // slowest first, without those of one element
+  int order[kMaxDims], count = 0;  // slowest first, without dimensions of one element
   for (int d = 0; d < dims; ++d) {
     if (sizes[d] == 1) continue;
     int at = count++;

@@ -1,4 +1,4 @@
-// What differs between the compilers that see the rules: host C++ (once per instruction set) and CUDA C++.
+// Differences between the compilers that see the rules: host C++ (once per instruction set) and CUDA C++.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -7,16 +7,16 @@
 #define DRACOPT_HD inline __attribute__((always_inline))
 #endif
 
-// Every translation unit that is compiled for an instruction set of its own names it here. The name becomes an inline
-// namespace, so that the linker never merges an inline function compiled for AVX-512 into the baseline code.
+// Every translation unit that is compiled for an instruction set of its own names the set here. The name becomes an
+// inline namespace, so that the linker never merges an inline function compiled for AVX-512 into the baseline code.
 #if !defined(DRACOPT_ISA)
 #define DRACOPT_ISA host
 #endif
 
-// The kernels are a library of their own. What others call of it is marked by this; all else stays hidden.
+// Marks the functions that other libraries call. The kernels are a library of their own and hide all else.
 #define DRACOPT_EXPORT __attribute__((visibility("default")))
 
-// The next loop is short, and what it indexes must not be indexed at run time: registers cannot be.
+// DRACOPT_UNROLL precedes a short loop over arrays in registers, which cannot be indexed at run time.
 #if defined(__CUDACC__)
 #define DRACOPT_UNROLL _Pragma("unroll")
 #define DRACOPT_NEVER_UNROLL _Pragma("unroll 1")
@@ -28,7 +28,7 @@
 #define DRACOPT_NEVER_UNROLL
 #endif
 
-// The next loop's iterations are independent: no stream overlaps another except element for element.
+// Declares the next loop's iterations independent: no stream overlaps another except element for element.
 #if defined(__clang__)
 #define DRACOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)

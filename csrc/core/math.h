@@ -1,5 +1,5 @@
-// Arithmetic that rounds alike everywhere. Contraction is off in every build, so a multiply and an add stay two
-// roundings; where one rounding is meant, the code says fma.
+// Arithmetic that rounds alike everywhere. Every build turns contraction off, so a multiplication and an addition round
+// twice. The code writes fma where one rounding is meant.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ DRACOPT_HD double fma(double a, double b, double c) { return __builtin_fma(a, b,
 DRACOPT_HD float sqrt(float x) { return __builtin_sqrtf(x); }
 DRACOPT_HD double sqrt(double x) { return __builtin_sqrt(x); }
 
-// A choice that is the same for a whole tensor. Made of bits rather than a branch: the loop stays one loop and
+// Flag holds a choice that is the same for a whole tensor. Bits replace a branch, so the loop stays one loop and
 // vectorises.
 template <typename T>
 using Flag = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -32,7 +32,7 @@ DRACOPT_HD T select(Flag<T> chosen, T a, T b) {
   return __builtin_bit_cast(T, bits);
 }
 
-// The larger of two; NaN if either is, as torch.maximum.
+// Returns the larger of two numbers, or NaN if either is NaN, like torch.maximum.
 template <typename T>
 DRACOPT_HD T maximum(T a, T b) {
   return ((a > b) | (a != a)) ? a : b;
@@ -52,8 +52,8 @@ DRACOPT_HD int lowest_bit(uint32_t bits) {
 #endif
 }
 
-// A Divisor is a number that many others are divided by, with its reciprocal, by which FastMath divides. The reciprocal
-// is NaN where FastMath must not, and so its quotients are.
+// A Divisor is a number that divides many others, with its reciprocal, which FastMath uses. The reciprocal is NaN if
+// FastMath must not use it, and then FastMath's quotients are NaN.
 template <typename T>
 struct Divisor {
   static constexpr T kMost = T(0x1p40);
@@ -65,7 +65,7 @@ struct Divisor {
   }
 };
 
-// PlainMath has IEEE's operations as they are. Rules call it by name where a GPU has a faster way to the same bits.
+// PlainMath has IEEE's operations as they are. Rules call them by name where a GPU has a faster way to the same bits.
 struct PlainMath {
   static constexpr bool exact = true;
 
@@ -85,8 +85,8 @@ struct PlainMath {
   DRACOPT_HD void require_numbers(T, T) const {}
 };
 
-// x^n for 0 <= x <= 1 and n >= 0, by repeated squaring of an unevaluated sum of two doubles: within an ulp, and the
-// same bits on host and device, which pow() is not.
+// Returns x^n for 0 <= x <= 1 and n >= 0, within an ulp, by repeated squaring of an unevaluated sum of two doubles.
+// Host and device get the same bits, which pow() does not give.
 DRACOPT_HD double power(double x, int64_t n) {
   double hi = 1.0, lo = 0.0;
   for (double base = x, base_lo = 0.0; n > 0; n >>= 1) {
@@ -104,15 +104,15 @@ DRACOPT_HD double power(double x, int64_t n) {
   return hi;
 }
 
-// e^(x + correction) for a correction that is tiny beside x: within an ulp (0 where the result is not normal, infinite
-// beyond e^709), and the same bits on host and device, which exp() and pow() are not.
+// Returns e^(x + correction) for a correction that is tiny beside x, within an ulp (0 where the result is not normal,
+// infinite beyond e^709). Host and device get the same bits, which exp() and pow() do not give.
 DRACOPT_HD double exponential(double x, double correction) {
   if (!(x > -708.0)) return x != x ? x : 0.0;
   if (x > 709.0) return __builtin_inf();
   constexpr double round_to_integer = 0x1.8p52, ln2 = 0x1.62e42fefa39efp-1, ln2_rest = 0x1.abc9e3b39803fp-56;
   const double n = (x * 0x1.71547652b82fep+0 + round_to_integer) - round_to_integer;
   const double rest = fma(-n, ln2, x), r = rest + fma(-n, ln2_rest, correction);
-  double series = 1.0;  // of Taylor, in Horner's form
+  double series = 1.0;  // Taylor's, in Horner's form
   DRACOPT_UNROLL
   for (int k = 14; k > 1; --k) series = fma(series, r * (1.0 / k), 1.0);
   series = fma(series, r, 1.0);

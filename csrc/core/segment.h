@@ -9,9 +9,9 @@
 
 namespace dracopt {
 
-constexpr int kUnitBytes = 64;  // of the parameter: a cache line
+constexpr int kUnitBytes = 64;  // the parameter's part of a unit: a cache line
 
-// Below this many of them a thread is not worth waking.
+// A thread is not worth waking for fewer units than this.
 constexpr int64_t kGrainUnits = 32 * 1024 / kUnitBytes;
 
 struct Segment;
@@ -21,32 +21,32 @@ using UpdateFn = void (*)(const Segment& segment, int64_t begin, int64_t end);
 
 enum StreamIndex : int { kParam, kGrad, kFirstState };
 
-// How a tensor is updated. Tensors of one group that have taken as many steps share it.
+// Says how a tensor is updated. Tensors of one group that have taken equally many steps share an Update.
 struct Update {
   UpdateFn function;
-  const void* scalars;  // that the rule prepared
-  double grad_scale;    // what the gradient is divided by
+  const void* scalars;  // prepared by the rule
+  double grad_scale;    // divides the gradient
   bool maximize;
 };
 
 // One tensor's part of a step.
 struct Segment {
-  void* data[kMaxStreams];  // of the streams; the gradient is only read
+  void* data[kMaxStreams];  // the streams' memory; the gradient is only read
   Dtype dtypes[kMaxStreams];
-  bool dense[kMaxStreams];  // the stream's elements lie one after the other, else as the layout says
+  bool dense[kMaxStreams];  // the stream's elements lie one after the other; if not, the layout says where
   int32_t unit_numel;       // elements in a unit
   const Layout* layout;     // null if every stream is dense
   const Update* update;
   int64_t numel;
-  int64_t first_unit;  // of the flattened list; ascending
+  int64_t first_unit;  // its number in the whole list; ascending
 };
 
-// A tensor's length in units. At least one, so that many tiny tensors are shared between threads as well.
+// Returns a tensor's length in units, at least one, so that threads share many tiny tensors as well.
 inline int64_t units_of(int64_t numel, int32_t unit_numel) {
   return numel <= unit_numel ? 1 : numel / unit_numel + (numel % unit_numel != 0);
 }
 
-// Counts the units of a list, and gives each segment the number of its first.
+// Counts the units of a list, and gives each segment the number of its first unit.
 inline int64_t number_units(Segment* segments, size_t count) {
   int64_t units = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -56,7 +56,7 @@ inline int64_t number_units(Segment* segments, size_t count) {
   return units;
 }
 
-// The segment that holds a unit: the last one whose first unit is not beyond it.
+// Finds the segment that holds a unit: the last one whose first unit is not beyond that unit.
 inline size_t segment_at(const Segment* segments, size_t count, int64_t unit) {
   size_t low = 0;
   for (size_t high = count; high - low > 1;) {

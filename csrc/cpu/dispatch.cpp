@@ -12,7 +12,8 @@
 
 namespace dracopt {
 
-// One object file each; see ISA_FLAGS in setup.py, which also says whether there are those of x86-64.
+// Each instruction set has its own object file. ISA_FLAGS in setup.py lists the sets, and says whether the build has
+// those of x86-64.
 namespace baseline {
 extern const cpu::Kernels isa_kernels;
 }

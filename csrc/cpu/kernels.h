@@ -15,14 +15,14 @@ struct Kernels {
   size_t rule_count;
 };
 
-// The best this machine runs, or the one that the environment variable DRACOPT_ISA names. Chosen at the first call.
-// Throws std::runtime_error if DRACOPT_ISA names none that this machine can run.
+// Returns the best kernels for this machine, or those that the environment variable DRACOPT_ISA names. Chooses at the
+// first call. Throws std::runtime_error if DRACOPT_ISA names none that this machine can run.
 DRACOPT_EXPORT const Kernels& kernels();
 
-// Names what a binding must know of these kernels: the build that made both gives it to both.
+// Identifies the headers that kernels and bindings share. A binding must have been built with the same number.
 DRACOPT_EXPORT uint64_t interface();
 
-// The rule of that name in `kernels()`; null if there is none.
+// Returns the rule of that name in `kernels()`, or null if there is none.
 DRACOPT_EXPORT const RuleEntry* find_rule(const char* name);
 
 struct Work {
@@ -34,15 +34,15 @@ struct Work {
 // Updates the units [begin, end) of a Work. Never throws; threads may run disjoint ranges at once.
 DRACOPT_EXPORT void run(int64_t begin, int64_t end, void* work);
 
-// torch's torch_parallel_for, which these kernels are not linked to.
+// The types of torch's torch_parallel_for. These kernels are not linked to torch.
 using ParallelFunc = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, ParallelFunc function, void* context);
 
-// The number of times that this process was forked from one that had loaded these kernels: 0 in the first.
+// Returns how many forks separate this process from the one that loaded these kernels, 0 in the latter.
 DRACOPT_EXPORT int forks();
 
-// Shares [0, count) among torch's threads; in a forked child, which has none of them, the calling one does it all.
-// Returns false if torch fails.
+// Shares [0, count) among torch's threads. A forked child has none of these threads, so the calling thread does all the
+// work. Returns false if torch fails.
 DRACOPT_EXPORT bool in_parallel(ParallelFor parallel_for, int64_t count, int64_t grain, ParallelFunc function,
                                 void* context);
 

@@ -1,5 +1,5 @@
-// Tiles: the pieces of a stream, short enough for the first-level cache, that the update loop works on. One that is
-// dense and in the arithmetic's own dtype is worked on where it lies; any other is staged.
+// Tiles are the pieces of a stream that the update loop works on, short enough for the first-level cache. A tile that
+// is dense and in the arithmetic's own dtype is updated in place. Any other tile is staged.
 #pragma once
 
 #include "core/segment.h"
@@ -10,7 +10,8 @@ inline namespace DRACOPT_ISA {
 template <typename T>
 constexpr int64_t kTile = 512 / sizeof(T);  // elements
 
-// The processor's own prefetchers lose track of so many streams at once: on one large tensor this gains a fifth.
+// Prefetches a later tile, because the processor's own prefetchers lose track of so many streams at once. On one large
+// tensor this gains a fifth.
 template <typename T>
 void prefetch(const Segment& segment, int stream, int64_t from, int64_t end) {
   from += 8 * kTile<T>;
@@ -26,7 +27,7 @@ inline bool all_dense(const Segment& segment, int streams, Dtype dtype) {
   return all;
 }
 
-// Calls `body(offset, stride, n)` for runs of n elements that lie `stride` apart, which are together the `count`
+// Calls `body(offset, stride, n)` for runs of n elements that lie `stride` apart. Together the runs are the `count`
 // elements from number `from` on.
 template <typename Body>
 DRACOPT_HD void for_each_run(const Layout& layout, int stream, int64_t from, int64_t count, const Body& body) {
@@ -84,7 +85,7 @@ void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* s
   });
 }
 
-// The `count` elements from number `from` on: where they lie, or as a copy in `staged`.
+// Returns the `count` elements from number `from` on, in place or as a copy in `staged`.
 template <typename T>
 DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
   if (segment.dense[stream] && segment.dtypes[stream] == dtype_of<T>) {
@@ -94,7 +95,7 @@ DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t cou
   return staged;
 }
 
-// Writes back what was staged.
+// Writes the staged elements back.
 template <typename T>
 void store(const Segment& segment, int stream, int64_t from, int64_t count, const T* staged) {
   as_stored(segment.data[stream], segment.dtypes[stream], [&](auto* data) {

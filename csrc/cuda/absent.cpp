@@ -1,4 +1,4 @@
-// In the place of kernels.cu where there is no nvcc.
+// Replaces kernels.cu in a build without nvcc.
 #include "cuda/kernels.h"
 
 namespace dracopt {

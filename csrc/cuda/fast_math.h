@@ -5,7 +5,7 @@
 
 #include "core/math.h"
 
-// The architecture that PTX is made for, and no machine code; none if the build makes no PTX.
+// The architecture for which the build makes PTX but no machine code; 0 if the build makes no PTX.
 #if !defined(DRACOPT_PTX)
 #define DRACOPT_PTX 0
 #endif
@@ -14,7 +14,7 @@ namespace dracopt {
 namespace cuda {
 inline namespace DRACOPT_ISA {
 
-// A GPU has instructions for these two estimates, to which numbers below the normal ones are zero.
+// A GPU has instructions for these two estimates, which take subnormal numbers for zero.
 DRACOPT_HD float estimate_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -35,26 +35,26 @@ DRACOPT_HD float estimate_reciprocal_root(float x) {
 #endif
 }
 
-// FastMath has the operations of PlainMath with its very bits, as long as `exact` stays true. Arguments beyond the
-// range in which that is proved make it false or the result NaN, and NaN makes it false where `require_numbers` meets
-// it. PlainMath must then do all of it again.
+// FastMath has the operations of PlainMath and gives the same bits, as long as `exact` stays true. Arguments beyond the
+// proved range make `exact` false or the result NaN. `require_numbers` makes `exact` false if one of its arguments is
+// NaN. PlainMath must then compute everything again.
 //
-// The sequences are those that CUDA's compiler makes of IEEE's operations for every GPU that it knows: an estimate, a
-// Newton step, and a correction by the remainder, which the fused multiply-add gives exactly. The compiler puts a
-// branch around each of them, for rare arguments, so that no two overlap. Here one branch serves a whole vector. They
-// are as exact as a GPU's estimates let them be: benchmarks/kernels/check.cpp looks at every estimate on a GPU.
+// CUDA's compiler turns IEEE's operations into the same sequences for every GPU that it knows: an estimate, a Newton
+// step, and a correction by the remainder, which the fused multiply-add gives exactly. The compiler puts a branch
+// around each sequence, for rare arguments, so that no two overlap. Here one branch serves a whole vector. The
+// sequences are as exact as a GPU's estimates allow: benchmarks/kernels/check.cpp tests every estimate on a GPU.
 struct FastMath {
   bool exact = true;
 
   // Returns IEEE's sqrt(x) / d, or NaN.
   DRACOPT_HD float root_over(float x, const Divisor<float>& d) {
     require(is_zero_or_from(x, 0x1p-100f));
-    const float y = estimate_reciprocal_root(x + 0x1p-126f);  // as of x, except that it is finite where x is zero
+    const float y = estimate_reciprocal_root(x + 0x1p-126f);  // the estimate for x, but finite where x is zero
     const float root = x * y, half = 0.5f * y;
     return divide(fma(fma(-root, root, x), half, root), d.value, d.inverse);
   }
 
-  // Both return IEEE's x / d, or NaN.
+  // Both overloads return IEEE's x / d, or NaN.
   DRACOPT_HD float quotient(float x, const Divisor<float>& d) const {
     return is_zero_or_from(x, kLeast) ? divide(x, d.value, d.inverse) : __builtin_nanf("");
   }
@@ -71,36 +71,37 @@ struct FastMath {
     return fma(estimate, fma(-d, estimate, 1.0f), estimate);
   }
 
-  // Is a divisor neither too large nor negative? One below the normal numbers leads to NaN by itself.
+  // Returns whether a divisor is neither too large nor negative. A subnormal divisor leads to NaN by itself.
   DRACOPT_HD static bool divides_by(float d) {
     return __builtin_bit_cast(uint32_t, d) <= __builtin_bit_cast(uint32_t, Divisor<float>::kMost);
   }
 
-  // Refuses NaN in either, to which infinite arguments, quotients that overflow and arguments beyond the proof lead.
+  // Makes `exact` false if either number is NaN. Infinite arguments, quotients that overflow and arguments beyond the
+  // proof lead to NaN.
   DRACOPT_HD void require_numbers(float x, float y) { require((x == x) & (y == y)); }
 
  private:
-  // Numerators are not smaller, and divisors at most Divisor::kMost: then no quotient is below the normal numbers, and
-  // every remainder can be represented.
+  // The least numerator other than zero. Divisors are at most Divisor::kMost, so no quotient is subnormal, and every
+  // remainder can be represented.
   static constexpr float kLeast = 0x1p-80f;
 
   DRACOPT_HD void require(bool condition) { exact &= condition; }
 
-  // Zero is the one number that wraps around.
+  // Zero alone wraps around, to the largest integer.
   DRACOPT_HD static bool is_zero_or_from(float x, float least) {
     const auto doubled = [](float y) { return 2 * __builtin_bit_cast(uint32_t, y) - 1; };
     return doubled(x) >= doubled(least);
   }
 
   // Divides by the correctly rounded reciprocal of d (Markstein 1990). The remainder has the other sign, so that the
-  // quotient of -0 is -0; for a negative divisor it would not be.
+  // quotient of -0 is -0, which a negative divisor would not give.
   DRACOPT_HD static float divide(float x, float d, float inverse) {
     const float q = x * inverse;
     return fma(fma(d, q, -x), -inverse, q);
   }
 };
 
-// VectorMath computes vectors of T. Nobody knows how good the estimates of GPUs to come will be.
+// VectorMath computes vectors of T. Future GPUs run PTX, which avoids FastMath because nobody knows their estimates.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == DRACOPT_PTX
 template <typename T>
 using VectorMath = PlainMath;

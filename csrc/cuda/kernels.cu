@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/tile.h"
+#include "cuda/update.h"
 #include "rules/all.h"
 
 namespace dracopt {
@@ -15,28 +15,28 @@ namespace {
 
 template <typename Rule, typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
-    step(const __grid_constant__ Arguments arguments) {
+    step_kernel(const __grid_constant__ Arguments arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
   const int thread = static_cast<int>(threadIdx.x);
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
 
   const Tile found = tile_of(arguments, blockIdx.x,
                              [](const auto& holds) -> uint32_t { return __syncthreads_count(holds(threadIdx.x)); });
-  // One thread prepares the scalars for all. What is shared takes no registers, which are scarce in the loops.
+  // One thread prepares the scalars for all. Shared memory takes no registers, which are scarce in the loops.
   __shared__ Tile tile;
   __shared__ uint64_t shared[sizeof(RuleScalars) / sizeof(uint64_t) + 1];
   RuleScalars& scalars = *reinterpret_cast<RuleScalars*>(shared);
   if (thread == 0) {
     tile = found;
     const Row& row = arguments.rows[found.row];
-    scalars = row.has_recipe ? prepare<Rule, T>(arguments, row)
+    scalars = row.has_recipe ? scalars_from_recipe<Rule, T>(arguments, row)
                              : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
   }
   __syncthreads();
   update<Rule, T>(arguments, tile, scalars, thread);
 
   if (arguments.finished == nullptr) return;
-  // The last block to come here moves the step counts on: all others have read them.
+  // The last block to come here advances the state scalars, because all others have read them.
   __shared__ bool last;
   __syncthreads();
   if (thread == 0) {
@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
 }
 
 // The kernels, by the rule's index and the arithmetic.
-#define DRACOPT_KERNELS(Rule) {step<Rule, float>, step<Rule, double>},
+#define DRACOPT_KERNELS(Rule) {step_kernel<Rule, float>, step_kernel<Rule, double>},
 void (*const kKernels[][2])(Arguments) = {DRACOPT_FOR_EACH_RULE(DRACOPT_KERNELS)};
 
-// A piece of a table, by value.
+// A piece of a table, passed by value.
 struct Piece {
   static constexpr size_t kBytes = kArgumentBytes / sizeof(Vector) * sizeof(Vector) - sizeof(Vector);
   Vector vectors[kBytes / sizeof(Vector)];
@@ -62,8 +62,8 @@ struct Piece {
 };
 static_assert(sizeof(Piece) <= kArgumentBytes);
 
-// Each thread writes one vector. The threads of a warp wait for each other where they index the arguments, so that many
-// multiprocessors share the work.
+// Each thread writes one vector. The threads of a warp wait for each other where they index the arguments; many
+// multiprocessors therefore share the work.
 __global__ void write_piece(const __grid_constant__ Piece piece) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i < piece.count) piece.to[i] = piece.vectors[i];
@@ -78,7 +78,7 @@ const char* launch_kernel(void (*kernel)(Argument), uint32_t blocks, const Argum
                                   static_cast<cudaStream_t>(stream)));
 }
 
-// Machine code runs on later GPUs of its generation, and PTX on all later ones.
+// Machine code runs on later GPUs of its generation, and PTX on all later GPUs.
 bool serves(int major, int minor) {
   const int capability = 100 * major + 10 * minor;
   for (const int architecture : architectures()) {
@@ -94,7 +94,7 @@ const char* unavailable(int device) {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
     if (error != cudaSuccess) {
-      cudaGetLastError();  // it is no error of anyone's later call
+      cudaGetLastError();  // clears the error, which no later call must report
       return std::vector<const char*>{cudaGetErrorString(error)};
     }
     std::vector<const char*> found;

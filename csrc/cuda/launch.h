@@ -1,21 +1,20 @@
-// What a launch of the update kernel is given, as plain data: a table, which stays on the device from step to step, and
-// arguments by value, which are new in every step. So no copy to the device precedes a launch, and a graph can capture
-// it.
+// A launch of the update kernel takes plain data: a table, which stays on the device from step to step, and arguments
+// by value, which are new in every step. No copy to the device precedes a launch, so a graph can capture the launch.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "core/carried.h"
 #include "core/dtype.h"
 #include "core/layout.h"
 #include "core/rule_entry.h"
 #include "core/segment.h"
+#include "core/state_scalar.h"
 
 namespace dracopt {
 namespace cuda {
 
-// The shape of the kernel, which benchmarks/kernels compiles in others to find the fastest.
+// The shape of the kernel. benchmarks/kernels compiles other shapes to find the fastest.
 #if !defined(DRACOPT_THREADS)
 #define DRACOPT_THREADS 128
 #endif
@@ -26,27 +25,27 @@ namespace cuda {
 #define DRACOPT_BLOCKS 6
 #endif
 
-constexpr int kThreads = DRACOPT_THREADS;  // of a block
-constexpr int kBlocks = DRACOPT_BLOCKS;    // that a multiprocessor has room for, at least
+constexpr int kThreads = DRACOPT_THREADS;  // threads of a block
+constexpr int kBlocks = DRACOPT_BLOCKS;    // blocks that a multiprocessor has room for, at least
 constexpr int64_t kTile = DRACOPT_TILE;    // elements that a block updates
 constexpr int kVectorBytes = 16;           // the widest access there is
 
 // The dtypes of all streams fit into one word, two bits each.
 DRACOPT_HD constexpr uint32_t dtype_at(int stream, Dtype dtype) { return static_cast<uint32_t>(dtype) << 2 * stream; }
 
-// One tensor, as far as it stays the same from step to step. Zeroed before it is filled, so that equal rows are equal
-// byte for byte.
+// A row holds the facts of one tensor that stay the same from step to step. Rows are zeroed before they are filled, so
+// that equal rows are equal byte for byte.
 struct alignas(16) Row {
-  void* streams[kMaxStreams];  // but for the gradient, which is among the arguments
-  void* carried[kMaxCarried];  // scalars of the state that lie on the device; null for those on the host
+  void* streams[kMaxStreams];             // except the gradient, which is among the arguments
+  void* state_scalars[kMaxStateScalars];  // addresses on the device; null for state scalars on the host
   int64_t numel;
-  uint32_t slot;         // where in Arguments::words its scalars begin, or the recipe for them
-  int32_t layout;        // in the table; kDense if every stream is dense
-  uint16_t dtypes;       // by dtype_at
-  uint8_t dense;         // bit k: stream k is
-  uint8_t carried_fp32;  // bit k: carried scalar k is in fp32, else in fp64
+  uint32_t slot;              // the place of its scalars, or of their recipe, in Arguments::words
+  int32_t layout;             // number of its layout; kDense if every stream is dense
+  uint16_t dtypes;            // built by dtype_at
+  uint8_t dense;              // bit k: stream k is dense
+  uint8_t state_scalar_fp32;  // bit k: state scalar k is in fp32, otherwise in fp64
   uint8_t states;
-  bool misaligned;  // some stream, apart from the gradient, begins within a vector
+  bool misaligned;  // some stream other than the gradient begins within a vector
   bool maximize;
   bool has_recipe;
 
@@ -60,47 +59,48 @@ struct alignas(16) Row {
 };
 constexpr int32_t kDense = -1;
 
-// What scalars are prepared from, where some of it lies on the device: the hyperparameters, then the carried scalars.
+// A recipe lists the numbers that scalars are prepared from, if some of them lie on the device: the hyperparameters,
+// then the state scalars.
 struct Recipe {
-  static constexpr int kMaxWords = kMaxHyperparameters + kMaxCarried;
+  static constexpr int kMaxWords = kMaxHyperparameters + kMaxStateScalars;
 
-  uint16_t fp32_address, fp64_address;  // bit k: word k is the address of such a number, else the number itself
+  uint16_t fp32_address, fp64_address;  // bit k: word k is the address of such a number, otherwise the number itself
   bool first;
-  uint64_t words[kMaxWords];  // the bits of a double or an address; no more than the rule has
+  uint64_t words[kMaxWords];  // the bits of a double or an address; only as many as the rule has
 
   static constexpr size_t header_words = 1;
 };
 static_assert(offsetof(Recipe, words) == Recipe::header_words * sizeof(uint64_t));
 static_assert(Recipe::kMaxWords <= 16);
 
-constexpr size_t kArgumentBytes = 32764;  // that CUDA passes by value
+constexpr size_t kArgumentBytes = 32764;  // the most that CUDA passes by value
 constexpr size_t kHeaderBytes = 64;
 constexpr size_t kArgumentWords = (kArgumentBytes - kHeaderBytes) / sizeof(uint64_t);
 
 struct Arguments {
   const Row* rows;
   const Layout* layouts;
-  const uint32_t* first_tiles;  // of each row; ascending
-  uint32_t* finished;           // counts the blocks if some of the carried scalars lie on the device; else null
-  const float* found_inf;       // nothing happens unless the number there is zero; may be null
-  const float* grad_scale;      // holds what gradients are divided by; if null, `divisor` does
+  const uint32_t* first_tiles;  // the first tile of each row; ascending
+  uint32_t* finished;           // counts finished blocks if some state scalars lie on the device; otherwise null
+  const float* found_inf;       // the kernel does nothing unless the number there is zero; may be null
+  const float* grad_scale;      // points to the gradients' divisor; null if `divisor` holds it
   double divisor;
-  uint32_t count;  // of the rows
+  uint32_t count;  // the number of rows
   uint32_t blocks;
   uint64_t words[kArgumentWords];  // the gradients' addresses, then the slots
 };
 static_assert(offsetof(Arguments, words) == kHeaderBytes && sizeof(Arguments) <= kArgumentBytes);
 
-// An empty tensor has one, too: a launch must have a block to count its step.
+// Returns the number of a tensor's tiles. An empty tensor has one, too: a launch must have a block to count its step.
 inline int64_t tiles_of(int64_t numel) { return numel <= kTile ? 1 : numel / kTile + (numel % kTile != 0); }
 
-// Of a launch that is being filled.
+// Counts what a launch holds while it is being filled.
 struct Filled {
   size_t tensors = 0, slot_words = 0;
   int64_t tiles = 0;
 
-  // Takes in a tensor if there is room for its gradient's address, a slot of so many words (0 if it has one in this
-  // launch already) and its tiles.
+  // Takes in a tensor if there is room for its gradient's address, its tiles and a slot of so many words. `slot` is 0
+  // if the tensor has a slot in this launch already.
   bool add(int64_t numel, size_t slot) {
     constexpr int64_t max_blocks = (int64_t(1) << 31) - 1;
     if (tensors + 1 + slot_words + slot > kArgumentWords || tiles_of(numel) > max_blocks - tiles) return false;

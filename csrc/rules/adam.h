@@ -1,8 +1,8 @@
 // Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and AdamW (Loshchilov & Hutter 2019).
 #pragma once
 
-#include "core/carried.h"
 #include "core/group_key.h"
+#include "core/state_scalar.h"
 #include "rules/moments.h"
 
 namespace dracopt {
@@ -21,7 +21,7 @@ struct Adam {
                                             {"amsgrad", KeyKind::flag},
                                             {"decoupled_weight_decay", KeyKind::flag},
                                             {}};
-  static constexpr const char* carried_keys[] = {"step", nullptr};
+  static constexpr const char* state_scalar_keys[] = {"step", nullptr};
   static constexpr const char* state_keys[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", nullptr};
   static constexpr int min_states = 2, max_states = 3;
   static int states(const Hyperparameters& h) { return h.amsgrad != 0 ? 3 : 2; }
@@ -35,8 +35,8 @@ struct Adam {
   };
 
   template <typename T, typename Power>
-  DRACOPT_HD static Scalars<T> prepare(Carried* carried, bool, const Hyperparameters& h, Power&& power) {
-    const double step = carried[0].add(1);
+  DRACOPT_HD static Scalars<T> prepare(StateScalar* state_scalars, bool, const Hyperparameters& h, Power&& power) {
+    const double step = state_scalars[0].add(1);
     const double bias_correction1 = 1 - power(h.beta1, step);
     return {
         .moments = Moments<T>::prepare(step, h, power),

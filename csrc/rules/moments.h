@@ -1,4 +1,4 @@
-// What Adam and its relatives share: weight decay and the moving averages of the gradient and of its square.
+// Adam and its relatives share weight decay and the moving averages of the gradient and of its square.
 #pragma once
 
 #include "core/macros.h"
@@ -9,14 +9,14 @@ inline namespace DRACOPT_ISA {
 
 template <typename T>
 struct Moments {
-  T decay;  // decoupled: the parameter's factor
-  T l2;     // else: what the parameter adds to the gradient
-  T lerp;   // 1 - beta1, or -beta1 when it starts from the gradient
+  T decay;  // the parameter's factor, if weight decay is decoupled
+  T l2;     // the parameter's factor in the gradient, if weight decay is not decoupled
+  T lerp;   // 1 - beta1, or -beta1 if the average starts from the gradient
   T beta2, one_minus_beta2;
   Divisor<T> bias_correction2_sqrt;
   T eps;
   Flag<T> has_l2;
-  Flag<T> from_grad;  // beta1 <= 0.5: torch.lerp then starts from the gradient, the end that is nearer
+  Flag<T> from_grad;  // beta1 <= 0.5: torch.lerp then starts from the gradient, the nearer end
 
   template <typename Hyperparameters, typename Power>
   DRACOPT_HD static Moments prepare(double step, const Hyperparameters& h, Power&& power) {

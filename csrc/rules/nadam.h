@@ -1,8 +1,8 @@
 // NAdam (Dozat 2016), and NAdamW with decoupled weight decay, as torch.optim.NAdam defines them.
 #pragma once
 
-#include "core/carried.h"
 #include "core/group_key.h"
+#include "core/state_scalar.h"
 #include "rules/moments.h"
 
 namespace dracopt {
@@ -21,7 +21,7 @@ struct NAdam {
                                             {"momentum_decay"},
                                             {"decoupled_weight_decay", KeyKind::flag},
                                             {}};
-  static constexpr const char* carried_keys[] = {"step", "mu_product", nullptr};
+  static constexpr const char* state_scalar_keys[] = {"step", "mu_product", nullptr};
   static constexpr const char* state_keys[] = {"exp_avg", "exp_avg_sq", nullptr};
   static constexpr int min_states = 2, max_states = 2;
   static int states(const Hyperparameters&) { return 2; }
@@ -36,16 +36,16 @@ struct NAdam {
 
   // The momentum of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2).
   DRACOPT_HD static double momentum(double step, const Hyperparameters& h) {
-    constexpr double ln = -0x1.4e69ed6d80eb3p-5, ln_rest = -0x1.067d54cb9a84cp-60;  // of 0.96
+    constexpr double ln = -0x1.4e69ed6d80eb3p-5, ln_rest = -0x1.067d54cb9a84cp-60;  // the logarithm of 0.96
     const double decays = step * h.momentum_decay, x = decays * ln;
     return h.beta1 * (1 - 0.5 * exponential(x, fma(decays, ln, -x) + decays * ln_rest));
   }
 
   template <typename T, typename Power>
-  DRACOPT_HD static Scalars<T> prepare(Carried* carried, bool, const Hyperparameters& h, Power&& power) {
-    const double step = carried[0].add(1);
+  DRACOPT_HD static Scalars<T> prepare(StateScalar* state_scalars, bool, const Hyperparameters& h, Power&& power) {
+    const double step = state_scalars[0].add(1);
     const double mu = momentum(step, h), mu_next = momentum(step + 1, h);
-    const double mu_product = carried[1].multiply(mu);
+    const double mu_product = state_scalars[1].multiply(mu);
     return {
         .moments = Moments<T>::prepare(step, h, power),
         .grad_factor = static_cast<T>(-h.lr * (1 - mu) / (1 - mu_product)),

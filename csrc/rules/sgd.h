@@ -2,9 +2,9 @@
 // (Sutskever et al. 2013, with the learning rate outside the buffer).
 #pragma once
 
-#include "core/carried.h"
 #include "core/group_key.h"
 #include "core/math.h"
+#include "core/state_scalar.h"
 
 namespace dracopt {
 inline namespace DRACOPT_ISA {
@@ -17,7 +17,7 @@ struct Sgd {
   };
   static constexpr GroupKey group_keys[] = {
       {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov", KeyKind::flag}, {}};
-  static constexpr const char* carried_keys[] = {nullptr};
+  static constexpr const char* state_scalar_keys[] = {nullptr};
   static constexpr const char* state_keys[] = {"momentum_buffer", nullptr};
   static constexpr int min_states = 0, max_states = 1;
   static int states(const Hyperparameters& h) { return h.momentum != 0 ? 1 : 0; }
@@ -34,7 +34,7 @@ struct Sgd {
   };
 
   template <typename T, typename Power>
-  DRACOPT_HD static Scalars<T> prepare(Carried*, bool first, const Hyperparameters& h, Power&&) {
+  DRACOPT_HD static Scalars<T> prepare(StateScalar*, bool first, const Hyperparameters& h, Power&&) {
     return {
         .neg_lr = static_cast<T>(-h.lr),
         .momentum = static_cast<T>(h.momentum),

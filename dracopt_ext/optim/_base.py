@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
 from .. import backend as backend_module
-from .. import reference
 from ..containers import Group
-from ._step import STATE_DTYPES, Engine, Kind, Step, describe, engine_of
+from ._checkpoints import check_state_dtype, take_over
+from ._engine import STATE_DTYPES, Engine, engine_of
+from ._kind import Kind
+from ._step import Step
 
 
 class FusedOptimizer(torch.optim.Optimizer):
     """Mixed in before a ``torch.optim`` class: keeps its constructor, state and checkpoints, and replaces its step.
 
-    A subclass names its kind. Which engine runs is decided parameter by parameter in each step: the native kernels
-    where they can, torch's own implementation for the rest.
+    A subclass names its kind. Each step decides for every parameter which engine updates it: the native kernels if they
+    can, otherwise torch's own implementation.
 
-    Users' subclasses must not meet our names. All that is not torch's begins with ``_dracopt``, except ``backend``,
-    ``state_dtype`` and ``last_backend``.
+    Our names must not clash with those of users' subclasses. Every name that is not torch's begins with ``_dracopt``,
+    except ``backend``, ``state_dtype`` and ``last_backend``.
     """
 
     _dracopt_kind: ClassVar[Kind]
-    _dracopt_engine: Engine  # engine_of() finds it, or makes it where the constructor was passed by
+    _dracopt_engine: Engine  # engine_of() finds it, or makes it if the constructor was skipped
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # For a subclass that calls super(Adam, self).__init__(params, defaults), which with torch's Adam means this.
+        # A subclass may call super(Adam, self).__init__(params, defaults), which initializes an Optimizer in torch.
         torch.optim.Optimizer.__init__(self, params, defaults)
 
     @property
@@ -53,7 +53,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def state_dtype(self) -> Any:
-        """The dtype of the moments that are created or loaded from now on; None if it is each parameter's.
+        """The dtype of the moments that are created or loaded from now on; None stands for each parameter's own.
 
         A value that is none of ours is kept and means nothing to us.
         """
@@ -63,7 +63,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dtype(self, value: Any) -> None:
         if value is None or (isinstance(value, torch.dtype) and value in STATE_DTYPES):
             for index in range(len(self.__dict__.get("param_groups", ()))):
-                _check_state_dtype(self, value, index)
+                check_state_dtype(self, value, index)
             engine_of(self).state_dtype = value
             self.__dict__.pop("state_dtype", None)
         else:
@@ -71,11 +71,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def last_backend(self) -> dict[str, frozenset[str]]:
-        """What updated parameters in the last step, by device type.
+        """The backends that updated parameters in the last step, by device type.
 
         ``native``, ``triton``, ``reference`` or ``torch`` (torch's own implementation, where ours does not serve the
-        parameter). Empty before the first step and after one that updated nothing; but a GPU's kernels have run, too,
-        when they found an overflow, which the host does not know.
+        parameter). Empty before the first step, and after a step that updated nothing. A GPU's kernels also count if
+        they found an overflow, because the host does not know that.
         """
         engine = engine_of(self)
         ran = {device: set(names) for device, names in engine.others_ran.items()}
@@ -87,14 +87,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         try:
-            _check_state_dtype(self, engine_of(self).state_dtype, len(self.param_groups) - 1)
+            check_state_dtype(self, engine_of(self).state_dtype, len(self.param_groups) - 1)
         except ValueError:
             self.param_groups.pop()
             raise
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
+        """Updates every parameter that has a gradient.
 
         Args:
             closure: reevaluates the model and returns the loss, which ``step`` then returns.
@@ -107,62 +107,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        Step(self).run()
+        Step(self).take()
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch drops all attributes, for hooks among them may not pickle. These are what the user asked for.
+        # torch drops all attributes, because hooks among them may not pickle. The user asked for these.
         kept: dict[str, Any] = {"_dracopt_engine": copy.copy(engine_of(self))}
         if "_step_supports_amp_scaling" in self.__dict__:
             kept["_step_supports_amp_scaling"] = self.__dict__["_step_supports_amp_scaling"]
         return {**super().__getstate__(), **kept}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load what :meth:`state_dict` returned, of this class or of torch's. Differs from torch's in three points:
+        """Loads what :meth:`state_dict` of this class or of torch's returned. Differs from torch's in three points:
 
-        - The moments take the dtype ``state_dtype``, if that was given, else as in torch the parameter's.
+        - The moments take the dtype ``state_dtype`` if that was given, otherwise the parameter's, as in torch.
         - NAdam's ``mu_product`` is not rounded to the parameter's dtype.
         - No tensor is shared with the dict.
         """
         saved: StateDict = {}
         handles = [
-            # After the user's pre-hooks, which may have replaced the dict, and before the post-hooks.
+            # These run after the user's pre-hooks, which may have replaced the dict, and before the post-hooks.
             self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final)),
-            self.register_load_state_dict_post_hook(lambda _: _take_over(self, saved), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: take_over(self, saved), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_state_dtype(optimizer: FusedOptimizer, state_dtype: torch.dtype | None, group_index: int) -> None:
-    if state_dtype is None:
-        return
-    for index, p in enumerate(optimizer.param_groups[group_index]["params"]):
-        if p.is_complex():
-            raise ValueError(
-                f"state_dtype={state_dtype} serves real parameters only, but "
-                f"{describe(optimizer.param_groups, group_index, index)} is {p.dtype}; give complex parameters an "
-                "optimizer of their own"
-            )
-
-
-def _take_over(optimizer: FusedOptimizer, saved: StateDict) -> None:
-    """Replace the tensors that torch has just loaded from ``saved`` by copies in the dtypes that we keep."""
-    state_dtype = engine_of(optimizer).state_dtype
-    ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for saved_id, p in zip(ids, params, strict=True):
-        for name, value in saved["state"].get(saved_id, {}).items():
-            loaded = optimizer.state[p][name]
-            if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
-                continue
-            dtype = loaded.dtype
-            if name in reference.MOMENTS and state_dtype is not None:
-                dtype = state_dtype
-            elif name in reference.CARRIED and name != "step":
-                dtype = value.dtype if value.dtype == torch.float64 else torch.float32
-            if loaded is value or loaded.dtype != dtype:
-                optimizer.state[p][name] = value.to(device=loaded.device, dtype=dtype, copy=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._step import Kind, give_engine
+from ._engine import give_engine
+from ._kind import Kind
 
 _SPARSE_ERROR = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -33,7 +34,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         state_dtype: dtype of the moments: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It is not
             part of the state dict, and what is loaded is converted to it.
 
-    The formula stands with :func:`dracopt_ext.reference.adam`.
+    The formula is documented with :func:`dracopt_ext.reference.adam`.
     """
 
     _dracopt_kind = Kind("adam", torch.optim.Adam, _SPARSE_ERROR)
@@ -57,7 +58,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         give_engine(self, backend, state_dtype)
-        # Past torch's AdamW, if it stands between, which takes less.
+        # torch's AdamW is passed over if it stands between, because it takes fewer arguments.
         passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
         torchs: Any = super(passed, self)
         torchs.__init__(

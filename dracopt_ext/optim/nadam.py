@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._step import Kind, give_engine
+from ._engine import give_engine
+from ._kind import Kind
 
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):
@@ -30,7 +31,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         state_dtype: dtype of the moments: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It is not
             part of the state dict, and what is loaded is converted to it.
 
-    The formula stands with :func:`dracopt_ext.reference.nadam`.
+    The formula is documented with :func:`dracopt_ext.reference.nadam`.
     """
 
     _dracopt_kind = Kind("nadam", torch.optim.NAdam, "NAdam does not support sparse gradients")

@@ -10,20 +10,21 @@ from torch.optim.optimizer import ParamsT
 
 from ..containers import Group
 from ._base import FusedOptimizer
-from ._step import Kind, give_engine
+from ._engine import give_engine
+from ._kind import Kind
 
 
 class SgdKind(Kind):
-    """Its state is the momentum buffer alone, if there is momentum."""
+    """SGD's state is the momentum buffer alone, if there is momentum."""
 
     counts_steps = False
-    keeps_fused = False  # torch's fused kernel for the CPU leaves whole vectors of 16-bit parameters as they are
+    keeps_fused = False  # torch's fused kernel for the CPU leaves whole vectors of 16-bit parameters unchanged
 
     def lacks_state(self, entries: Any, group: Group) -> bool:
         return bool(group["momentum"] != 0) and entries.get("momentum_buffer") is None
 
     def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:
-        # Filled by the first step, which writes the buffer without reading it.
+        # The first step fills the buffer, which it writes without reading it.
         for p in group["params"]:
             optimizer.state[p]["momentum_buffer"] = torch.empty_like(p)
 
@@ -47,7 +48,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         state_dtype: dtype of the momentum buffer: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It
             is not part of the state dict, and what is loaded is converted to it.
 
-    The formula stands with :func:`dracopt_ext.reference.sgd`.
+    The formula is documented with :func:`dracopt_ext.reference.sgd`.
     """
 
     _dracopt_kind = SgdKind("sgd", torch.optim.SGD, "`_fused_sgd` does not support sparse gradients")

@@ -1,2 +1,2 @@
-"""A step planned in Python, which needs nothing compiled for this torch: for Triton's kernels, and for the compiled
-ones where there is no binding."""
+"""Plans a step in Python, without anything compiled for this torch: for Triton's kernels, and for the compiled kernels
+if the binding is missing."""

@@ -1,4 +1,4 @@
-"""Where the elements of tensors lie."""
+"""Describes where the elements of tensors lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Do the elements lie side by side, in whatever order and without gaps?"""
+    """Says whether the elements lie side by side without gaps, in whatever order."""
     expected = 1
     strides = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted((stride, size) for stride, size in strides if size != 1):
@@ -17,15 +17,15 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def is_expanded(tensor: Tensor) -> bool:
-    """Do several elements lie at one place?"""
+    """Says whether a tensor is expanded: several of its elements lie in one place."""
     repeats = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return repeats and tensor.numel() > 0
 
 
 def may_overlap_itself(tensor: Tensor) -> bool:
-    """Not expanded. Might several elements lie at one place all the same?
+    """Says whether several elements of a tensor that is not expanded might still lie in one place.
 
-    Not if each dimension strides over all that the faster ones reach.
+    They do not if each dimension strides over all that the faster dimensions reach.
     """
     reach = 0
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -37,18 +37,18 @@ def may_overlap_itself(tensor: Tensor) -> bool:
 
 
 def extent_of(tensor: Tensor) -> int:
-    """Elements from a tensor's first to the end of its last."""
+    """Counts the elements from the beginning of a tensor's first element to the end of its last."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def make_layout(streams: list[Tensor], count: int) -> list[int] | None:
-    """The words by which the kernel finds the elements of tensors of one shape; None if all of them lie alike.
+    """Makes the words by which the kernel finds the elements of tensors of one shape; None if all of them lie alike.
 
-    The elements are numbered in the order of the first one's memory, the last dimension running fastest. Dimensions
-    that all streams traverse as one are one. A complex number is two real ones. There are strides for ``count``
-    streams, those of absent ones zero.
+    The elements are numbered in the first tensor's memory order, the last dimension running fastest. Dimensions that
+    all streams traverse as one are merged. A complex number counts as two real ones. The words have strides for
+    ``count`` streams; the strides of missing streams are zero.
     """
     strides = [tensor.stride() for tensor in streams]
     param = streams[0]

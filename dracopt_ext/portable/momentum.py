@@ -1,6 +1,6 @@
-"""What the host computes of a rule: the momentum of NAdam, by which a ``mu_product`` on the host is multiplied.
+"""Computes the momentum of NAdam, by which the host multiplies a ``mu_product`` that it holds.
 
-In Python floats, with the roundings of csrc/core/math.h.
+The computation uses Python floats and rounds as csrc/core/math.h does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from functools import lru_cache
 
 
 def fma(a: float, b: float, c: float) -> float:
-    """With one rounding, which Python only has since 3.13. For finite numbers."""
+    """Returns a * b + c for finite numbers with one rounding, which Python itself has only since 3.13."""
     return float(Fraction(a) * Fraction(b) + Fraction(c))
 
 
 def exponential(x: float, correction: float) -> float:
-    """e^(x + correction) for -708 < x <= 709 and a tiny correction."""
+    """Returns e^(x + correction) for -708 < x <= 709 and a tiny correction."""
     round_to_integer = 6755399441055744.0
     n = (x * 1.4426950408889634 + round_to_integer) - round_to_integer
     rest = fma(-n, 0.6931471805599453, x)
@@ -29,11 +29,11 @@ def exponential(x: float, correction: float) -> float:
 
 @lru_cache(maxsize=64)
 def momentum(step: float, beta1: float, momentum_decay: float) -> float:
-    """Of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2)."""
-    ln, ln_rest = -0.040821994520255166, -8.893492737632459e-19  # of 0.96
+    """Returns the momentum of a step: beta1 (1 - 0.96^(step * momentum_decay) / 2)."""
+    ln, ln_rest = -0.040821994520255166, -8.893492737632459e-19  # the logarithm of 0.96, and its rest
     decays = step * momentum_decay
     x = decays * ln
-    if x <= -708.0:  # or infinite
+    if x <= -708.0:  # -inf included
         return beta1
     if x > 709.0:
         return -math.inf if beta1 > 0 else math.nan

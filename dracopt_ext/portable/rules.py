@@ -1,49 +1,54 @@
-"""What a plan knows of the update rules; their mathematics is the kernels'."""
+"""Describes the update rules to a plan. Their mathematics is in the kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..reference import hyperparameters
 from .momentum import momentum
 
 
 class Rule(NamedTuple):
-    """Its names are those of csrc/rules."""
+    """A rule, with the names that csrc/rules gives."""
 
     name: str
     group_keys: tuple[str, ...]
-    """Of the parameter group; decay rates are two numbers each."""
-    hyperparameters: int
-    """Numbers that ``group_keys`` yield."""
-    carried_keys: tuple[str, ...]
-    """Scalars of the parameter's state; the step count is the first."""
+    """Keys of the parameter group; decay rates are two numbers each."""
+    numbers: int
+    """How many numbers ``group_keys`` yield."""
+    state_scalar_keys: tuple[str, ...]
+    """Keys of the state scalars; the step count is the first."""
     state_keys: tuple[str, ...]
-    """Streams of the parameter's state."""
+    """Keys of the state's tensors."""
     states: Callable[[Sequence[float]], int]
-    """How many of them there are, by the hyperparameters."""
+    """Returns how many of ``state_keys`` a state has, from the hyperparameters."""
     factors: Callable[..., tuple[float, ...]] = lambda step, hyperparameters: ()
-    """What the carried scalars after the step count are multiplied by, where the host holds them."""
+    """Returns the factors of the state scalars after the step count, if the host holds them."""
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay")
-_NADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay")
-_SGD_KEYS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
 
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("adam", _ADAM_KEYS, 7, ("step",), (*_MOMENTS, "max_exp_avg_sq"), lambda h: 3 if h[5] != 0 else 2),
+        Rule(
+            "adam",
+            hyperparameters("adam"),
+            7,
+            ("step",),
+            (*_MOMENTS, "max_exp_avg_sq"),
+            lambda h: 3 if h[5] != 0 else 2,
+        ),
         Rule(
             "nadam",
-            _NADAM_KEYS,
+            hyperparameters("nadam"),
             7,
             ("step", "mu_product"),
             _MOMENTS,
             lambda h: 2,
             lambda step, h: (momentum(step, h[1], h[5]),),
         ),
-        Rule("sgd", _SGD_KEYS, 5, (), ("momentum_buffer",), lambda h: 1 if h[1] != 0 else 0),
+        Rule("sgd", hyperparameters("sgd"), 5, (), ("momentum_buffer",), lambda h: 1 if h[1] != 0 else 0),
     )
 }

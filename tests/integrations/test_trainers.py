@@ -1,4 +1,4 @@
-"""Our classes in other people's trainers, each by its own public way: the weights are those with torch's classes."""
+"""Our classes give the weights of torch's classes in other people's trainers, each used in its public way."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loader() -> DataLoader[Any]:
 
 
 def within_rounding(ours: nn.Module, theirs: nn.Module) -> bool:
-    """Each of some tens of steps rounds a few times, by 6e-8 of numbers around one or less."""
+    """Allows some tens of steps, of which each rounds a few times, by 6e-8 of numbers around one or less."""
     return all(
         torch.allclose(p, q, rtol=1e-4, atol=1e-5) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
@@ -54,7 +54,7 @@ def assert_trains_as_with_torchs(name: str, train: Train) -> None:
     assert innermost(optimizer).last_backend == NATIVE
     theirs, _ = train(getattr(torch.optim, name), OPTIONS[name])
     assert within_rounding(model, theirs)
-    # And the comparison sees a learning rate that is 1% off, and weights that have not been trained.
+    # The comparison must see a learning rate that is 1% off, and weights that have not been trained.
     off, _ = train(getattr(torch.optim, name), {**OPTIONS[name], "lr": OPTIONS[name]["lr"] * 1.01})
     assert not within_rounding(off, theirs)
     untrained, _ = train(getattr(torch.optim, name), {**OPTIONS[name], "lr": 0.0})
@@ -146,7 +146,7 @@ def test_transformers(name: str, tmp_path: Path) -> None:
 
 @every_class
 def test_accelerate(name: str, tmp_path: Path) -> None:
-    """With accumulated gradients, and a checkpoint from the middle of the training."""
+    """Training accumulates gradients and loads a checkpoint from its middle."""
     import accelerate
 
     def train(make: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -192,7 +192,7 @@ def test_skorch(name: str) -> None:
 @every_class
 @pytest.mark.parametrize("wrapper", ["Lookahead", "SAM", "ScheduleFreeWrapper"])
 def test_pytorch_optimizer(name: str, wrapper: str) -> None:
-    """Its wrappers of optimizers."""
+    """The wrappers in pytorch_optimizer train with our classes."""
     import pytorch_optimizer
 
     def train(make: Any, options: dict[str, Any]) -> tuple[nn.Module, Any]:

@@ -1,6 +1,6 @@
-"""A GPU that is not there: a device type of torch's in the host's memory, and the kernel's very body on the host.
+"""Simulates a GPU: a device type of torch in the host's memory, and the kernel's own body compiled for the host.
 
-The rest is the real thing: the planning of a step, the table, the arguments and the optimizer classes.
+All else is real: the planning of a step, the table, the arguments and the optimizer classes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def build() -> Path:
-    """Compile the module, unless it is there already, and return its path."""
+    """Compile the module, unless an up-to-date one exists, and return its path."""
     sources = [
-        *(ROOT / "csrc/bindings").glob("*.cpp"),
+        ROOT / "csrc/bindings/unity.cpp",
         ROOT / "csrc/cpu/dispatch.cpp",
         ROOT / "csrc/cpu/kernels.cpp",
         *HERE.glob("*.cpp"),
@@ -49,7 +49,7 @@ def build() -> Path:
 
 
 class SimulatedGpu:
-    """The compiled module, and what a test may set and read of the simulation."""
+    """The compiled module, and the values of the simulation that a test may set and read."""
 
     def __init__(self, path: Path) -> None:
         spec = importlib.util.spec_from_file_location("simulated_gpu._C", path)
@@ -63,19 +63,19 @@ class SimulatedGpu:
         return ctypes.c_int.in_dll(self._library, f"simulated_{name}")
 
     def read(self, name: str) -> int:
-        """``launches``, ``tables`` (written to the device) or ``last_stream``."""
+        """Return ``launches``, ``tables`` (written to the device) or ``last_stream``."""
         return self._number(name).value
 
     def set(self, name: str, value: int) -> None:
-        """``stream`` (the current one), ``capturing`` or ``unavailable`` (1 for true)."""
+        """Set ``stream`` (the current one), ``capturing`` or ``unavailable`` (1 for true)."""
         self._number(name).value = value
 
     def table(self) -> int:
-        """The address at which the last launch found its table."""
+        """Return the address at which the last launch found its table."""
         return ctypes.c_void_p.in_dll(self._library, "simulated_table").value or 0
 
     def fail_in(self, function: str) -> None:
-        """Let this function of cuda/kernels.h fail; the empty string stands for none."""
+        """Make this function of cuda/kernels.h fail; the empty string stands for none."""
         ctypes.memmove((ctypes.c_char * 64).in_dll(self._library, "simulated_failure"), function.encode() + b"\0", 64)
 
 

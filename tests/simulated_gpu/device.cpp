@@ -1,4 +1,4 @@
-// A device type of torch's (PrivateUse1) whose memory is the host's. What no function here does, torch does on the CPU.
+// A device type of torch (PrivateUse1) whose memory is the host's. torch runs all operations missing here on the CPU.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -61,7 +61,7 @@ const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true)
 template <typename T>
 using Maybe = std::optional<T>;
 
-// "simulated" without a number is the current one.
+// "simulated" without a number names the current device.
 c10::Device on(Maybe<at::Device> device) {
   return device.has_value() && device->has_index() ? *device : c10::Device(kType, current);
 }
@@ -78,7 +78,7 @@ at::Tensor empty_strided(c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides,
   return at::detail::empty_strided_symint_generic(sizes, strides, &memory, kKeys, dtype.value_or(at::kFloat));
 }
 
-// The same memory, as a CPU tensor.
+// Returns a CPU tensor in the same memory.
 at::Tensor on_cpu(const at::Tensor& tensor) {
   if (tensor.device().is_cpu()) return tensor;
   c10::DataPtr data(const_cast<void*>(tensor.storage().data()), c10::Device(c10::kCPU));

@@ -1,4 +1,4 @@
-// What the tests may set and read of the simulated GPU, by these names in the module.
+// The variables of the simulated GPU that tests may set and read, by these names in the module.
 #pragma once
 
 extern "C" {

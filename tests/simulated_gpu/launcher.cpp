@@ -1,10 +1,10 @@
-// The functions of cuda/kernels.h on the host: what kernels.cu lets blocks and threads do, loops do here.
+// The functions of cuda/kernels.h on the host: loops replace the blocks and threads of kernels.cu.
 #include "cuda/kernels.h"
 
 #include <cstring>
 #include <vector>
 
-#include "cuda/tile.h"
+#include "cuda/update.h"
 #include "device.h"
 #include "rules/all.h"
 
@@ -22,7 +22,7 @@ const char* fails(const char* function) {
 }
 
 template <typename Rule, typename T>
-void step(const Arguments& arguments) {
+void step_kernel(const Arguments& arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
   for (uint32_t block = 0; block < arguments.blocks; ++block) {
@@ -32,7 +32,7 @@ void step(const Arguments& arguments) {
       return count;
     });
     const Row& row = arguments.rows[tile.row];
-    const RuleScalars scalars = row.has_recipe ? prepare<Rule, T>(arguments, row)
+    const RuleScalars scalars = row.has_recipe ? scalars_from_recipe<Rule, T>(arguments, row)
                                                : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
     for (int thread = 0; thread < kThreads; ++thread) update<Rule, T>(arguments, tile, scalars, thread);
   }
@@ -40,7 +40,7 @@ void step(const Arguments& arguments) {
   for (uint32_t i = 0; i < arguments.count; ++i) advance<Rule>(arguments, arguments.rows[i]);
 }
 
-#define DRACOPT_STEPS(Rule) {step<Rule, float>, step<Rule, double>},
+#define DRACOPT_STEPS(Rule) {step_kernel<Rule, float>, step_kernel<Rule, double>},
 void (*const kSteps[][2])(const Arguments&) = {DRACOPT_FOR_EACH_RULE(DRACOPT_STEPS)};
 
 }  // namespace

@@ -1,5 +1,5 @@
-// A step from words, for callers that have no binding to their torch. dracopt_ext/portable/words.py makes them and says
-// what they are.
+// Takes a step that is packed into words, for callers without a binding to their torch. dracopt_ext/portable/packed.py
+// packs the words and says what each one means.
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -14,10 +14,10 @@ namespace cpu {
 namespace {
 
 struct Row {
-  int64_t numel, first_tile, layout, flags, carried[kMaxCarried];
-  void* streams[1 + kMaxStates];  // the parameter, then its states; null where there is none
+  int64_t numel, first_tile, layout, flags, state_scalars[kMaxStateScalars];
+  void* streams[1 + kMaxStates];  // the parameter, then its states; null for missing ones
 };
-enum Flag : int64_t { kMaximize = 1, kCarriedFp32 = 2 };  // the second is of the first carried scalar
+enum Flag : int64_t { kMaximize = 1, kStateScalarFp32 = 2 };  // the second is for the first state scalar
 
 struct Arguments {
   int64_t found_inf, grad_scale;
@@ -29,23 +29,23 @@ struct Arguments {
   } tensors[];
 };
 
-// A recipe: flags, the hyperparameters, the carried scalars.
+// A recipe holds flags, the hyperparameters and the state scalars. This flag marks a first step.
 constexpr int64_t kFirst = int64_t(1) << 32;
 
 double number(int64_t word) { return __builtin_bit_cast(double, word); }
 
 const double* hyperparameters(const int64_t* recipe) { return reinterpret_cast<const double*>(recipe + 1); }
 
-// Prepares the scalars of a tensor from a recipe that holds all numbers itself. The flags are the tensor's. Returns
-// whether the scalars are finite.
-bool prepare(const RuleEntry& rule, Arithmetic arithmetic, const int64_t* recipe, int64_t flags, PowerMemo& powers,
-             Scalars* to) {
-  Carried carried[kMaxCarried];
-  for (int k = 0; k < rule.carried; ++k) {
-    carried[k] = {number(recipe[1 + rule.hyperparameters + k]), (flags & kCarriedFp32 << k) != 0};
+// Prepares the scalars of a tensor with these flags from a recipe that holds all numbers itself. Returns whether the
+// scalars are finite.
+bool prepare_packed(const RuleEntry& rule, Arithmetic arithmetic, const int64_t* recipe, int64_t flags,
+                    PowerMemo& powers, Scalars* to) {
+  StateScalar state_scalars[kMaxStateScalars];
+  for (int k = 0; k < rule.state_scalars; ++k) {
+    state_scalars[k] = {number(recipe[1 + rule.hyperparameters + k]), (flags & kStateScalarFp32 << k) != 0};
   }
   const bool first = (recipe[0] & kFirst) != 0;
-  return rule.prepare[static_cast<int>(arithmetic)](carried, first, hyperparameters(recipe), powers, to);
+  return rule.prepare[static_cast<int>(arithmetic)](state_scalars, first, hyperparameters(recipe), powers, to);
 }
 
 Layout layout_of(const int64_t* words, int streams) {
@@ -59,9 +59,9 @@ Layout layout_of(const int64_t* words, int streams) {
 }
 
 // The tensors that one launch updates.
-class Launch {
+class CpuLaunch {
  public:
-  Launch(const RuleEntry& rule, const uint8_t* dtypes, const int64_t* table, const int64_t* arguments)
+  CpuLaunch(const RuleEntry& rule, const uint8_t* dtypes, const int64_t* table, const int64_t* arguments)
       : rule_(rule), dtypes_(dtypes), table_(table), words_(arguments) {
     const Arguments& header = *reinterpret_cast<const Arguments*>(arguments);
     const Row* const rows = reinterpret_cast<const Row*>(table);
@@ -101,12 +101,12 @@ class Launch {
     segments_.push_back(segment);
   }
 
-  // Tensors with the same recipe have the same update, unless their flags differ.
+  // Tensors with the same recipe and the same flags share an update.
   const Update& update_of(int64_t recipe, int64_t flags, int states, double divisor) {
     const auto [found, is_new] = updates_.try_emplace({recipe, flags});
     Prepared& prepared = found->second;
     if (is_new) {
-      prepare(rule_, arithmetic_, words_ + recipe, flags, powers_, &prepared.scalars);
+      prepare_packed(rule_, arithmetic_, words_ + recipe, flags, powers_, &prepared.scalars);
       prepared.update = {rule_.update[static_cast<int>(arithmetic_)][states], &prepared.scalars, divisor,
                          (flags & kMaximize) != 0};
     }
@@ -124,7 +124,7 @@ class Launch {
   Arithmetic arithmetic_ = Arithmetic::fp32;
   PowerMemo powers_{};
   std::vector<Segment> segments_;
-  std::deque<Layout> layouts_;  // they do not move
+  std::deque<Layout> layouts_;  // a deque's elements do not move
   std::map<std::pair<int64_t, int64_t>, Prepared> updates_;
 };
 
@@ -134,7 +134,45 @@ class Launch {
 
 extern "C" {
 
-// The instruction set of the kernels; null and why not, if DRACOPT_ISA names none that this machine runs.
+// Returns the constants that Python shares with this library, a name and its values in each line. A rule's values are
+// the keys of the group, the state scalars and the states, each list ended by a semicolon.
+DRACOPT_EXPORT const char* dracopt_constants() {
+  using dracopt::RuleEntry;
+  static const std::string constants = [] {
+    const auto line = [](const char* name, auto... values) {
+      std::string text = name;
+      ((text += ' ' + std::to_string(values)), ...);
+      return text + '\n';
+    };
+    const auto keys = [](const char* const* names) {
+      std::string text;
+      for (; *names != nullptr; ++names) text += ' ' + std::string(*names);
+      return text + " ;";
+    };
+    // The names stand in the order of the codes in core/dtype.h.
+    static_assert(static_cast<int>(dracopt::Dtype::fp32) == 0 && static_cast<int>(dracopt::Dtype::fp64) == 1 &&
+                  static_cast<int>(dracopt::Dtype::bf16) == 2 && static_cast<int>(dracopt::Dtype::fp16) == 3);
+    std::string text = "dtypes fp32 fp64 bf16 fp16\n";
+    text += line("scalar_bytes", dracopt::kScalarBytes);
+    text += line("row_words", sizeof(dracopt::cpu::Row) / sizeof(int64_t));
+    text += line("header_words", sizeof(dracopt::cpu::Arguments) / sizeof(int64_t));
+    text += line("row_flags", +dracopt::cpu::kMaximize, +dracopt::cpu::kStateScalarFp32);
+    text += line("recipe_first", dracopt::cpu::kFirst);
+    const dracopt::cpu::Kernels& kernels = dracopt::cpu::kernels();
+    for (const RuleEntry* rule = kernels.rules; rule != kernels.rules + kernels.rule_count; ++rule) {
+      text += std::string("rule ") + rule->name;
+      for (const dracopt::GroupKey* key = rule->group_keys; key->name != nullptr; ++key) {
+        text += ' ' + std::string(key->name);
+      }
+      text += " ;" + keys(rule->state_scalar_keys) + keys(rule->state_keys) + '\n';
+    }
+    return text;
+  }();
+  return constants.c_str();
+}
+
+// Returns the instruction set of the kernels. If DRACOPT_ISA names none that this machine can run, returns null and
+// sets `why_not`.
 DRACOPT_EXPORT const char* dracopt_isa(const char** why_not) {
   static std::string reason;
   try {
@@ -146,28 +184,28 @@ DRACOPT_EXPORT const char* dracopt_isa(const char** why_not) {
   }
 }
 
-// Writes the scalars that a recipe leads to, if it holds all numbers itself, for a tensor with these flags. There is
-// room for kScalarBytes. Returns the number of words; 0 if they are not finite, or no rule has this name.
+// Prepares the scalars of a tensor with these flags from a recipe that holds all numbers itself. `to` must have room
+// for kScalarBytes. Returns the number of words; 0 if the scalars are not finite, or no rule has this name.
 DRACOPT_EXPORT size_t dracopt_prepare(const char* rule, bool is_fp64, const int64_t* recipe, int64_t flags, void* to) {
   const dracopt::RuleEntry* const entry = dracopt::cpu::find_rule(rule);
   if (entry == nullptr) return 0;
   const auto arithmetic = is_fp64 ? dracopt::Arithmetic::fp64 : dracopt::Arithmetic::fp32;
   dracopt::PowerMemo powers{};
   dracopt::Scalars scalars;
-  if (!dracopt::cpu::prepare(*entry, arithmetic, recipe, flags, powers, &scalars)) return 0;
+  if (!dracopt::cpu::prepare_packed(*entry, arithmetic, recipe, flags, powers, &scalars)) return 0;
   const size_t bytes = entry->scalar_bytes[static_cast<int>(arithmetic)];
   std::memcpy(to, scalars.bytes, bytes);
   return (bytes + sizeof(int64_t) - 1) / sizeof(int64_t);
 }
 
-// Updates what the words describe, on the CPU. The dtypes are those of the parameter, the gradient and three states.
-// Returns null, or what went wrong.
+// Updates the tensors that the words describe, on the CPU. The dtypes are those of the parameter, the gradient and
+// three states. Returns null, or says what went wrong.
 DRACOPT_EXPORT const char* dracopt_update(const char* rule, const uint8_t* dtypes, const int64_t* table,
                                           const int64_t* arguments, dracopt::cpu::ParallelFor parallel_for) {
   try {
     const dracopt::RuleEntry* const entry = dracopt::cpu::find_rule(rule);
     if (entry == nullptr) return "no compiled rule has this name";
-    dracopt::cpu::Launch launch(*entry, dtypes, table, arguments);
+    dracopt::cpu::CpuLaunch launch(*entry, dtypes, table, arguments);
     return launch.run(parallel_for) ? nullptr : "torch_parallel_for failed";
   } catch (const std::exception&) {
     return "out of memory";

@@ -8,8 +8,8 @@
 
 namespace dracopt {
 
-// The memory that a step writes, in pieces sorted by address. A piece does not say where it ends: `end_of(piece)` does,
-// because a million parameters have four million pieces.
+// The memory that a step writes, in pieces sorted by address. A piece does not hold its end, because a million
+// parameters have four million pieces; `end_of(piece)` returns the end.
 class WrittenMemory {
  public:
   static constexpr int kMaxParts = 8;
@@ -31,7 +31,7 @@ class WrittenMemory {
     std::sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
   }
 
-  // Once sorted: appends the owners of pieces that overlap each other. Readers may be asked for afterwards.
+  // Appends the owners of pieces that overlap each other. Needs sorted pieces, and must precede the search for readers.
   template <typename EndOf>
   void append_overlapping(const EndOf& end_of, std::vector<size_t>& owners) {
     reach_.clear();
@@ -78,7 +78,7 @@ class WrittenMemory {
 
  private:
   std::vector<Piece> pieces_;
-  std::vector<uintptr_t> reach_;  // the furthest end of a piece and those before it; empty if no two of them overlap
+  std::vector<uintptr_t> reach_;  // the furthest end up to each piece; empty if no two pieces overlap
 };
 
 }  // namespace dracopt

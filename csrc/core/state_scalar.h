@@ -5,11 +5,11 @@
 
 namespace dracopt {
 
-constexpr int kMaxCarried = 2;
+constexpr int kMaxStateScalars = 2;
 
-// One of them, in fp32 or fp64 as the user's state holds it. It is computed there, too: a step count in fp32 stops at
-// 2^24, as in torch.
-struct Carried {
+// A state scalar is rounded to fp32 or fp64, as the user's state holds it. Arithmetic rounds alike: a step count in
+// fp32 stops at 2^24, as in torch.
+struct StateScalar {
   double value;
   bool is_fp32;
 

@@ -1,4 +1,4 @@
-#include "bindings/launches.h"
+#include "bindings/cuda_launches.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -19,10 +19,10 @@ namespace {
 
 c10::Stream current_stream(c10::Device device) { return c10::impl::VirtualGuardImpl(kGpu).getStream(device); }
 
-// The stream's cudaStream_t, from a binary that knows no CUDA.
+// Returns the stream's cudaStream_t, although this binary knows no CUDA.
 void* handle_of(const c10::Stream& stream) {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 11
-  // An import would look through sys.meta_path, where anyone's code may wait, in the middle of a step.
+  // An import would search sys.meta_path, which may run anyone's code in the middle of a step.
   const auto module = pybind11::reinterpret_borrow<pybind11::object>(PyImport_AddModule("torch._C"));
   return reinterpret_cast<void*>(module.attr("_cuda_getCurrentRawStream")(stream.device_index()).cast<uintptr_t>());
 #else
@@ -49,7 +49,7 @@ bool is_capturing(c10::Device device) {
   return answer;
 }
 
-void Launches::clear() {
+void CudaLaunches::clear() {
   rows_.clear();
   first_tiles_.clear();
   layouts_.clear();
@@ -58,8 +58,8 @@ void Launches::clear() {
   scaler_ = {};
 }
 
-void Launches::begin_launch() {
-  // Memory may run out between the two.
+void CudaLaunches::begin_launch() {
+  // Each vector is checked by its own size, because memory may run out between the two.
   if (launches_ == arguments_.size()) arguments_.emplace_back();
   if (launches_ == filled_.size()) filled_.emplace_back();
   filled_[launches_] = {};
@@ -68,10 +68,10 @@ void Launches::begin_launch() {
   ++launches_;
 }
 
-// The place of these words in the last launch's arguments. Slots grow downwards from their end.
-uint32_t Launches::slot_for(const void* group, const uint64_t* words, size_t count, bool& is_new) {
+// Returns the place of these words in the last launch's arguments. Slots grow downwards from the arguments' end.
+uint32_t CudaLaunches::slot_for(const Group& group, const uint64_t* words, size_t count, bool& is_new) {
   const cuda::Arguments& arguments = arguments_[launches_ - 1];
-  for (size_t i = slots_.size(); i-- > 0 && slots_[i].group == group;) {
+  for (size_t i = slots_.size(); i-- > 0 && slots_[i].group == &group;) {
     is_new = slots_[i].words != count || std::memcmp(arguments.words + slots_[i].at, words, count * 8) != 0;
     if (!is_new) return static_cast<uint32_t>(slots_[i].at);
   }
@@ -79,49 +79,49 @@ uint32_t Launches::slot_for(const void* group, const uint64_t* words, size_t cou
   return static_cast<uint32_t>(cuda::kArgumentWords - filled_[launches_ - 1].slot_words - count);
 }
 
-void Launches::add(const Segment& segment, int states, void* const* carried, uint8_t carried_fp32, bool has_recipe,
-                   const void* group, const uint64_t* slot, size_t slot_words) {
+void CudaLaunches::add(const Segment& segment, const Ready& ready, const Group& group, const uint64_t* slot,
+                       size_t slot_words) {
   if (launches_ == 0) begin_launch();
   bool is_new;
   uint32_t at = slot_for(group, slot, slot_words, is_new);
   const int64_t first_tile = filled_[launches_ - 1].tiles;
   if (!filled_[launches_ - 1].add(segment.numel, is_new ? slot_words : 0)) {
     begin_launch();
-    return add(segment, states, carried, carried_fp32, has_recipe, group, slot, slot_words);
+    return add(segment, ready, group, slot, slot_words);
   }
   cuda::Arguments& arguments = arguments_[launches_ - 1];
   if (is_new) {
     std::memcpy(arguments.words + at, slot, slot_words * sizeof(uint64_t));
-    slots_.push_back({group, at, slot_words});
+    slots_.push_back({&group, at, slot_words});
   }
   arguments.words[arguments.count++] = reinterpret_cast<uint64_t>(segment.data[kGrad]);
   arguments.divisor = segment.update->grad_scale;
 
   rows_.emplace_back();
   cuda::Row& row = rows_.back();
-  for (int k = 0; k < kFirstState + states; ++k) {
+  for (int k = 0; k < ready.streams.count; ++k) {
     row.describe(k, segment.data[k], segment.dtypes[k], segment.dense[k]);
   }
-  for (int k = 0; k < kMaxCarried; ++k) {
-    row.carried[k] = carried[k];
-    counts_steps_ |= carried[k] != nullptr;
+  for (int k = 0; k < kMaxStateScalars; ++k) {
+    row.state_scalars[k] = ready.scalar_on_gpu[k] ? ready.scalar_data[k] : nullptr;
+    row.state_scalar_fp32 |= static_cast<uint8_t>(ready.scalar_fp32[k] << k);
+    counts_steps_ |= ready.scalar_on_gpu[k];
   }
   row.numel = segment.numel;
   row.slot = at;
   row.layout = cuda::kDense;
   if (segment.layout != nullptr) {
     row.layout = static_cast<int32_t>(layouts_.size());
-    append_layout(*segment.layout, kFirstState + states);
+    append_layout(*segment.layout, ready.streams.count);
   }
-  row.carried_fp32 = carried_fp32;
-  row.states = static_cast<uint8_t>(states);
+  row.states = static_cast<uint8_t>(group.states);
   row.maximize = segment.update->maximize;
-  row.has_recipe = has_recipe;
+  row.has_recipe = ready.has_recipe;
   first_tiles_.push_back(static_cast<uint32_t>(first_tile));
 }
 
-// Only what is of a layout: the rest of it may be anything, and would make equal tables differ.
-void Launches::append_layout(const Layout& layout, int streams) {
+// Appends only the used part of a layout, because the rest may be anything, which would make equal tables differ.
+void CudaLaunches::append_layout(const Layout& layout, int streams) {
   layouts_.emplace_back();
   Layout& copy = layouts_.back();
   std::memset(static_cast<void*>(&copy), 0, sizeof(copy));
@@ -130,7 +130,7 @@ void Launches::append_layout(const Layout& layout, int streams) {
   for (int k = 0; k < streams; ++k) std::copy(layout.strides[k], layout.strides[k] + layout.dims, copy.strides[k]);
 }
 
-void Launches::prepare(const Scaler& scaler) {
+void CudaLaunches::upload(const Scaler& scaler) {
   if (launches_ == 0) return;
   const c10::DeviceGuard guard(device_);
   const c10::Stream stream = current_stream(device_);
@@ -148,7 +148,7 @@ void Launches::prepare(const Scaler& scaler) {
     table_ = at::empty({static_cast<int64_t>(image_.size())}, at::TensorOptions(device_).dtype(at::kByte));
     table_stream_ = stream;
     error = cuda::write_table(table_.mutable_data_ptr(), image_.data(), image_.size(), stream_);
-    // A capture only promises to write it: nobody but the graph may count on that.
+    // A capture only promises to write the table, so nothing except the graph may rely on it.
     if (error == nullptr && !capturing) written_ = image_;
   }
   if (error != nullptr) fail("write the table of tensors", error);
@@ -177,7 +177,7 @@ void Launches::prepare(const Scaler& scaler) {
   }
 }
 
-void Launches::run(const RuleEntry& rule) {
+void CudaLaunches::launch(const RuleEntry& rule) {
   if (launches_ == 0) return;
   const c10::DeviceGuard guard(device_);
   for (size_t i = 0; i < launches_; ++i) {
@@ -187,7 +187,7 @@ void Launches::run(const RuleEntry& rule) {
   scaler_ = {};
 }
 
-void Launches::fail(const char* what, const char* error) const {
+void CudaLaunches::fail(const char* what, const char* error) const {
   throw std::runtime_error("CUDA could not " + std::string(what) + " on " + device_.str() + ": " + error + " (" +
                            std::to_string(rows_.size()) + " tensors in " + std::to_string(launches_) + " launches, a " +
                            "table of " + std::to_string(image_.size()) + " bytes)");

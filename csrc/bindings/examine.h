@@ -1,0 +1,21 @@
+// Examines a parameter's tensors: whether everything is right, and whether the kernels can update them.
+#pragma once
+
+#include "bindings/inventory.h"
+
+namespace dracopt {
+
+// Reasons that are given for more than one parameter at a time. Every reason lives as long as the process.
+inline constexpr char kUnderMode[] = "steps under a TorchDispatchMode";
+inline constexpr char kSharesMemory[] = "tensors that share memory";
+
+// Says what the i-th located parameter is. If it is ready, or only its state is missing, fills the segment, except for
+// layout, update and unit numbers. Calls no Python and writes nothing else, so threads may share an inventory.
+//
+// `inference_mode` says whether the thread that steps is in this mode.
+Examined examine(const Inventory& inventory, size_t i, bool inference_mode, Segment& segment);
+
+// Numbers a parameter's elements if those of some stream do not simply lie one after the other.
+Layout layout_of(const Inventory& inventory, size_t i);
+
+}  // namespace dracopt

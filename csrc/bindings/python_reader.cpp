@@ -1,0 +1,228 @@
+#include "bindings/python_reader.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "bindings/describe.h"
+#include "bindings/state_walk.h"
+
+namespace py = pybind11;
+
+namespace dracopt {
+namespace {
+
+// The keys that every rule's groups have, in the order in which read_group() takes them.
+constexpr const char* kDriverKeyNames[] = {"params", "maximize", "fused", "differentiable", "capturable", nullptr};
+
+constexpr size_t kBlock = 16;  // parameters located at once
+
+// Reads a flag. Returns false if Python must say whether the object is true.
+bool read_flag(PyObject* object, bool& flag) {
+  flag = object == Py_True;
+  return object == nullptr || object == Py_False || object == Py_None || flag;
+}
+
+// Says where a hyperparameter lies that is a tensor of one element.
+enum class NumberIn { host_memory, gpu_memory, unsupported_tensor };
+
+// Enters the tensor into the group as its k-th hyperparameter.
+NumberIn enter_tensor(Group& group, PyObject* key, const c10::TensorImpl* tensor, int k) {
+  const bool is_ours = is_plain(tensor);
+  if (!is_python_subclass(tensor) && tensor->numel() != 1) {
+    throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
+                          shape_of(tensor));
+  }
+  const Format& format = format_of(tensor);
+  const bool is_real = format.is_native && !format.is_complex;
+  if (is_ours && lacks_memory(tensor, 1, static_cast<int64_t>(tensor->itemsize()))) {
+    throw py::value_error(describe_key(group.index, key) + " is a tensor whose storage was freed");
+  }
+  const void* const data = is_ours && is_real ? readable_data(tensor, format.bytes()) : nullptr;
+  const bool on_gpu = data != nullptr && !is_on_cpu(tensor);
+  const bool serves = data != nullptr && (!on_gpu || (format.bytes() >= 4 && is_aligned(data, format.dtype) &&
+                                                      group.gpu.value_or(tensor->device()) == tensor->device()));
+  group.bytes[k] = serves ? static_cast<uint8_t>(format.bytes()) : 0;
+  if (!serves) {
+    group.unsupported = "hyperparameters that are tensors on another device or of another dtype";
+    return NumberIn::unsupported_tensor;
+  }
+  group.addresses[k] = data;
+  group.reads_memory = true;
+  if (!on_gpu) return NumberIn::host_memory;
+  group.gpu = tensor->device();
+  (format.dtype == Dtype::fp32 ? group.fp32_address : group.fp64_address) |= static_cast<uint16_t>(1 << k);
+  return NumberIn::gpu_memory;
+}
+
+}  // namespace
+
+PythonReader::PythonReader(const RuleEntry& rule)
+    : rule_(rule), defaultdict_(py::module_::import("collections").attr("defaultdict")) {
+  group_keys_.append(kDriverKeyNames);
+  for (const GroupKey* key = rule_.group_keys; key->name != nullptr; ++key) group_keys_.append(key->name);
+  state_keys_.append(rule_.state_scalar_keys);
+  state_keys_.append(rule_.state_keys);
+}
+
+bool PythonReader::read_groups(PyObject* param_groups, Inventory& inventory) {
+  if (!PyList_CheckExact(param_groups)) return false;
+  constexpr Py_ssize_t ahead = 8;
+  const Py_ssize_t count = PyList_GET_SIZE(param_groups);
+  inventory.groups.resize(static_cast<size_t>(count));
+  for (Py_ssize_t g = 0; g < count; ++g) {
+    if (g + 2 * ahead < count) prefetch(PyList_GET_ITEM(param_groups, g + 2 * ahead));
+    if (g + ahead < count) prefetch_entries(PyList_GET_ITEM(param_groups, g + ahead));
+    Group& group = inventory.groups[static_cast<size_t>(g)];
+    group.index = static_cast<int>(g);
+    if (!read_group(PyList_GET_ITEM(param_groups, g), group)) return false;
+  }
+  return true;
+}
+
+bool PythonReader::read_group(PyObject* dict, Group& group) {
+  if (!PyDict_CheckExact(dict)) return false;
+  group.dict = dict;
+  PyObject* values[kMaxGroupKeys];
+  if (!group_keys_.read(dict, group_keys_.size(), values)) return false;
+  group.params = values[0];
+  if (group.params == nullptr || !PyList_CheckExact(group.params)) return false;
+  bool differentiable;
+  if (!read_flag(values[1], group.maximize) || !read_flag(values[2], group.fused) ||
+      !read_flag(values[3], differentiable) || !read_flag(values[4], group.capturable)) {
+    return false;
+  }
+  group.unsupported = differentiable ? "differentiable=True" : nullptr;
+  group.reads_memory = false;
+  group.gpu.reset();
+  group.fp32_address = group.fp64_address = 0;
+
+  int count = 0;
+  bool flag;
+  for (size_t k = kDriverKeys; k < group_keys_.size(); ++k) {
+    PyObject* const key = group_keys_[k];
+    PyObject* const value = values[k];
+    if (value == nullptr) throw py::key_error(describe_key(group.index, key) + " is missing");
+    switch (rule_.group_keys[k - kDriverKeys].kind) {
+      case KeyKind::number:
+        if (!read_number(group, key, value, false, count)) return false;
+        break;
+      case KeyKind::flag:
+        if (!read_flag(value, flag)) return false;
+        group.bytes[count] = 0;
+        group.hyperparameters[count++] = flag;
+        break;
+      case KeyKind::decay_rates:
+        if (!PyTuple_CheckExact(value) && !PyList_CheckExact(value)) return false;
+        if (PySequence_Fast_GET_SIZE(value) != 2) {
+          throw py::value_error(describe_key(group.index, key) + " must be 2 numbers, not " +
+                                std::to_string(PySequence_Fast_GET_SIZE(value)));
+        }
+        for (Py_ssize_t i = 0; i < 2; ++i) {
+          if (!read_number(group, key, PySequence_Fast_GET_ITEM(value, i), true, count)) return false;
+        }
+        break;
+    }
+  }
+  group.states = rule_.states(group.hyperparameters);
+  return true;
+}
+
+// Reads the `count`-th hyperparameter, and counts it.
+bool PythonReader::read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) const {
+  const int k = count++;
+  double value = 0;
+  if (PyFloat_Check(number)) {
+    value = PyFloat_AS_DOUBLE(number);
+    group.bytes[k] = 0;
+  } else if (PyLong_Check(number)) {
+    value = PyLong_AsDouble(number);
+    if (value == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      throw py::value_error(describe_key(group.index, key) + " is too large for a float");
+    }
+    group.bytes[k] = 0;
+  } else if (!is_tensor(number)) {
+    return false;
+  } else {
+    const c10::TensorImpl* tensor = tensor_in(number);
+    if (enter_tensor(group, key, tensor, k) != NumberIn::host_memory) {
+      group.hyperparameters[k] = std::numeric_limits<double>::quiet_NaN();  // only torch or the kernel reads it
+      return true;
+    }
+    value = number_at(group.addresses[k], format_of(tensor).dtype);
+  }
+  if (!std::isfinite(value) || (is_decay_rate && !(value >= 0 && value < 1))) {
+    throw py::value_error(describe_key(group.index, key) + " is " + quoted(number) + "; it must be " +
+                          (is_decay_rate ? "at least 0 and less than 1" : "finite"));
+  }
+  group.hyperparameters[k] = value;
+  return true;
+}
+
+bool PythonReader::locate(PyObject* state, std::optional<c10::DeviceType> only_on,
+                          std::optional<c10::DeviceType> not_on, Inventory& inventory) {
+  if (!PyDict_CheckExact(state) && !py::handle(reinterpret_cast<PyObject*>(Py_TYPE(state))).is(defaultdict_)) {
+    return false;
+  }
+  std::vector<Located>& located = inventory.located;
+  located.clear();
+  size_t total = 0;
+  for (const Group& group : inventory.groups) total += static_cast<size_t>(PyList_GET_SIZE(group.params));
+  located.reserve(total);
+  for (const Group& group : inventory.groups) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i) {
+      PyObject* parameter = PyList_GET_ITEM(group.params, i);
+      if (!is_tensor(parameter)) {
+        throw py::type_error(describe_key(group.index, group_keys_[0]) + "[" + std::to_string(i) +
+                             "] must be a Tensor, not " + Py_TYPE(parameter)->tp_name);
+      }
+      located.push_back({static_cast<uint32_t>(group.index), static_cast<uint32_t>(i), false, parameter, nullptr, {}});
+    }
+  }
+  // A subclass may decide on its device in Python, so it is never asked, and counts as on no device.
+  const auto is_own = [&](PyObject* parameter, const c10::TensorImpl* tensor) {
+    if (!only_on.has_value() && !not_on.has_value()) return true;
+    if (!THPVariable_CheckExact(parameter)) return !only_on.has_value();
+    const c10::DeviceType type = tensor->device().type();
+    return type == only_on.value_or(type) && !(not_on.has_value() && type == *not_on);
+  };
+  // Each pass over a block follows one more pointer. These objects rarely lie in the cache, so a pass fetches those of
+  // the whole block at once instead of waiting for one after the other.
+  StateWalk walk(state);
+  size_t count = 0;
+  for (size_t begin = 0; begin < total; begin += kBlock) {
+    const size_t end = std::min(begin + kBlock, total);
+    for (size_t i = begin; i < end; ++i) prefetch(located[i].param());
+    const size_t first = count;
+    PyObject* states[kBlock];
+    for (size_t i = begin; i < end; ++i) {
+      const c10::TensorImpl* const param = located[i].param();
+      const at::Tensor& grad = param->grad();
+      if (!grad.defined() || !is_own(located[i].parameter, param)) {
+        walk.pass(located[i].parameter);
+        continue;
+      }
+      PyObject* found = states[count - first] = walk.find(located[i].parameter);
+      if (found != nullptr) prefetch(found);
+      Located& kept = located[count++] = located[i];
+      kept.grad = grad.unsafeGetTensorImpl();
+    }
+    for (size_t i = first; i < count; ++i) {
+      if (states[i - first] != nullptr) prefetch_entries(states[i - first]);
+    }
+    for (size_t i = first; i < count; ++i) {
+      PyObject* const entries = states[i - first];
+      if (entries == nullptr) continue;
+      if (!PyDict_CheckExact(entries)) return false;
+      const auto wanted = static_cast<size_t>(inventory.wanted_values(inventory.group_of(i)));
+      if (!state_keys_.read(entries, wanted, located[i].values)) return false;
+      located[i].has_state = PyDict_GET_SIZE(entries) > 0;
+    }
+  }
+  located.resize(count);
+  return true;
+}
+
+}  // namespace dracopt

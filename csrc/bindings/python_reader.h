@@ -1,0 +1,42 @@
+// Reads the Python objects of a step: parameter groups, parameters, gradients and states.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+
+#include "bindings/inventory.h"
+#include "bindings/key_reader.h"
+
+namespace dracopt {
+
+// Reading functions return false if a container, number or flag may have methods of its own. Other code must not run
+// while an inventory holds borrowed references, so Python must read such objects.
+class PythonReader {
+ public:
+  explicit PythonReader(const RuleEntry& rule);
+
+  // Reads the parameter groups. Throws for a hyperparameter that cannot be right.
+  bool read_groups(PyObject* param_groups, Inventory& inventory);
+
+  // Finds the parameters that have a gradient, and their states. Takes `only_on` devices of one type, and passes over
+  // parameters `not_on` such devices.
+  bool locate(PyObject* state, std::optional<c10::DeviceType> only_on, std::optional<c10::DeviceType> not_on,
+              Inventory& inventory);
+
+  PyObject* key_of_group(size_t k) const { return group_keys_[kDriverKeys + k]; }  // see RuleEntry::group_keys
+  PyObject* key_of_state(size_t k) const { return state_keys_[k]; }                // see Located::values
+
+ private:
+  static constexpr size_t kDriverKeys = 5;
+  static constexpr size_t kMaxGroupKeys = kDriverKeys + kMaxHyperparameters;
+
+  bool read_group(PyObject* dict, Group& group);
+  bool read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) const;
+
+  const RuleEntry& rule_;
+  const pybind11::object defaultdict_;
+  KeyReader group_keys_, state_keys_;
+};
+
+}  // namespace dracopt

@@ -1,0 +1,152 @@
+#include "bindings/refusals.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "bindings/cuda_launches.h"
+#include "bindings/describe.h"
+
+namespace py = pybind11;
+
+namespace dracopt {
+namespace {
+
+constexpr char kAdviceOnStates[] = ". Delete this parameter's state to start it afresh";
+
+std::string describe(const Inventory& inventory, size_t i) {
+  const Group& group = inventory.group_of(i);
+  const Located& located = inventory.located[i];
+  return describe_parameter(group.dict, group.index, static_cast<int>(located.index), located.param());
+}
+
+// Says what is wrong about the culprit.
+std::string describe_fault(const Located& located, const Wrong& wrong) {
+  PyObject* const value = wrong.culprit >= 0 ? located.values[wrong.culprit] : nullptr;
+  if (wrong.fault == Fault::missing) return "is missing";
+  if (wrong.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
+  const c10::TensorImpl* const tensor = value != nullptr                    ? tensor_in(value)
+                                        : wrong.culprit == Wrong::kGradient ? located.grad
+                                                                            : located.param();
+  switch (wrong.fault) {
+    case Fault::device:
+      return "is on another device, " + tensor->device().str();
+    case Fault::dtype:
+      return std::string("has a dtype that does not fit, ") + c10::toString(tensor->dtype().toScalarType());
+    case Fault::expanded:
+      return "is expanded: several of its elements share one memory location";
+    case Fault::memory:
+      return "lies in a storage that is too small for it, of " + std::to_string(tensor->unsafe_storage().nbytes()) +
+             " bytes: it was freed or resized";
+    default:
+      return "has another shape, " + shape_of(tensor);
+  }
+}
+
+}  // namespace
+
+void refuse(const Inventory& inventory, const PythonReader& keys, size_t i) {
+  const Wrong wrong = std::get<Wrong>(inventory.examined[i]);
+  const std::string fault = describe_fault(inventory.located[i], wrong);
+  const std::string state = wrong.culprit >= 0 ? quoted(keys.key_of_state(static_cast<size_t>(wrong.culprit))) : "";
+  // The parameter is described last, because the __repr__ of a name may change the inventory's objects.
+  const std::string parameter = describe(inventory, i);
+  if (wrong.fault == Fault::missing) {
+    throw py::key_error("the state of " + parameter + " has no " + state +
+                        ". Was an option such as amsgrad switched on after the first step?" +
+                        std::string(kAdviceOnStates).substr(1));
+  }
+  if (wrong.culprit == Wrong::kParameter) {
+    const bool is_expanded = wrong.fault == Fault::expanded;
+    throw py::value_error(parameter + " " + fault +
+                          (is_expanded ? ", so it cannot be updated in place. Optimize a clone() of it instead"
+                                       : ". Give it its memory back before the step"));
+  }
+  if (wrong.culprit == Wrong::kGradient) {
+    throw py::value_error("the gradient of " + parameter + " " + fault +
+                          ". Set .grad to None, or to a tensor like the parameter");
+  }
+  throw py::value_error("the state " + state + " of " + parameter + " " + fault + kAdviceOnStates);
+}
+
+// Names the largest hyperparameter without which the scalars would be finite. If there is none, names the largest of
+// all, unless the state is wrong.
+void refuse_scalars(const Inventory& inventory, const PythonReader& keys, size_t i) {
+  const RuleEntry& rule = inventory.rule;
+  const Group& group = inventory.group_of(i);
+  const auto& ready = std::get<Ready>(inventory.examined[i]);
+  const auto is_finite_with = [&](const double* hyperparameters) {
+    StateScalar scalars[kMaxStateScalars];
+    inventory.read_state_scalars(ready, scalars);
+    PowerMemo powers{};
+    Scalars prepared;
+    return rule.prepare[static_cast<int>(ready.arithmetic)](scalars, ready.first, hyperparameters, powers, &prepared);
+  };
+  constexpr double zeros[kMaxHyperparameters] = {};
+  const bool state_is_wrong = !is_finite_with(zeros);
+  PyObject *culprit = nullptr, *largest = nullptr;  // the largest that is alone to blame, and the largest of all
+  double most = 0, most_of_all = 0;
+  int number = 0;
+  for (size_t k = 0; rule.group_keys[k].name != nullptr; ++k) {
+    const KeyKind kind = rule.group_keys[k].kind;
+    for (int rate = 0; rate < (kind == KeyKind::decay_rates ? 2 : 1); ++rate, ++number) {
+      const double value = group.hyperparameters[number];
+      if (kind == KeyKind::flag) continue;
+      double others[kMaxHyperparameters];
+      std::copy(group.hyperparameters, group.hyperparameters + kMaxHyperparameters, others);
+      others[number] = 0;
+      if (std::abs(value) > std::abs(most_of_all)) {
+        largest = keys.key_of_group(k);
+        most_of_all = value;
+      }
+      if (std::abs(value) > std::abs(most) && is_finite_with(others)) {
+        culprit = keys.key_of_group(k);
+        most = value;
+      }
+    }
+  }
+  const bool is_fp32 = ready.arithmetic == Arithmetic::fp32;
+  const std::string consequence = std::string(": it makes the update infinite in ") + (is_fp32 ? "fp32" : "fp64");
+  if (culprit == nullptr && !state_is_wrong) {
+    culprit = largest;
+    most = most_of_all;
+  }
+  if (culprit != nullptr) {
+    throw py::value_error(describe_key(group.index, culprit) + " is " + quoted(py::float_(most).ptr()) + consequence);
+  }
+  throw py::value_error("the state of " + describe(inventory, i) + " has wrong scalars" + consequence +
+                        kAdviceOnStates);
+}
+
+void check_capture(const Inventory& inventory, const PythonReader& keys, const std::string& optimizer) {
+  std::optional<c10::Device> device;
+  bool capturing = false;
+  for (size_t i = 0; i < inventory.size() && !capturing; ++i) {
+    const Streams* const streams = streams_of(inventory.examined[i]);
+    if (streams == nullptr || !streams->on_gpu || device == inventory.located[i].param()->device()) continue;
+    device = inventory.located[i].param()->device();
+    capturing = is_capturing(*device);
+  }
+  if (!capturing) return;
+  for (size_t i = 0; i < inventory.size(); ++i) {
+    const Streams* const streams = streams_of(inventory.examined[i]);
+    if (streams == nullptr) continue;
+    if (inventory.rule.state_scalars > 0 && !inventory.group_of(i).capturable) {  // the words are torch's
+      throw std::runtime_error("Attempting CUDA graph capture of step() for an instance of " + optimizer +
+                               " but param_groups' capturable is False.");
+    }
+    const auto refuse_it = [&](const std::string& why) {
+      throw std::runtime_error("step() cannot be captured in a CUDA graph: " + describe(inventory, i) + " " + why);
+    };
+    if (!streams->on_gpu) refuse_it("is not on the GPU");
+    const Ready* const ready = std::get_if<Ready>(&inventory.examined[i]);
+    if (ready == nullptr) refuse_it("has no state yet. Take a step before the capture");
+    for (int k = 0; k < inventory.rule.state_scalars; ++k) {
+      if (ready->scalar_on_gpu[k]) continue;
+      refuse_it("has its state " + quoted(keys.key_of_state(static_cast<size_t>(k))) +
+                " on the CPU. Move it to the GPU");
+    }
+  }
+}
+
+}  // namespace dracopt

@@ -1,0 +1,135 @@
+#include "bindings/todo.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "bindings/examine.h"
+
+namespace py = pybind11;
+
+namespace dracopt {
+namespace {
+
+enum Form { kNew = 1, kMixed = 2, kSparse = 4, kFusable = 8 };  // see dracopt_ext/todo.py
+
+// Returns a tensor that owns a reference to a borrowed one.
+at::Tensor hold(c10::TensorImpl* tensor) {
+  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(tensor));
+}
+
+// Returns the tensor that holds a tensor's elements: a distributed tensor's shard, or itself. The result is undefined
+// for other wrappers.
+at::Tensor local_of(const at::Tensor& tensor) {
+  if (!is_python_subclass(tensor.unsafeGetTensorImpl())) return tensor;
+  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object.ptr(), "_local_tensor"));
+  if (!local) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+    PyErr_Clear();
+  }
+  return local && is_tensor(local.ptr()) ? THPVariable_Unpack(local.ptr()) : at::Tensor();
+}
+
+// Says whether a tensor lies contiguously in the host's memory and its storage is large enough.
+bool lies_simply(const at::Tensor& held) {
+  const c10::TensorImpl* tensor = held.unsafeGetTensorImpl();
+  return held.defined() && is_on_cpu(tensor) && tensor->is_contiguous() &&
+         !lacks_memory(tensor, tensor->numel(), static_cast<int64_t>(tensor->itemsize()));
+}
+
+bool is_absent(PyObject* value) { return value == nullptr || value == Py_None; }
+
+// Says whether torch's fused kernels for the CPU are right for these tensors. They ignore strides and sizes.
+bool is_fusable(const Inventory& inventory, const Group& group, const Located& located) {
+  const Format& format = format_of(located.param());
+  if (!format.is_native || format.is_complex) return false;
+  const at::Tensor param = local_of(THPVariable_Unpack(located.parameter)), grad = local_of(hold(located.grad));
+  const auto has_its_shape = [&](const at::Tensor& tensor) {
+    return same_shape(tensor.unsafeGetTensorImpl(), param.unsafeGetTensorImpl());
+  };
+  if (!lies_simply(param) || !lies_simply(grad) || !has_its_shape(grad)) return false;
+  for (int k = 0; k < inventory.wanted_values(group); ++k) {
+    if (is_absent(located.values[k])) continue;  // torch creates the value
+    if (!is_tensor(located.values[k])) return false;
+    const at::Tensor state = local_of(THPVariable_Unpack(located.values[k]));
+    if (!lies_simply(state)) return false;
+    const bool is_scalar = k < inventory.rule.state_scalars;
+    if (!(is_scalar ? state.dtype() == at::kFloat && state.numel() == 1 : has_its_shape(state))) return false;
+  }
+  return true;
+}
+
+int form_of(const Inventory& inventory, size_t i, double grad_scale) {
+  const Located& located = inventory.located[i];
+  const Group& group = inventory.group_of(i);
+  const int wanted = inventory.wanted_values(group);
+  int form = 0;
+  for (int k = 0; k < wanted; ++k) {
+    if (is_absent(located.values[k])) form = kNew;
+  }
+  const c10::TensorImpl* const grad = located.grad;
+  if (grad->is_sparse()) return form | kSparse;
+  if (grad->is_sparse_compressed() || grad->is_mkldnn()) return form;
+  const auto dtype = located.param()->dtype();
+  const bool is_short = grad->dtype() == at::kBFloat16 || grad->dtype() == at::kHalf;
+  bool mixed = grad->dtype() != dtype || grad->is_conj() || (grad_scale != 1 && is_short);
+  for (int k = inventory.rule.state_scalars; k < wanted; ++k) {
+    if (located.values[k] == nullptr || !is_tensor(located.values[k])) continue;
+    mixed |= tensor_in(located.values[k])->dtype() != dtype;
+  }
+  if (mixed) return form | kMixed;
+  const bool may_fuse = group.fused && std::get_if<Unsupported>(&inventory.examined[i])->reason != kSharesMemory;
+  return may_fuse && is_fusable(inventory, group, located) ? form | kFusable : form;
+}
+
+std::vector<Run> runs_of_missing(const Inventory& inventory) {
+  std::vector<Run> runs;
+  for (size_t i = 0; i < inventory.size(); ++i) {
+    if (!std::holds_alternative<MissingState>(inventory.examined[i])) continue;
+    const auto [group, index] = inventory.index_of(i);
+    const bool joins = !runs.empty() && std::get<0>(runs.back()) == group && std::get<2>(runs.back()) == index;
+    if (joins) {
+      ++std::get<2>(runs.back());
+    } else {
+      runs.emplace_back(group, index, index + 1);
+    }
+  }
+  return runs;
+}
+
+}  // namespace
+
+py::tuple make_todo(const Inventory& inventory, double grad_scale, bool host_decides) {
+  // Other code may run from here on, such as a tensor subclass's properties and finalizers. Objects that are looked at
+  // are held.
+  std::vector<py::object> objects;
+  std::vector<at::Tensor> grads;
+  std::vector<size_t> places;
+  bool nothing_left = true;
+  for (size_t i = 0; i < inventory.size(); ++i) {
+    nothing_left &= streams_of(inventory.examined[i]) == nullptr;
+    if (!std::holds_alternative<Unsupported>(inventory.examined[i])) continue;
+    const Located& located = inventory.located[i];
+    places.push_back(i);
+    objects.push_back(py::reinterpret_borrow<py::object>(located.parameter));
+    for (PyObject* value : located.values) {
+      if (value != nullptr) objects.push_back(py::reinterpret_borrow<py::object>(value));
+    }
+    grads.push_back(hold(located.grad));
+  }
+  std::vector<int> forms;
+  for (size_t i : places) forms.push_back(form_of(inventory, i, grad_scale));
+  // No other code sees the list before it is full.
+  py::list unsupported(places.size());
+  const char* reason = nullptr;
+  py::str text;
+  for (size_t n = 0; n < places.size(); ++n) {
+    const auto* const found = std::get_if<Unsupported>(&inventory.examined[places[n]]);
+    if (found->reason != reason) text = py::str(reason = found->reason);
+    const auto [group, index] = inventory.index_of(places[n]);
+    PyList_SET_ITEM(unsupported.ptr(), static_cast<Py_ssize_t>(n),
+                    py::make_tuple(group, index, text, forms[n]).release().ptr());
+  }
+  return py::make_tuple(runs_of_missing(inventory), unsupported, host_decides, nothing_left);
+}
+
+}  // namespace dracopt

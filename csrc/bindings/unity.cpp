@@ -1,0 +1,11 @@
+// The binding as one translation unit, because torch's headers take most of the time of a compilation.
+#include "bindings/cuda_launches.cpp"
+#include "bindings/examine.cpp"
+#include "bindings/module.cpp"
+#include "bindings/python_reader.cpp"
+#include "bindings/refusals.cpp"
+#include "bindings/runner.cpp"
+#include "bindings/shared_memory.cpp"
+#include "bindings/step_plan.cpp"
+#include "bindings/todo.cpp"
+#include "bindings/updates.cpp"

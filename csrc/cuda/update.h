@@ -1,0 +1,374 @@
+// The work of each thread of a block. The kernel calls these functions, and the tests call them on the host.
+#pragma once
+
+#include <type_traits>
+
+#include "core/math.h"
+#include "cuda/fast_math.h"
+#include "cuda/launch.h"
+#include "cuda/tile.h"
+#include "cuda/vectors.h"
+
+namespace dracopt {
+namespace cuda {
+inline namespace DRACOPT_ISA {
+
+// Stored names the types of a tensor's streams for a loop that is compiled for these types alone.
+template <typename Param, typename Grad, typename State>
+struct Stored {
+  DRACOPT_HD static constexpr Dtype dtype(int stream) {
+    return stream == kParam ? dtype_of<Param> : stream == kGrad ? dtype_of<Grad> : dtype_of<State>;
+  }
+
+  // Calls `body` with a value of the type in which a stream is stored.
+  template <typename Body>
+  DRACOPT_HD static void as_type(int stream, const Body& body) {
+    if (stream == kParam) return body(Param());
+    if (stream == kGrad) return body(Grad());
+    body(State());
+  }
+};
+
+// Anyhow stands for all other types: the loop looks at every stream's dtype at run time.
+struct Anyhow {};
+
+// Left says what the loops over vectors leave of a thread's share: the vectors that VectorMath could not compute, bit n
+// for vector number n, and the elements in no vector.
+struct Left {
+  static constexpr uint32_t kLoose = 1u << 31;  // in the same word, because registers are scarce in the loops
+
+  uint32_t bits;
+  int lanes;  // elements of a vector
+};
+
+// Updates one thread's elements of a tensor.
+template <typename Rule, typename T, int N>
+struct ThreadUpdate {
+  static constexpr int kStreams = kFirstState + N;
+  using RuleScalars = typename Rule::template Scalars<T>;
+
+  // FastMath makes sure that no number is NaN, so two numbers can be rounded to 16 bits at once.
+  static constexpr bool kInPairs = std::is_same_v<VectorMath<T>, FastMath>;
+
+  // The most elements that a thread works on at once: a vector of the narrowest dtype that usually occurs beside T.
+  static constexpr int kLanes = sizeof(T) == 8 ? 4 : 8;
+
+  RuleScalars scalars;
+  Divisor<T> divisor;
+  const Layout* layout;
+  uint32_t dense;  // bit k: stream k is dense
+  bool adjusts;    // the gradient is divided or negated
+  bool maximize;
+  char* data[kStreams];
+  uint32_t forms;  // the dtypes by dtype_at; bit kAligned + k: stream k's vectors begin where the tensor's do
+  Range range;     // the tile's elements
+
+  static constexpr int kAligned = 16;
+  static constexpr uint32_t kAllAligned = ((1u << kStreams) - 1) << kAligned;
+
+  DRACOPT_HD ThreadUpdate(const Arguments& arguments, const Tile& tile, const RuleScalars& prepared)
+      : scalars(prepared) {
+    const Row& row = arguments.rows[tile.row];
+    maximize = row.maximize;
+    dense = row.dense;
+    forms = row.dtypes;
+    layout = row.layout == kDense ? nullptr : arguments.layouts + row.layout;
+    const auto number = static_cast<T>(arguments.grad_scale == nullptr ? arguments.divisor : *arguments.grad_scale);
+    divisor = Divisor<T>::of(number);
+    adjusts = number != T(1) || maximize;
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) {
+      data[k] = k == kGrad ? reinterpret_cast<char*>(arguments.words[tile.row]) : static_cast<char*>(row.streams[k]);
+      forms |= static_cast<uint32_t>(fills_vectors(k)) << (kAligned + k);
+    }
+    const bool misaligned = row.misaligned || reinterpret_cast<uintptr_t>(data[kGrad]) % kVectorBytes != 0;
+    range = range_of(tile.number, row.numel, misaligned ? align() : 0, layout == nullptr ? kLanes : 0);
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) {
+      if (is_dense(k)) data[k] += range.begin * itemsize(dtype(k));
+    }
+  }
+
+  DRACOPT_HD bool is_dense(int k) const { return (dense >> k & 1) != 0; }
+
+  // Returns the element at which vectors begin in most streams. The other streams are accessed element by element.
+  DRACOPT_HD int align() {
+    int most = 0, head = 0;
+    DRACOPT_UNROLL
+    for (int candidate = 0; candidate < kStreams; ++candidate) {
+      const int start = elements_to_alignment(candidate);
+      int count = 0;
+      DRACOPT_UNROLL
+      for (int k = 0; k < kStreams; ++k) count += is_aligned(k, start);
+      if (count > most) {
+        most = count;
+        head = start;
+      }
+    }
+    forms &= ~kAllAligned;
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) forms |= static_cast<uint32_t>(is_aligned(k, head)) << (kAligned + k);
+    return head;
+  }
+
+  DRACOPT_HD int elements_to_alignment(int k) const {
+    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(data[k]) % kVectorBytes);
+    return (kVectorBytes - past) % kVectorBytes / itemsize(dtype(k));
+  }
+
+  DRACOPT_HD bool is_aligned(int k, int start) const {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data[k]) + static_cast<uintptr_t>(start * itemsize(dtype(k)));
+    return address % kVectorBytes == 0 && fills_vectors(k);
+  }
+
+  // Returns whether a stream fills vectors, which 16-bit numbers in fp64 arithmetic do not.
+  DRACOPT_HD bool fills_vectors(int k) const { return kLanes * itemsize(dtype(k)) >= kVectorBytes; }
+
+  // Updates the part of a thread's share of a tile that lies in vectors. Usual dtypes of models have separate loops.
+  DRACOPT_HD Left in_vectors(int thread) const {
+    if (all_stored<Stored<T, T, T>>()) return vectors<Stored<T, T, T>, kVectorBytes / sizeof(T)>(thread);
+    if constexpr (sizeof(T) == 4) {
+      if (all_stored<Stored<Bf16, Bf16, T>>()) return vectors<Stored<Bf16, Bf16, T>, kLanes>(thread);
+      if (all_stored<Stored<Bf16, Bf16, Bf16>>()) return vectors<Stored<Bf16, Bf16, Bf16>, kLanes>(thread);
+      if (all_stored<Stored<Fp16, Fp16, T>>()) return vectors<Stored<Fp16, Fp16, T>, kLanes>(thread);
+      if (all_stored<Stored<Fp16, Fp16, Fp16>>()) return vectors<Stored<Fp16, Fp16, Fp16>, kLanes>(thread);
+    }
+    return vectors<Anyhow, 4>(thread);
+  }
+
+  // Returns whether all streams are stored as Storage says, and aligned.
+  template <typename Storage>
+  DRACOPT_HD bool all_stored() const {
+    uint32_t such = kAllAligned;
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) such |= dtype_at(k, Storage::dtype(k));
+    return forms == such;
+  }
+
+  // Updates the vectors. Each Storage has its own instance of this loop.
+  template <typename Storage, int lanes>
+  DRACOPT_HD Left vectors(int thread) const {
+    constexpr int distance = lanes * kThreads;
+    static_assert(sizeof(T) == 8 || kTile + kLanes <= 31 * distance, "a thread has a bit for each of its vectors");
+    Left left = {range.first > 0 || range.last < range.end ? Left::kLoose : 0, lanes};
+    uint32_t bit = 1;
+    for (int i = range.first + thread * lanes; i < range.last; i += distance, bit <<= 1) {
+      // All streams are loaded before any of them is used, so that the loads wait together.
+      Lanes<lanes, T> stored[kStreams];
+      DRACOPT_UNROLL
+      for (int k = 0; k < kStreams; ++k) load<Storage>(k, i, stored[k]);
+      if (!update_lanes<Storage>(stored)) {
+        left.bits |= bit;
+        continue;
+      }
+      DRACOPT_UNROLL
+      for (int k = 0; k < kStreams; ++k) {
+        if (k != kGrad) store<Storage>(k, i, stored[k]);
+      }
+    }
+    return left;
+  }
+
+  // Updates the rest of a thread's share, element by element.
+  DRACOPT_HD void one_by_one(int thread, Left left) const {
+    const int loose = range.first + (range.end - range.last);
+    left.bits &= ~Left::kLoose;
+    for (int i = thread, lane = 0; left.bits != 0 || i < loose;) {
+      int at = i < range.first ? i : range.last + (i - range.first);
+      if (left.bits == 0) {
+        i += kThreads;
+      } else {
+        at = range.first + (thread + lowest_bit(left.bits) * kThreads) * left.lanes + lane;
+        lane = (lane + 1) % left.lanes;
+        if (lane == 0) left.bits &= left.bits - 1;
+      }
+      one(at);
+    }
+  }
+
+  // Computes the new numbers of a vector. Returns false if VectorMath could not.
+  template <typename Storage, int lanes>
+  DRACOPT_HD bool update_lanes(Lanes<lanes, T> (&stored)[kStreams]) const {
+    constexpr int part = kVectorBytes / sizeof(T);  // registers have room for this many in both forms
+    VectorMath<T> math;
+    DRACOPT_UNROLL
+    for (int first = 0; first < lanes; first += part) {
+      T x[part][kStreams];
+      DRACOPT_UNROLL
+      for (int k = 0; k < kStreams; ++k) {
+        as_type<Storage>(k, [&](auto type) {
+          DRACOPT_UNROLL
+          for (int i = 0; i < part; ++i) {
+            x[i][k] = static_cast<T>(widen(stored[k].template get<decltype(type)>(first + i)));
+          }
+        });
+      }
+      if (adjusts) {
+        DRACOPT_UNROLL
+        for (int i = 0; i < part; ++i) adjust(x[i][kGrad], math);
+      }
+      DRACOPT_UNROLL
+      for (int i = 0; i < part; ++i) {
+        Rule::template update<T, N>(scalars, x[i][kParam], x[i][kGrad], x[i] + kFirstState, math);
+      }
+      DRACOPT_UNROLL
+      for (int k = 0; k < kStreams; ++k) {
+        if (k == kGrad) continue;
+        as_type<Storage>(k, [&](auto type) {
+          constexpr bool in_pairs = kInPairs && sizeof(type) == 2 && !std::is_same_v<Storage, Anyhow>;
+          DRACOPT_UNROLL
+          for (int i = 0; i < part; i += 2) {
+            if (k == kParam || in_pairs) math.require_numbers(x[i][k], x[i + 1][k]);
+            if constexpr (in_pairs) {
+              stored[k].word((first + i) / 2) = narrow_pair(x[i][k], x[i + 1][k], type);
+            } else {
+              stored[k].set(first + i, narrow<decltype(type)>(x[i][k]));
+              stored[k].set(first + i + 1, narrow<decltype(type)>(x[i + 1][k]));
+            }
+          }
+        });
+      }
+    }
+    return math.exact;
+  }
+
+  // Returns the address of an element. A 64-bit product takes one instruction if the size is a constant, and registers
+  // if the size is not constant.
+  template <typename Storage>
+  DRACOPT_HD char* address(int k, int at) const {
+    using Index = std::conditional_t<std::is_same_v<Storage, Anyhow>, int, int64_t>;
+    return data[k] + static_cast<Index>(at) * itemsize(dtype_in<Storage>(k));
+  }
+
+  template <typename Storage, int lanes>
+  DRACOPT_HD void load(int k, int at, Lanes<lanes, T>& to) const {
+    const int bytes = itemsize(dtype_in<Storage>(k));
+    const char* const from = address<Storage>(k, at);
+    if (!std::is_same_v<Storage, Anyhow> || (parts() >> (kAligned + k) & 1) != 0) {
+      DRACOPT_UNROLL
+      for (int v = 0; v < to.kVectors; ++v) {
+        if ((v + 1) * kVectorBytes <= lanes * bytes) to.vectors[v] = read(reinterpret_cast<const Vector*>(from) + v);
+      }
+      if (lanes * bytes < kVectorBytes) read_half(to.vectors[0], reinterpret_cast<const Vector*>(from));
+    } else {
+      as_bits(bytes, [&](auto type) {
+        DRACOPT_UNROLL
+        for (int i = 0; i < lanes; ++i) to.set(i, reinterpret_cast<const decltype(type)*>(from)[i]);
+      });
+    }
+  }
+
+  template <typename Storage, int lanes>
+  DRACOPT_HD void store(int k, int at, const Lanes<lanes, T>& from) const {
+    const int bytes = itemsize(dtype_in<Storage>(k));
+    char* const to = address<Storage>(k, at);
+    if (!std::is_same_v<Storage, Anyhow> || (parts() >> (kAligned + k) & 1) != 0) {
+      DRACOPT_UNROLL
+      for (int v = 0; v < from.kVectors; ++v) {
+        if ((v + 1) * kVectorBytes <= lanes * bytes) write(reinterpret_cast<Vector*>(to) + v, from.vectors[v]);
+      }
+      if (lanes * bytes < kVectorBytes) write_half(reinterpret_cast<Vector*>(to), from.vectors[0]);
+    } else {
+      as_bits(bytes, [&](auto type) {
+        DRACOPT_UNROLL
+        for (int i = 0; i < lanes; ++i) reinterpret_cast<decltype(type)*>(to)[i] = from.template get<decltype(type)>(i);
+      });
+    }
+  }
+
+  // Returns `forms` as a new value, so that the compiler does not take it apart before a loop. The compiler would keep
+  // each part in a register of its own.
+  DRACOPT_HD uint32_t parts() const {
+    uint32_t all = forms;
+    asm volatile("" : "+r"(all));
+    return all;
+  }
+
+  DRACOPT_HD Dtype dtype(int k) const { return static_cast<Dtype>(parts() >> 2 * k & 3); }
+
+  template <typename Storage>
+  DRACOPT_HD Dtype dtype_in(int k) const {
+    if constexpr (std::is_same_v<Storage, Anyhow>) {
+      return dtype(k);
+    } else {
+      return Storage::dtype(k);
+    }
+  }
+
+  // Calls `body` with a value of the type in which a stream is stored.
+  template <typename Storage, typename Body>
+  DRACOPT_HD void as_type(int k, const Body& body) const {
+    if constexpr (!std::is_same_v<Storage, Anyhow>) {
+      return Storage::as_type(k, body);
+    } else {
+      if (dtype(k) == Dtype::fp32) return body(float());
+      if constexpr (sizeof(T) == 8) {
+        if (dtype(k) == Dtype::fp64) return body(double());
+      }
+      if (dtype(k) == Dtype::bf16) return body(Bf16());
+      body(Fp16());
+    }
+  }
+
+  // Calls `body` with a value of a type of this size.
+  template <typename Body>
+  DRACOPT_HD static void as_bits(int bytes, const Body& body) {
+    if (bytes == 4) return body(uint32_t());
+    if constexpr (sizeof(T) == 8) {
+      if (bytes == 8) return body(uint64_t());
+    }
+    body(Bf16());
+  }
+
+  // Updates an element at any address and in any layout. The store computes the element's place again, because
+  // registers are scarce and few written streams are strided.
+  DRACOPT_HD void one(int i) const {
+    T x[kStreams];
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) {
+      const int64_t at = place_of(k, i);
+      as_type<Anyhow>(
+          k, [&](auto type) { x[k] = static_cast<T>(widen(reinterpret_cast<const decltype(type)*>(data[k])[at])); });
+    }
+    PlainMath math;
+    if (adjusts) adjust(x[kGrad], math);
+    Rule::template update<T, N>(scalars, x[kParam], x[kGrad], x + kFirstState, math);
+    DRACOPT_UNROLL
+    for (int k = 0; k < kStreams; ++k) {
+      if (k == kGrad) continue;
+      const int64_t at = place_of(k, i);
+      as_type<Anyhow>(
+          k, [&](auto type) { reinterpret_cast<decltype(type)*>(data[k])[at] = narrow<decltype(type)>(x[k]); });
+    }
+  }
+
+  DRACOPT_HD int64_t place_of(int k, int i) const { return is_dense(k) ? i : offset_of(*layout, k, range.begin + i); }
+
+  // Divides a gradient by the scale of the loss, and negates the gradient if the objective is maximized.
+  template <typename Math>
+  DRACOPT_HD void adjust(T& grad, Math& math) const {
+    const T quotient = math.quotient(grad, divisor);
+    grad = maximize ? -quotient : quotient;
+  }
+};
+
+// Updates a thread's share of a block's tile.
+template <typename Rule, typename T, int N = Rule::min_states>
+DRACOPT_HD void update(const Arguments& arguments, const Tile& tile, const typename Rule::template Scalars<T>& scalars,
+                       int thread) {
+  if constexpr (N < Rule::max_states) {
+    if (arguments.rows[tile.row].states != N) return update<Rule, T, N + 1>(arguments, tile, scalars, thread);
+  }
+  const ThreadUpdate<Rule, T, N> update(arguments, tile, scalars);
+  const Left left = update.in_vectors(thread);
+  if (left.bits == 0) return;
+  // The facts about the tensor are read again, because registers are scarce in the loops before. This barrier stops the
+  // compiler from keeping the facts in registers.
+  asm volatile("" ::: "memory");
+  const ThreadUpdate<Rule, T, N> again(arguments, tile, scalars);
+  again.one_by_one(thread, left);
+}
+
+}  // namespace DRACOPT_ISA
+}  // namespace cuda
+}  // namespace dracopt

@@ -1,0 +1,96 @@
+"""Steps parameters by the reference, and first refuses what the reference does not serve."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..containers import Group, entries_of
+
+if TYPE_CHECKING:
+    from ._step import Step
+
+
+def update_all(step: Step, grad_scale: float) -> None:
+    """Updates every parameter that has a gradient."""
+    groups = step.with_gradients()
+    check(step, groups)
+    update(step, groups, grad_scale)
+
+
+def update(step: Step, groups: list[Group], grad_scale: float) -> None:
+    """Updates the parameters of these groups, which must have been checked."""
+    if not groups:
+        return
+    state = step.optimizer.state
+    with torch.no_grad(), step.restored_on_error(groups):
+        for group in groups:
+            for p in group["params"]:
+                new = step.kind.lacks_state(entries_of(state, p), group)
+                if new:
+                    step.create_moments({**group, "params": [p]})
+                reference.update(
+                    step.kind.rule,
+                    p,
+                    p.grad,
+                    state[p],
+                    group,
+                    maximize=group["maximize"],
+                    grad_scale=grad_scale,
+                    first=new and not step.kind.counts_steps,
+                )
+                step.note("reference", [p.device])
+
+
+def check(step: Step, groups: list[Group]) -> None:
+    """Raises for what the compiled kernels would refuse, and for what the reference does not serve."""
+    rule = step.kind.rule
+    for group in groups:
+        if group.get("differentiable") or (group.get("capturable") and not group.get("fused")):
+            raise RuntimeError("the reference implementation serves neither differentiable nor capturable groups")
+        numbers = reference.numbers(rule, group)
+        index = step.find(group["params"][0])[0]
+        for key, value in numbers.items():
+            _check_number(f"param_groups[{index}][{key!r}]", value)
+        for p in group["params"]:
+            state = _check_tensors(step, p, group)
+            scalars = {name: state[name] for name in reference.STATE_SCALARS if name in state}
+            in_fp64 = reference.in_fp64(p, p.grad, state)
+            in_fp64 |= not state and step.engine.state_dtype == torch.float64
+            reference.check_finite(rule, numbers, scalars, in_fp64, index, partial(step.describe, p))
+
+
+def _check_number(where: str, value: Any) -> None:
+    """Raises if a hyperparameter is wrong: a number, or the decay rates in a tuple."""
+    rates = isinstance(value, tuple)
+    if rates and len(value) != 2:
+        raise ValueError(f"{where} must be 2 numbers, not {len(value)}")
+    for number in value if rates else [value]:
+        if not math.isfinite(number) or (rates and not 0 <= number < 1):
+            must = "at least 0 and less than 1" if rates else "finite"
+            raise ValueError(f"{where} is {number}; it must be {must}")
+
+
+def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
+    """Checks tensors and returns the parameter's state, which is empty if it has yet to be created."""
+    grad = p.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the reference implementation takes dense tensors only, not the {grad.layout} gradient of "
+            f"{step.describe(p)}"
+        )
+    entries = entries_of(step.optimizer.state, p)
+    state = {} if step.kind.lacks_state(entries, group) else entries
+    if state and group.get("amsgrad") and "max_exp_avg_sq" not in state:
+        raise KeyError(f"the state of {step.describe(p)} has no 'max_exp_avg_sq'")
+    for name in ("the gradient", *reference.MOMENTS):
+        tensor = grad if name == "the gradient" else state.get(name)
+        if tensor is not None and tensor.shape != p.shape:
+            raise ValueError(f"{name} of {step.describe(p)} has another shape, {list(tensor.shape)}")
+    return state
