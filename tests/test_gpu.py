@@ -606,6 +606,19 @@ def test_neither_side_changes_where_the_other_is_wrong(gpu: Gpu, first: bool) ->
         assert set(optimizer.last_backend) == {gpu.type, "cpu"}
 
 
+def test_overflow_on_both_sides_comes_before_what_is_wrong(gpu: Gpu) -> None:
+    """A step that an overflow ends does not ask whether its update would be finite."""
+    params = [nn.Parameter(gpu(torch.ones(3))), nn.Parameter(torch.ones(3))]
+    optimizer = dracopt_ext.AdamW([{"params": [p]} for p in params], lr=0.1, fused=True)
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["lr"] = 1e39
+    scaled(optimizer, gpu, found=1.0, scale=2.0)
+    assert_same_bits(snapshot(optimizer), before)
+
+
 def test_a_learning_rate_on_the_cpu_that_the_step_updates(gpu: Gpu) -> None:
     """torch reads the updated value in the later group, whichever device that is on."""
     results = []

@@ -39,6 +39,14 @@ def test_a_look_changes_nothing() -> None:
     assert plan.launches == 0
 
 
+def test_what_was_created_is_gone() -> None:
+    optimizer, plan = make(nn.Parameter(torch.ones(3)))
+    optimizer.state.clear()
+    for only_looks in (False, True):
+        with pytest.raises(RuntimeError, match="have changed while step\\(\\) was creating states"):
+            plan.step(optimizer.param_groups, optimizer.state, created=[(0, 0, 1)], only_looks=only_looks)
+
+
 @pytest.mark.parametrize("change", [{"lr": 1e300}, {"eps": float("inf")}])
 def test_a_look_finds_what_is_wrong(change: dict[str, float]) -> None:
     optimizer, plan = make(nn.Parameter(torch.ones(3)))

@@ -271,6 +271,17 @@ def test_sparse_gradient_for_fused_sgd() -> None:
     broken.assert_recovers()
 
 
+def test_torch_steps_nothing_where_a_later_group_is_wrong() -> None:
+    """The plan's own parameters are looked at to the end before torch steps the others."""
+    sparse, dense = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    sparse.grad, dense.grad = torch.ones(3).to_sparse(), torch.ones(3)
+    optimizer = dracopt_ext.SGD([{"params": [sparse]}, {"params": [dense], "lr": 1e39}], lr=0.1)
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['lr'\] is 1e\+39: it makes the update infinite"):
+        optimizer.step()
+    assert torch.equal(sparse.detach(), torch.ones(3))
+    assert torch.equal(dense.detach(), torch.ones(3))
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
 def test_native_backend_refuses_what_it_does_not_serve(name: str) -> None:
     broken = Broken(name, backend="native")

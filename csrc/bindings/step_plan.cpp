@@ -62,7 +62,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
 
   const bool waits = host_decides(options.scaler);
   const bool is_blocked = waits || has_todo();
-  if (is_blocked && (options.only_looks || !options.created.has_value())) {
+  if (is_blocked && !options.created.has_value()) {
     return make_todo(inventory_, options.grad_scale, waits);
   }
   if (is_blocked) throw std::runtime_error("parameters or states have changed while step() was creating states");

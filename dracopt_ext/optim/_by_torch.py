@@ -113,7 +113,8 @@ def _sort_for_torch(
         p = group["params"][i]
         if form & SPARSE and refuses_sparse:
             raise RuntimeError(kind.sparse_error)
-        will_mix = form & NEW and state_dtype not in (None, p.dtype)
+        # torch would give new moments, and those that a sparse gradient changes, the parameter's dtype.
+        will_mix = form & (NEW | SPARSE) and state_dtype not in (None, p.dtype)
         if will_mix or (form & MIXED and (may_mix or state_dtype is not None)):
             mixed.append(p)
         elif not fused:

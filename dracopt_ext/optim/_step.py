@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backend as backend_module
 from .. import devices, reference
 from ..containers import Group, plain_groups, plain_state, restore
-from ..todo import NEW, Index, Run, Scaler, Todo
+from ..todo import NEW, Index, Run, Scaler, Todo, Unsupported
 from . import _by_reference, _by_torch, _scaled
 from ._engine import engine_of
 
@@ -91,7 +91,9 @@ class Step:
         # Whichever plan finds something wrong, no other has changed anything by then.
         first, *others = shares
         todos = [self._look(share, grad_scale, scaler) for share in others]
-        if any(todo.missing or todo.unsupported or todo.host_decides for todo in todos):
+        if any(todo.host_decides for todo in todos):
+            return Todo([], [], host_decides=True, nothing_left=False)
+        if any(todo.missing or todo.unsupported for todo in todos):
             todos.insert(0, self._look(first, grad_scale, scaler))
         elif (todo := self._run_plan(first, grad_scale, scaler)) is not None:
             todos.insert(0, todo)
@@ -99,10 +101,18 @@ class Step:
             for share in others:
                 self._run_plan(share, grad_scale, scaler, created=[])
             return None
+        if todos[0].host_decides:
+            return Todo([], [], host_decides=True, nothing_left=all(todo.nothing_left for todo in todos))
         missing = sorted(run for todo in todos for run in todo.missing)
         unsupported = sorted(parameter for todo in todos for parameter in todo.unsupported)
-        if any(todo.host_decides for todo in todos):
-            return Todo(missing, unsupported, True, all(todo.nothing_left for todo in todos))
+        left = [share for share, todo in zip(shares, todos, strict=True) if not todo.nothing_left]
+        self._update_in_turn(left, missing, unsupported, grad_scale, scaler)
+        return None
+
+    def _update_in_turn(
+        self, shares: list[Share], missing: list[Run], unsupported: list[Unsupported], grad_scale: float, scaler: Scaler
+    ) -> None:
+        """Creates the missing states, lets torch step what is unsupported, and then the plans their shares."""
         if self.engine.backend is not None:
             for group_index, index, reason, _ in unsupported:
                 raise RuntimeError(
@@ -112,23 +122,22 @@ class Step:
                 )
         created = self.select(missing)
         new = self.select([(g, i, i + 1) for g, i, _, form in unsupported if form & NEW])
+        options = {"created": missing, "stepped": [parameter[:2] for parameter in unsupported]}
         with self.restored_on_error(created + new):
             with torch.no_grad():
                 for group in created:
                     self.create_moments(group)
+            if unsupported or len(shares) > 1:
+                for share in shares:
+                    self._look(share, grad_scale, scaler, **options)
             _by_torch.update(self, unsupported, grad_scale)
-            stepped = [parameter[:2] for parameter in unsupported]
-            left = [share for share, todo in zip(shares, todos, strict=True) if not todo.nothing_left]
-            for share in left[1:]:
-                self._look(share, grad_scale, scaler, created=missing, stepped=stepped)
-            for share in left:
-                self._run_plan(share, grad_scale, scaler, created=missing, stepped=stepped)
+            for share in shares:
+                self._run_plan(share, grad_scale, scaler, **options)
         for reason in {reason: None for _, _, reason, _ in unsupported}:
             backend_module.warn_once(
                 f"{type(self.optimizer).__name__} leaves {reason} to torch's own implementation (or to the reference, "
                 "where dtypes mix), which is slower"
             )
-        return None
 
     def _shares(self) -> list[Share]:
         """Returns the shares of the plans that this step needs: one, or Triton's and the native one beside it."""

@@ -246,7 +246,7 @@ class Examiner:
         others = [p for p, _ in unsupported if why_not_plain(p.param) is None]
         ranges = [(*range_of(t), i) for i, p in enumerate(searched) for t in p.written if t is not None]
         ranges += [(*range_of(p.param), len(searched)) for p in others]
-        if any(group.read for group in groups):
+        if any(group.reads_host for group in groups):
             ranges += [(*range_of(p), len(searched)) for p in passed_over if why_not_plain(p) is None]
         written = WrittenMemory(ranges)
         shared = written.shared()

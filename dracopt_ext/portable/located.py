@@ -36,6 +36,7 @@ class Group:
         self.capturable = _flag(values.get("capturable"))
         self.unsupported = "differentiable=True" if _flag(values.get("differentiable")) else None
         self.read: list[tuple[int, int]] = []  # address ranges of hyperparameters that are tensors
+        self.reads_host = False  # some hyperparameter is a tensor on the CPU
         self.device: torch.device | None = None  # the device of hyperparameters that are tensors on a GPU
         self.numbers: list[float] = []
         self._flags = 0  # the flags of the recipe
@@ -97,6 +98,7 @@ class Group:
         if is_plain and lacks_memory(tensor):
             raise ValueError(f"{self._name(key)} is a tensor whose storage was freed")
         if is_plain and tensor.device.type == "cpu":
+            self.reads_host = True
             self.read.append(range_of(tensor))
             return tensor.item()
         known_here = self.device in (None, tensor.device) and tensor.dtype in (torch.float32, torch.float64)

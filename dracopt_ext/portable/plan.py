@@ -102,6 +102,7 @@ class StepPlan:
         only_looks: bool = False,
     ) -> Any:
         """Steps every parameter that has a gradient, by the contract of csrc/bindings/step_plan.h."""
+        self.updated, self.launches = {}, 0
         try:
             if type(param_groups) is not list or not is_plain_state(state):
                 return NotImplemented
@@ -127,13 +128,12 @@ class StepPlan:
         only_looks: bool,
         under_mode: bool,
     ) -> Todo | None:
-        self.updated, self.launches = {}, 0
         found = Examined(located, [], [], self._written)
         numbers: list[Numbers] = []
         # The storages live until the end, because another thread may give tensors other memory while kernels run.
         storages: list[Any] = []
         # Nothing is remembered of another plan's memory, in which a learning rate may lie.
-        is_alone = not passed_over or not any(group.read for group in groups)
+        is_alone = not passed_over or not any(group.reads_host for group in groups)
         known = is_alone and not under_mode and facts == self._facts and self._guards.check(*tensors)
         if known:
             storages = [tensor.untyped_storage() for p in located for tensor in (p.grad, *p.written)]
@@ -151,7 +151,7 @@ class StepPlan:
         capturing = self._check_capture(found, groups)
         host_decides = scaler != (None, None) and self._host_decides(found)
         is_blocked = bool(found.missing or found.unsupported or host_decides)
-        if is_blocked and created is not None and not only_looks:
+        if is_blocked and created is not None:
             raise RuntimeError("parameters or states have changed while step() was creating states")
         ready = found.ready
         if not is_blocked:
