@@ -176,7 +176,7 @@ def test_data_is_swapped(case: Case) -> None:
     Pair(case).assert_equal_steps(2).do(swap).assert_equal_steps(2)
 
 
-def test_module_to_double_and_back() -> None:
+def test_module_to_double() -> None:
     """SGD without momentum has no states that would stay in fp32, so its steps remain native."""
     model = nn.Linear(8, 8)
     optimizer = dracopt_ext.SGD(model.parameters(), lr=0.5)

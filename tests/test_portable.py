@@ -22,7 +22,7 @@ from .cases import FAULTS, Case, NoOp, assert_same_bits, inputs, train
 HERE = Path(__file__).parent
 SIZES = [0, 1, 15, 4099, 70_001]
 
-KERNELS_ALONE = "bites or instruction_sets or threads or two_to_the_31"
+KERNELS_ALONE = "bites or instruction_sets or threads or two_to_the_31 or test_reference"
 """Tests of what the kernels do, whoever plans the step; and the proofs that other tests can fail."""
 
 

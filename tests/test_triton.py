@@ -365,7 +365,7 @@ def test_default_device() -> None:
 
 
 @interpreting
-def test_foreign_parameters_do_not_move_the_table(uploads: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_ones_do_not_move_the_table(uploads: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters that torch steps leave the table as it is."""
     as_on_a_gpu(monkeypatch)
     p, q = parameters(2)

@@ -177,14 +177,14 @@ void Runner::run_on_cpu(Inventory& inventory, const Updates& updates, bool holds
             if (work.segments[i].first_unit >= end) break;
             if (work.segments[i].first_unit >= begin) mine.record_at(i);
           }
-          cpu::run(begin, end, &mine.work);
+          cpu::run_range(begin, end, &mine.work);
         },
         &share);
     return;
   }
   for (size_t i = 0; i < count; ++i) share.record_at(i);
   const pybind11::gil_scoped_release release;
-  in_parallel(share.work.units, kGrainUnits, cpu::run, &share.work);
+  in_parallel(share.work.units, kGrainUnits, cpu::run_range, &share.work);
 }
 
 }  // namespace dracopt

@@ -88,7 +88,7 @@ const RuleEntry* find_rule(const char* name) {
   return nullptr;
 }
 
-void run(int64_t begin, int64_t end, void* context) {
+void run_range(int64_t begin, int64_t end, void* context) {
   const Work& work = *static_cast<const Work*>(context);
   run_units(work.segments, work.count, begin, end);
 }

@@ -32,7 +32,7 @@ struct Work {
 };
 
 // Updates the units [begin, end) of a Work. Never throws; threads may run disjoint ranges at once.
-DRACOPT_EXPORT void run(int64_t begin, int64_t end, void* work);
+DRACOPT_EXPORT void run_range(int64_t begin, int64_t end, void* work);
 
 // The types of torch's torch_parallel_for. These kernels are not linked to torch.
 using ParallelFunc = void (*)(int64_t begin, int64_t end, void* context);

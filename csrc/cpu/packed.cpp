@@ -76,7 +76,7 @@ class CpuLaunch {
 
   bool run(ParallelFor parallel_for) {
     Work work{segments_.data(), segments_.size(), number_units(segments_.data(), segments_.size())};
-    return in_parallel(parallel_for, work.units, kGrainUnits, cpu::run, &work);
+    return in_parallel(parallel_for, work.units, kGrainUnits, cpu::run_range, &work);
   }
 
  private:
