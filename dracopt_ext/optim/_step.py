@@ -91,16 +91,17 @@ class Step:
         # Whichever plan finds something wrong, no other has changed anything by then.
         first, *others = shares
         todos = [self._look(share, grad_scale, scaler) for share in others]
-        if any(todo.host_decides for todo in todos):
+        if others and any(todo.host_decides for todo in todos):
             return Todo([], [], host_decides=True, nothing_left=False)
-        if any(todo.missing or todo.unsupported for todo in todos):
-            todos.insert(0, self._look(first, grad_scale, scaler))
-        elif (todo := self._run_plan(first, grad_scale, scaler)) is not None:
-            todos.insert(0, todo)
+        if others and any(todo.missing or todo.unsupported for todo in todos):
+            todo: Todo | None = self._look(first, grad_scale, scaler)
         else:
+            todo = self._run_plan(first, grad_scale, scaler)
+        if todo is None:
             for share in others:
                 self._run_plan(share, grad_scale, scaler, created=[])
             return None
+        todos.insert(0, todo)
         if todos[0].host_decides:
             return Todo([], [], host_decides=True, nothing_left=all(todo.nothing_left for todo in todos))
         missing = sorted(run for todo in todos for run in todo.missing)
