@@ -103,8 +103,9 @@ load_simulation = functools.cache(simulated_gpu.load)
 
 
 ON_GPUS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
-# Measuring coverage makes the interpreter three times slower. The tests of test_triton.py measure its kernels.
+# Measuring coverage makes the interpreter three times slower, so the largest tests go without.
 INTERPRETED = pytest.param("interpreted", marks=pytest.mark.no_cover)
+large = pytest.mark.parametrize("gpu", ["simulated", INTERPRETED, *ON_GPUS], indirect=True)
 
 
 def on_a_real_gpu(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Gpu:
@@ -120,7 +121,7 @@ def real_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return on_a_real_gpu(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["simulated", INTERPRETED, *ON_GPUS])
+@pytest.fixture(params=["simulated", "interpreted", *ON_GPUS])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     backend = "native" if request.param in ("simulated", "cuda") else "triton"
     if request.param in ("cuda", "triton"):
@@ -181,6 +182,7 @@ def with_count(case: Case, counts_on: str) -> dict[str, Any]:
     return {**case.options, "capturable": True}
 
 
+@large
 @every_case
 @counting
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -200,6 +202,7 @@ def test_bits_of_the_cpu_bites(gpu: Gpu, case: Case, counts_on: str, fault: type
         assert_same_bits(wrong, train(case.ours, case.options, *given))
 
 
+@large
 @every_rule
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 def test_mixed_dtypes(gpu: Gpu, case: Case, form: Form) -> None:
@@ -297,6 +300,7 @@ def test_layouts(gpu: Gpu, case: Case, layout: str, dtype: torch.dtype, where: t
     assert_same_bits(ours, train(case.ours, case.options, *given(dtype)))
 
 
+@large
 @every_rule
 @pytest.mark.parametrize("form", [*COMMON, (FP64, FP64, FP64)], ids=name_of)
 @pytest.mark.parametrize(

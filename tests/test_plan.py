@@ -75,7 +75,7 @@ def test_parameters_on_one_type_of_devices(devices: dict[str, str], taken: bool)
 
 
 def test_a_subclass_is_on_no_device() -> None:
-    """Its device may be decided in Python. Of two plans that share a step, exactly one must take it."""
+    """A subclass may decide on its device in Python. Exactly one of two plans that share a step must take it."""
     p = nn.Parameter(torch.ones(3).as_subclass(Subclass))
     p.grad = torch.ones(3)
     optimizer = dracopt_ext.AdamW([p])
