@@ -625,13 +625,14 @@ def test_overflow_on_both_sides_comes_before_what_is_wrong(gpu: Gpu) -> None:
     assert_same_bits(snapshot(optimizer), before)
 
 
-def test_a_learning_rate_on_the_cpu_that_the_step_updates(gpu: Gpu) -> None:
-    """torch reads the updated value in the later group, whichever device that is on."""
+@pytest.mark.parametrize("order", [1, -1], ids=["updated first", "read first"])
+def test_a_learning_rate_on_the_cpu_that_the_step_updates(gpu: Gpu, order: int) -> None:
+    """torch reads the updated value in a later group, and the old one in an earlier group."""
     results = []
     for make in (dracopt_ext.AdamW, torch.optim.AdamW):
         rate, p = nn.Parameter(torch.tensor(0.5)), nn.Parameter(gpu(torch.ones(3)))
         groups = [{"params": [rate], "lr": 0.1}, {"params": [p], "lr": rate.detach().view(())}]
-        optimizer = make(groups, foreach=False)
+        optimizer = make(groups[::order], foreach=False)
         for _ in range(3):
             for param in (rate, p):
                 param.grad = torch.full_like(param, 0.5)
