@@ -1072,7 +1072,7 @@ MUTANTS = [
     Mutant(
         "a learning rate that was forgotten is an old one",
         SEARCH,
-        "  moved |= count != hyperparameters_.size();\n",
+        "  hyperparameters_.resize(count);\n",
         "",
         "test_fallback::test_a_learning_rate_comes_back_to_memory_that_is_written_now",
     ),

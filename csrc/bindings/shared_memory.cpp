@@ -52,7 +52,6 @@ bool SharedMemorySearch::hyperparameters_moved(const Inventory& inventory) {
       moved |= std::exchange(hyperparameters_[count++], found) != found;
     }
   }
-  moved |= count != hyperparameters_.size();
   hyperparameters_.resize(count);
   return moved;
 }
