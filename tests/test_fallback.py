@@ -151,13 +151,12 @@ def test_a_learning_rate_comes_back_to_memory_that_is_written_now() -> None:
     """A search that found nothing says nothing about tensors that were not read at the time."""
     buffer = torch.full((5,), 0.1)
     p = nn.Parameter(torch.ones(4))
-    optimizer = dracopt_ext.SGD([p], lr=buffer[:1].view(()))
+    optimizer = dracopt_ext.SGD([p], lr=buffer[:1].view(()), backend="native")
     for lr, data in ((None, None), (0.1, buffer[:4]), (buffer[:1].view(()), None)):
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] if lr is None else lr
         p.data = p.data if data is None else data
         p.grad = torch.ones(4) if p.grad is None else p.grad
         if lr is not None and data is None:
-            optimizer.backend = "native"
             with pytest.raises(RuntimeError, match="does not serve tensors that share memory"):
                 optimizer.step()
         else:
