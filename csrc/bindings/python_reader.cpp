@@ -24,11 +24,8 @@ bool read_flag(PyObject* object, bool& flag) {
   return object == nullptr || object == Py_False || object == Py_None || flag;
 }
 
-// Says where a hyperparameter lies that is a tensor of one element.
-enum class NumberIn { host_memory, gpu_memory, unsupported_tensor };
-
-// Enters the tensor into the group as its k-th hyperparameter.
-NumberIn enter_tensor(Group& group, PyObject* key, const c10::TensorImpl* tensor, int k) {
+// Enters a tensor of one element into the group as its k-th hyperparameter. Returns whether the host must read it.
+bool enter_tensor(Group& group, PyObject* key, const c10::TensorImpl* tensor, int k) {
   const bool is_ours = is_plain(tensor);
   if (!is_python_subclass(tensor) && tensor->numel() != 1) {
     throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
@@ -46,14 +43,14 @@ NumberIn enter_tensor(Group& group, PyObject* key, const c10::TensorImpl* tensor
   group.bytes[k] = serves ? static_cast<uint8_t>(format.bytes()) : 0;
   if (!serves) {
     group.unsupported = "hyperparameters that are tensors on another device or of another dtype";
-    return NumberIn::unsupported_tensor;
+    return false;
   }
   group.addresses[k] = data;
   group.reads_memory = true;
-  if (!on_gpu) return NumberIn::host_memory;
+  if (!on_gpu) return true;
   group.gpu = tensor->device();
   (format.dtype == Dtype::fp32 ? group.fp32_address : group.fp64_address) |= static_cast<uint16_t>(1 << k);
-  return NumberIn::gpu_memory;
+  return false;
 }
 
 }  // namespace
@@ -147,7 +144,7 @@ bool PythonReader::read_number(Group& group, PyObject* key, PyObject* number, bo
     return false;
   } else {
     const c10::TensorImpl* tensor = tensor_in(number);
-    if (enter_tensor(group, key, tensor, k) != NumberIn::host_memory) {
+    if (!enter_tensor(group, key, tensor, k)) {
       group.hyperparameters[k] = std::numeric_limits<double>::quiet_NaN();  // only torch or the kernel reads it
       return true;
     }
