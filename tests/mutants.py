@@ -1,5 +1,5 @@
 """``python -m tests.mutants``: builds one fault after the other into a copy of the sources. The test that is named for
-a fault must fail. Prints a table; exits with 1 if a fault is not found.
+a fault must fail. Prints a table; exits with 1 if a fault is not found, or does not fit the sources any more.
 
 ``python -m tests.mutants WORD...`` takes only the faults whose name contains one of the words.
 """
@@ -187,7 +187,7 @@ MUTANTS = [
         "hyperparameters of the first group for all",
         UPDATES,
         "first, group.hyperparameters, powers,",
-        "first, groups_[0].hyperparameters, powers,",
+        "first, inventory.groups[0].hyperparameters, powers,",
         "test_known_defects::test_parameters_in_groups_have_their_own_hyperparameters",
     ),
     Mutant(
@@ -572,9 +572,16 @@ MUTANTS = [
     Mutant(
         "host does not notice an overflow that it must",
         PLAN,
-        "if (streams == nullptr || !streams->on_gpu) return true;",
-        "if (streams == nullptr) return false;",
+        "if (rule.state_scalars == 0 || (!group.fused && !group.capturable)) return true;",
+        "",
         "test_gpu::test_overflow_with_counts_on_the_host",
+    ),
+    Mutant(
+        "host does not notice an overflow beside a parameter that no kernel serves",
+        PLAN,
+        "if (streams == nullptr || !streams->on_gpu) return true;",
+        "if (streams != nullptr && !streams->on_gpu) return true;",
+        "test_gpu::test_scaler_where_kernels_serve_some",
     ),
     Mutant(
         "host counts for the GPU",
@@ -595,7 +602,7 @@ MUTANTS = [
         RUNNER,
         "if (ready == nullptr || ready->streams.on_gpu) continue;\n      gathered_",
         "if (ready == nullptr) continue;\n      gathered_",
-        "test_gpu::test_bits_of_the_cpu",
+        "test_gpu::test_parameters_on_gpu_and_cpu",
     ),
     Mutant(
         "host guesses a count on the GPU",
@@ -1100,6 +1107,10 @@ MUTANTS = [
 ]
 
 
+class BrokenMutant(Exception):
+    """The fault does not fit the sources, or its test does not run."""
+
+
 def prepare() -> None:
     shutil.rmtree(COPY, ignore_errors=True)
     COPY.mkdir(parents=True)
@@ -1121,16 +1132,16 @@ def build() -> None:
         text=True,
     )
     if run.returncode != 0:
-        sys.exit(f"the copy does not compile:\n{run.stdout}{run.stderr}")
+        raise BrokenMutant(f"the copy does not compile:\n{run.stdout}{run.stderr}")
 
 
 def fails(test: str) -> bool:
-    """Says whether the test fails or crashes. Exits if it does not run at all."""
+    """Says whether the test fails or crashes. Raises if it does not run at all."""
     file, function = test.split("::")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}.py::{function}"]
     run = subprocess.run(command, cwd=COPY, capture_output=True, text=True)
     if run.returncode > 1:
-        sys.exit(f"{test} does not run:\n{run.stdout}{run.stderr}")
+        raise BrokenMutant(f"{test} does not run:\n{run.stdout}{run.stderr}")
     return run.returncode != 0
 
 
@@ -1138,7 +1149,7 @@ def found(mutant: Mutant) -> bool:
     path = COPY / mutant.file
     source = path.read_text()
     if source.count(mutant.old) != 1:
-        sys.exit(f"'{mutant.name}': {mutant.old!r} stands {source.count(mutant.old)} times in {mutant.file}, not once")
+        raise BrokenMutant(f"{mutant.old!r} stands {source.count(mutant.old)} times in {mutant.file}, not once")
     path.write_text(source.replace(mutant.old, mutant.new))
     try:
         if mutant.compiled and not mutant.found_by.startswith(COMPILE_FOR_THEMSELVES):
@@ -1155,15 +1166,18 @@ def main(words: list[str]) -> None:
     for test in sorted({mutant.found_by for mutant in mutants}):
         if fails(test):
             sys.exit(f"{test} fails without any fault")
-    survivors = 0
+    verdicts = []
     for mutant in sorted(mutants, key=lambda mutant: mutant.compiled):  # faults in Python need the build without faults
-        begin = time.monotonic()
-        caught = found(mutant)
-        survivors += not caught
-        verdict, seconds = "found" if caught else "SURVIVED", time.monotonic() - begin
-        print(f"{verdict:9} {seconds:5.1f} s  {mutant.name:45} {mutant.found_by}", flush=True)
-    print(f"{len(mutants) - survivors} of {len(mutants)} faults found")
-    sys.exit(survivors > 0)
+        begin, reason = time.monotonic(), ""
+        try:
+            verdict = "found" if found(mutant) else "SURVIVED"
+        except BrokenMutant as error:
+            verdict, reason = "BROKEN", f"\n{error}"
+        verdicts.append(verdict)
+        seconds = time.monotonic() - begin
+        print(f"{verdict:9} {seconds:5.1f} s  {mutant.name:45} {mutant.found_by}{reason}", flush=True)
+    print(f"{verdicts.count('found')} of {len(mutants)} faults found")
+    sys.exit(verdicts.count("found") < len(mutants))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 Form = tuple[torch.dtype, torch.dtype, torch.dtype]
 """The dtypes of parameter, gradient and moments."""
 FORMS: list[Form] = list(itertools.product(STORAGE, STORAGE, STORAGE))
+PAIRWISE: list[Form] = [form for form in FORMS if sum(map(STORAGE.index, form)) % len(STORAGE) == 0]
+"""A quarter of all forms, in which any two streams have every combination of dtypes."""
 
 
 def name_of(form: Form) -> str:

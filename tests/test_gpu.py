@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import itertools
 import math
 import os
 import pickle
@@ -29,7 +30,7 @@ from dracopt_ext.reference import MOMENTS
 
 from . import interpreted, simulated_gpu
 from .cases import CASES, DTYPES, FAULTS, RULES, SIZES, Case, NoOp, Snapshot, assert_same_bits, inputs, snapshot, train
-from .test_dtypes import FORMS, Form, name_of, stored
+from .test_dtypes import FORMS, PAIRWISE, Form, name_of, stored
 from .test_layouts import LAYOUTS, Buffers, given
 from .test_properties import Trained, programs
 
@@ -103,9 +104,16 @@ load_simulation = functools.cache(simulated_gpu.load)
 
 
 ON_GPUS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
-# Measuring coverage makes the interpreter three times slower, so the largest tests go without.
+# Measuring coverage makes the interpreter three times slower. The tests of Triton alone are measured.
 INTERPRETED = pytest.param("interpreted", marks=pytest.mark.no_cover)
-large = pytest.mark.parametrize("gpu", ["simulated", INTERPRETED, *ON_GPUS], indirect=True)
+GPUS = [pytest.param("simulated"), INTERPRETED, *ON_GPUS]
+
+
+def on_every_gpu(names: str, values: list[Any], interpreted: list[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by the GPU and by tuples of values. The interpreter is slow and takes tuples of its own."""
+    pairs = [(gpu, value) for gpu in GPUS for value in (interpreted if gpu is INTERPRETED else values)]
+    params = [pytest.param(*gpu.values, *value, marks=gpu.marks, id=f"{gpu.values[0]}-{value}") for gpu, value in pairs]
+    return pytest.mark.parametrize(f"gpu, {names}", params, indirect=["gpu"])
 
 
 def on_a_real_gpu(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Gpu:
@@ -121,7 +129,7 @@ def real_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return on_a_real_gpu(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["simulated", "interpreted", *ON_GPUS])
+@pytest.fixture(params=GPUS)
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     backend = "native" if request.param in ("simulated", "cuda") else "triton"
     if request.param in ("cuda", "triton"):
@@ -182,7 +190,6 @@ def with_count(case: Case, counts_on: str) -> dict[str, Any]:
     return {**case.options, "capturable": True}
 
 
-@large
 @every_case
 @counting
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,17 +203,17 @@ def test_bits_of_the_cpu(gpu: Gpu, case: Case, counts_on: str, dtype: torch.dtyp
 @counting
 @every_fault
 def test_bits_of_the_cpu_bites(gpu: Gpu, case: Case, counts_on: str, fault: type[NoOp]) -> None:
-    given = inputs(SIZES, FP32, 3)
+    given = inputs(gpu.sizes, FP32, 3)
     wrong = gpu.train(fault(case.ours), with_count(case, counts_on), *given)
     with pytest.raises(AssertionError, match="elements differ"):
         assert_same_bits(wrong, train(case.ours, case.options, *given))
 
 
-@large
 @every_rule
-@pytest.mark.parametrize("form", FORMS, ids=name_of)
-def test_mixed_dtypes(gpu: Gpu, case: Case, form: Form) -> None:
-    options = {**case.options, "state_dtype": form[2]}
+@on_every_gpu("param, grad, state", FORMS, interpreted=PAIRWISE)
+def test_mixed_dtypes(gpu: Gpu, case: Case, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> None:
+    form = (param, grad, state)
+    options = {**case.options, "state_dtype": state}
     given = stored(form, gpu.few_sizes, 3)
     ours = gpu.train(case.ours, {**options, "backend": gpu.backend}, *given)
     assert_same_bits(ours, train(case.ours, {**options, "backend": "native"}, *given))
@@ -278,18 +285,12 @@ class OnGpu(Buffers):
         return self.gpu(super().buffer(tensor))
 
 
-PLACES = [
-    pytest.param(*gpu.values, dtype, where, marks=gpu.marks)
-    for gpu in (pytest.param("simulated"), INTERPRETED, *ON_GPUS)
-    for dtype in (FP32, BF16, FP64)
-    for where in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))
-    if gpu is not INTERPRETED or dtype == FP32 or where == (1, 1, 1)  # the interpreter is slow
-]
+PLACES = list(itertools.product((FP32, BF16, FP64), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]))
 
 
 @every_rule
 @every_layout
-@pytest.mark.parametrize(("gpu", "dtype", "where"), PLACES, indirect=["gpu"])
+@on_every_gpu("dtype, where", PLACES, interpreted=[*PLACES[:3], (BF16, (1, 1, 1)), (FP64, (1, 1, 1))])
 def test_layouts(gpu: Gpu, case: Case, layout: str, dtype: torch.dtype, where: tuple[int, int, int]) -> None:
     """The parameter, the gradient and the states take the layout, alone or together."""
     places = [OnGpu(gpu, LAYOUTS[layout if chosen else "contiguous"]) for chosen in where]
@@ -300,12 +301,12 @@ def test_layouts(gpu: Gpu, case: Case, layout: str, dtype: torch.dtype, where: t
     assert_same_bits(ours, train(case.ours, case.options, *given(dtype)))
 
 
-@large
+OFFSETS = [(1, 1, 1), (3, 3, 3), (0, 1, 0), (1, 0, 0), (1, 2, 3), (4, 4, 0), (7, 7, 7)]
+MISALIGNED = list(itertools.product([*COMMON, (FP64, FP64, FP64)], OFFSETS))
+
+
 @every_rule
-@pytest.mark.parametrize("form", [*COMMON, (FP64, FP64, FP64)], ids=name_of)
-@pytest.mark.parametrize(
-    "offsets", [(1, 1, 1), (3, 3, 3), (0, 1, 0), (1, 0, 0), (1, 2, 3), (4, 4, 0), (7, 7, 7)], ids=str
-)
+@on_every_gpu("form, offsets", MISALIGNED, interpreted=[(form, at) for form, at in MISALIGNED if at in OFFSETS[2:5]])
 def test_misaligned(gpu: Gpu, case: Case, form: Form, offsets: tuple[int, int, int]) -> None:
     def shifted(offset: int) -> OnGpu:
         return OnGpu(gpu, lambda buffer, shape: buffer[offset : offset + shape.numel()].view(shape))
@@ -916,6 +917,24 @@ def test_scaler_where_no_kernel_serves(gpu: Gpu, simulated: simulated_gpu.Simula
     q.grad = torch.full((10,), 0.5)
     dracopt_ext.AdamW([q], fused=True, lr=0.1).step()
     assert torch.allclose(params[0].detach().cpu(), q.detach())
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+def test_scaler_where_kernels_serve_some(gpu: Gpu) -> None:
+    """Parameters that torch steps are unscaled, too, and stay as they are after an overflow."""
+    trained = []
+    for scale in (1.0, 16.0):
+        shared = gpu(torch.ones(15))
+        params = [nn.Parameter(t) for t in (gpu(torch.ones(10)), shared[:10], shared[5:])]
+        for p in params:
+            p.grad = gpu(torch.full((10,), 0.5 * scale))
+        optimizer = dracopt_ext.AdamW(params, fused=True, lr=0.1)
+        scaled(optimizer, gpu, 1.0, scale)
+        assert all(torch.equal(p.detach().cpu(), torch.ones(10)) for p in params)
+        scaled(optimizer, gpu, 0.0, scale)
+        assert not any(torch.equal(p.detach().cpu(), torch.ones(10)) for p in params)
+        trained.append(snapshot(optimizer))
+    assert_same_bits(*trained)
 
 
 def test_grad_scaler_end_to_end(real_gpu: Gpu) -> None:

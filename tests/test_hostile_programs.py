@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from decimal import Decimal
@@ -238,6 +238,15 @@ def after_edit(optimizer: Any, name: str) -> None:
         give_gradients(params_of(each))
         each.step()
     assert_like_torchs(optimizer, theirs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Spares the collections below the objects that are there already, such as torch's modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Once:
