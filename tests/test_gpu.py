@@ -104,9 +104,10 @@ load_simulation = functools.cache(simulated_gpu.load)
 
 
 ON_GPUS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
-# Measuring coverage makes the interpreter three times slower. The tests of Triton alone are measured.
+# Measuring coverage makes the interpreter three times slower, so the largest tests go without.
 INTERPRETED = pytest.param("interpreted", marks=pytest.mark.no_cover)
 GPUS = [pytest.param("simulated"), INTERPRETED, *ON_GPUS]
+large = pytest.mark.parametrize("gpu", GPUS, indirect=True)
 
 
 def on_every_gpu(names: str, values: list[Any], interpreted: list[Any]) -> pytest.MarkDecorator:
@@ -129,7 +130,7 @@ def real_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return on_a_real_gpu(request.param, monkeypatch)
 
 
-@pytest.fixture(params=GPUS)
+@pytest.fixture(params=["simulated", "interpreted", *ON_GPUS])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     backend = "native" if request.param in ("simulated", "cuda") else "triton"
     if request.param in ("cuda", "triton"):
@@ -190,6 +191,7 @@ def with_count(case: Case, counts_on: str) -> dict[str, Any]:
     return {**case.options, "capturable": True}
 
 
+@large
 @every_case
 @counting
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,6 +201,7 @@ def test_bits_of_the_cpu(gpu: Gpu, case: Case, counts_on: str, dtype: torch.dtyp
     assert_same_bits(ours, train(case.ours, {**case.options, "backend": "native"}, *given))
 
 
+@large
 @every_rule
 @counting
 @every_fault
@@ -253,6 +256,7 @@ def special_among_others(gpu: Gpu, form: Form) -> tuple[list[Tensor], list[list[
     return [numbers(form[0])], [[numbers(form[1])] for _ in range(3)]
 
 
+@large
 @every_rule
 @pytest.mark.parametrize("form", COMMON, ids=name_of)
 @pytest.mark.parametrize("maximize", [False, True])
@@ -369,6 +373,7 @@ def launches_for(tensors: int, pairs: int, slot_words: int) -> int:
     return math.ceil((tensors + pairs * slot_words) / ARGUMENT_WORDS)
 
 
+@large
 @pytest.mark.parametrize(
     ("tensors", "groups", "expected"),
     [(1, 1, 1), (465, 465, 1), (3900, 30, 1), (4000, 1, 1), (4100, 1, 2), (10_000, 10, launches_for(10_000, 10, 5))],
@@ -470,6 +475,7 @@ def test_one_launch_for_different_numbers_of_states(gpu: Gpu) -> None:
     assert torch.equal(a[:100], b[:100])
 
 
+@large
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_empty_tensors_at_every_position(gpu: Gpu, count: int) -> None:
     for place in range(count):
