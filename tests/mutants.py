@@ -395,13 +395,6 @@ MUTANTS = [
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
-        "16-bit numbers as whole vectors in fp64",
-        GPU_UPDATE,
-        "return kLanes * itemsize(dtype(k)) >= kVectorBytes;",
-        "return true;",
-        "test_gpu::test_mixed_dtypes",
-    ),
-    Mutant(
         "vectors that need PlainMath are lost",
         GPU_UPDATE,
         "left.bits |= bit;",

@@ -71,7 +71,7 @@ struct ThreadUpdate {
     const Row& row = arguments.rows[tile.row];
     maximize = row.maximize;
     dense = row.dense;
-    forms = row.dtypes;
+    forms = row.dtypes | kAllAligned;
     layout = row.layout == kDense ? nullptr : arguments.layouts + row.layout;
     const auto number = static_cast<T>(arguments.grad_scale == nullptr ? arguments.divisor : *arguments.grad_scale);
     divisor = Divisor<T>::of(number);
@@ -79,7 +79,6 @@ struct ThreadUpdate {
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       data[k] = k == kGrad ? reinterpret_cast<char*>(arguments.words[tile.row]) : static_cast<char*>(row.streams[k]);
-      forms |= static_cast<uint32_t>(fills_vectors(k)) << (kAligned + k);
     }
     const bool misaligned = row.misaligned || reinterpret_cast<uintptr_t>(data[kGrad]) % kVectorBytes != 0;
     range = range_of(tile.number, row.numel, misaligned ? align() : 0, layout == nullptr ? kLanes : 0);
@@ -118,11 +117,8 @@ struct ThreadUpdate {
 
   DRACOPT_HD bool is_aligned(int k, int start) const {
     const uintptr_t address = reinterpret_cast<uintptr_t>(data[k]) + static_cast<uintptr_t>(start * itemsize(dtype(k)));
-    return address % kVectorBytes == 0 && fills_vectors(k);
+    return address % kVectorBytes == 0;
   }
-
-  // Returns whether a stream fills vectors, which 16-bit numbers in fp64 arithmetic do not.
-  DRACOPT_HD bool fills_vectors(int k) const { return kLanes * itemsize(dtype(k)) >= kVectorBytes; }
 
   // Updates the part of a thread's share of a tile that lies in vectors. Usual dtypes of models have separate loops.
   DRACOPT_HD Left in_vectors(int thread) const {
