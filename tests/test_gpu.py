@@ -105,7 +105,7 @@ load_simulation = functools.cache(simulated_gpu.load)
 
 ON_GPUS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
 # Measuring coverage makes the interpreter three times slower, so the largest tests go without.
-INTERPRETED = pytest.param("interpreted", marks=pytest.mark.no_cover)
+INTERPRETED = pytest.param("interpreted", marks=pytest.mark.untraced)
 GPUS = [pytest.param("simulated"), INTERPRETED, *ON_GPUS]
 large = pytest.mark.parametrize("gpu", GPUS, indirect=True)
 
