@@ -502,8 +502,8 @@ MUTANTS = [
     Mutant(
         "misaligned stream taken for aligned",
         GPU_UPDATE,
-        "return address % kVectorBytes == 0 && ",
-        "return ",
+        "return address % kVectorBytes == 0;",
+        "return true;",
         "test_gpu::test_misaligned",
     ),
     Mutant(
