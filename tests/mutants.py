@@ -844,9 +844,9 @@ MUTANTS = [
     # The replacement of the binding
     Mutant(
         "a step that failed is forgotten",
-        TRITON_EXAMINE,
-        "        written = WrittenMemory(ranges)\n",
-        "        written = self._written = WrittenMemory(ranges)\n",
+        TRITON_PLAN,
+        "found = self._examiner.examine(located, groups, passed_over)\n",
+        "found = self._examiner.examine(located, groups, passed_over)\n            self._written = found.written\n",
         "test_portable::test_memory_shared_after_a_step_that_failed",
     ),
     Mutant(
