@@ -928,19 +928,24 @@ def test_scaler_where_no_kernel_serves(gpu: Gpu, simulated: simulated_gpu.Simula
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 def test_scaler_where_kernels_serve_some(gpu: Gpu) -> None:
     """Parameters that torch steps are unscaled, too, and stay as they are after an overflow."""
-    trained = []
-    for scale in (1.0, 16.0):
-        shared = gpu(torch.ones(15))
-        params = [nn.Parameter(t) for t in (gpu(torch.ones(10)), shared[:10], shared[5:])]
+
+    def parameters_with_gradients(place: Callable[[Tensor], Tensor], scale: float) -> list[nn.Parameter]:
+        shared = place(torch.ones(15))
+        params = [nn.Parameter(t) for t in (place(torch.ones(10)), shared[:10], shared[5:])]
         for p in params:
-            p.grad = gpu(torch.full((10,), 0.5 * scale))
-        optimizer = dracopt_ext.AdamW(params, fused=True, lr=0.1)
-        scaled(optimizer, gpu, 1.0, scale)
-        assert all(torch.equal(p.detach().cpu(), torch.ones(10)) for p in params)
-        scaled(optimizer, gpu, 0.0, scale)
-        assert not any(torch.equal(p.detach().cpu(), torch.ones(10)) for p in params)
-        trained.append(snapshot(optimizer))
-    assert_same_bits(*trained)
+            p.grad = place(torch.full((10,), 0.5 * scale))
+        return params
+
+    expected = parameters_with_gradients(torch.clone, 1.0)
+    torch.optim.AdamW(expected, lr=0.1, foreach=False).step()
+    params = parameters_with_gradients(gpu, 16.0)
+    optimizer = dracopt_ext.AdamW(params, fused=True, lr=0.1)
+    scaled(optimizer, gpu, 1.0, 16.0)
+    assert all(torch.equal(p.detach().cpu(), torch.ones(10)) for p in params)
+    scaled(optimizer, gpu, 0.0, 16.0)
+    # The elements that two parameters share are left out, because fused kernels may update them in any order.
+    for p, q, own in zip(params, expected, (slice(10), slice(5), slice(5, 10)), strict=True):
+        assert torch.allclose(p.detach().cpu()[own], q.detach()[own])
 
 
 def test_grad_scaler_end_to_end(real_gpu: Gpu) -> None:

@@ -242,7 +242,7 @@ def after_edit(optimizer: Any, name: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
-    """Spares the collections below the objects that are there already, such as torch's modules."""
+    """Keeps the objects that exist already, such as torch's modules, out of this file's collections of garbage."""
     gc.collect()
     gc.freeze()
     yield
