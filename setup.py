@@ -11,8 +11,11 @@ The library contains the CUDA kernels if nvcc is found: in ``CUDA_HOME`` if that
 The CUDA kernels are compiled for all of ``CUDA_ARCHITECTURES`` that this nvcc knows. ``DRACOPT_CUDA_ARCHITECTURES``
 replaces them by those that it names, such as ``90`` or ``80,90``. Each of these takes a sixth of the time.
 
+A further module ``_C``, which uses only torch's stable C interface, serves all versions that no other module fits.
+
 ``DRACOPT_BUILD=force`` makes a failure an error, ``pure`` does not try, ``auto`` (the default) does what is possible;
-``sanitize`` is ``force`` with the compiler's checks for wrong memory accesses and undefined behaviour.
+``sanitize`` is ``force`` with the compiler's checks for wrong memory accesses and undefined behaviour; ``any`` is
+``force`` with only the module for any torch, which compiles faster than the others.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 MODE = os.environ.get("DRACOPT_BUILD", "auto")
+FORCED = ("force", "sanitize", "any")
 
 # The kernels are compiled once per instruction set, each time in a namespace of its own.
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
@@ -184,16 +188,35 @@ def binding(version: str, make: Callable[..., Extension] = Extension, **where: A
     )
 
 
+def for_any_torch(headers: list[str], libraries: list[str]) -> list[Extension]:
+    """Describes the module for torches that no other fits. It finds its way by /proc, so it is for Linux."""
+    if sys.platform != "linux":
+        return []
+    return [
+        Extension(
+            "dracopt_ext.native.any_torch._C",
+            ["csrc/bindings/unity.cpp"],
+            include_dirs=[str(ROOT / "csrc"), *headers],
+            define_macros=[INTERFACE_MACRO, ("DRACOPT_ANY_TORCH", "1")],
+            extra_compile_args=BINDING_FLAGS,
+            library_dirs=libraries,
+            # The linker must keep the library, although a stub defines nothing that is needed.
+            extra_link_args=[*LINKED, "-Wl,--no-as-needed", "-ltorch_cpu"],
+        )
+    ]
+
+
 def bindings() -> list[Extension]:
     if REASON is not None:
         return [Extension("dracopt_ext.native._C", [])]  # makes setuptools ask for a build
+    if MODE == "any":
+        return for_any_torch(include_paths(), library_paths())
     if not HEADERS:
-        return [binding(TORCH.__version__, CppExtension)]
-    return [
+        return [*for_any_torch(include_paths(), library_paths()), binding(TORCH.__version__, CppExtension)]
+    return for_any_torch([str(HEADERS[0] / "torch/include")], []) + [
         binding(
             version,
             include_dirs=[str(folder / "torch/include"), str(folder / "torch/include/torch/csrc/api/include")],
-            # The linker must keep the stubs, although they define nothing that is needed.
             extra_link_args=["-Wl,--no-as-needed", *(f"-l{library}" for library in TORCH_LIBRARIES)],
         )
         for version, folder in zip(VERSIONS, HEADERS, strict=True)
@@ -205,7 +228,7 @@ TORCH = find_torch() if MODE != "pure" and not HEADERS else None
 VERSIONS = [version_of(folder) for folder in HEADERS] or ([TORCH.__version__] if TORCH is not None else [])
 REASON = why_not()
 if REASON is None and not HEADERS:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 else:
     BuildExtension = build_ext
 
@@ -231,7 +254,7 @@ class BuildNative(BuildExtension):
                 reason = f"compilation failed: {type(error).__name__}: {error}".split("\n")[0]
             self.inplace = inplace  # setuptools forgets this if the build fails
         if reason is not None:
-            if MODE in ("force", "sanitize"):
+            if MODE in FORCED:
                 raise SystemExit(f"DRACOPT_BUILD={MODE}: {reason}")
             self.remove_stale()
             self.extensions.clear()
@@ -301,7 +324,7 @@ class BuildNative(BuildExtension):
                     NVCC.compile(Path("csrc/cuda/kernels.cu"), target)
                 return [str(target)], ["cudart_static", "dl", "rt", "pthread"]
             except subprocess.CalledProcessError as error:
-                if MODE == "force":
+                if MODE in FORCED:
                     raise
                 self.cuda = f"{error.cmd[0]} failed; its output is among the build's"
         print(f"dracopt_ext: building without CUDA kernels: {self.cuda}", file=sys.stderr)
@@ -341,7 +364,7 @@ class BuildNative(BuildExtension):
     def write_info(self, reason: str | None) -> None:
         info = {
             "reason": reason,
-            "torch": VERSIONS if reason is None else [],
+            "torch": VERSIONS if reason is None and MODE != "any" else [],
             "commit": commit(),
             "compiler": self.compiler_version() if reason is None else None,
             "nvcc": NVCC.version() if reason is None and self.cuda is None else None,

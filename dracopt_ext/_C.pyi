@@ -1,11 +1,24 @@
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-class StepPlan:
-    """Steps one optimizer with the native kernels; see csrc/bindings/step_plan.h."""
+class Triton:
+    """What a plan must know of the Triton kernels; see csrc/bindings/backends.h."""
 
-    def __init__(self, rule: str, optimizer: str) -> None: ...
+    def __init__(
+        self,
+        make_launcher: Callable[[str, tuple[str, ...], str], Callable[..., None]],
+        is_capturing: Callable[[], bool] | None,
+        tile: int,
+        on_cpu: bool,
+        no_kernels: Sequence[str | None],
+    ) -> None: ...
+
+class StepPlan:
+    """Steps one optimizer; see csrc/bindings/step_plan.h."""
+
+    def __init__(self, rule: str, optimizer: str, cpu: bool, cuda: bool, triton: Triton | None) -> None: ...
     def step(
         self,
         param_groups: Any,
@@ -14,16 +27,32 @@ class StepPlan:
         scaler: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         created: list[tuple[int, int, int]] | None = None,
         stepped: list[tuple[int, int]] | None = None,
-        only_on: str | None = None,
-        not_on: str | None = None,
         only_looks: bool = False,
     ) -> Any: ...
     @property
-    def updated(self) -> dict[str, int]:
-        """How many parameters the last call updated, by type of device."""
+    def updated(self) -> dict[tuple[str, str], int]:
+        """How many parameters the last call updated, by the device's type and the backend's name."""
     @property
     def launches(self) -> int:
         """How many launches of the update kernel the last call made."""
+
+class Rule(NamedTuple):
+    """Describes an update rule."""
+
+    group_keys: tuple[str, ...]
+    """Keys of the parameter group that the rule reads."""
+    hyperparameters: int
+    """How many numbers these keys yield; decay rates are two."""
+    state_scalar_keys: tuple[str, ...]
+    """Keys of the state's scalars; the step count is the first."""
+    state_keys: tuple[str, ...]
+    """Keys of the state's tensors."""
+
+def rules() -> dict[str, Rule]:
+    """Describes the compiled rules, by name."""
+
+def launch_layout() -> dict[str, int]:
+    """Says where a kernel finds what a launch takes: offsets and sizes of csrc/cuda/launch.h, in bytes."""
 
 def isa() -> str:
     """Names the instruction set of the CPU kernels: "avx512", "avx2" or "baseline"."""

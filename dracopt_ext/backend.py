@@ -9,15 +9,15 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .portable import compiled
+from . import any_torch
 
 NAMES = ("native", "triton", "reference")
 
@@ -56,33 +56,41 @@ def _built_for(version: str) -> bool:
     return version in built or any(_is_release(other) and _is_release(version) for other in built)
 
 
-def _load_native() -> tuple[ModuleType | None, compiled.Library | None, str | None]:
-    """Loads the compiled module ``dracopt_ext._C``, or else the kernels without it, and says why the module is missing.
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    """Loads the compiled module ``dracopt_ext._C``, or says why there is none.
 
-    Nothing takes the place of a module that exists and does not load, because that is a mistake to be mended.
+    The module for any torch does not take the place of one that exists and does not load, because that is a mistake to
+    be mended.
     """
-    installed, built = torch.__version__, BUILD_INFO.get("torch")
+    installed = torch.__version__
     if _minor(installed) < (2, 10):
-        return None, None, f"torch {installed} is older than 2.10"
-    if not built:
-        return None, None, BUILD_INFO.get("reason") or _why_not_compiled()
-    reason = f"compiled for torch {', '.join(built)}, not for the installed {installed}"
-    if _built_for(installed):
-        folder = NATIVE / "torch_{}_{}".format(*_minor(installed))
-        reason = f"{folder} has no module for this Python"
-        spec = PathFinder.find_spec("dracopt_ext._C", [str(folder)])
-        try:
-            if spec is not None and spec.loader is not None:
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                sys.modules["dracopt_ext._C"] = module
-                return module, None, None
-        except ImportError as error:
-            return None, None, f"what was compiled does not load: {error}"
+        return None, f"torch {installed} is older than 2.10"
+    if BUILD_INFO.get("reason", "") is not None:
+        return None, BUILD_INFO.get("reason") or _why_not_compiled()
+    fits = _built_for(installed)
     try:
-        return None, importlib.import_module("dracopt_ext.portable.compiled").load(NATIVE), reason
-    except (ImportError, OSError, AttributeError) as error:
-        return None, None, f"{reason}; and without binding it does not load: {error}"
+        module = load_module("torch_{}_{}".format(*_minor(installed)) if fits else ANY_TORCH)
+        if not fits:
+            module.set_places(any_torch.find_places())
+    except any_torch.UnknownTorchError as error:
+        how = f"To compile it for this torch, run in a clone of the repository: {BUILD_FROM_SOURCE}"
+        built = ", ".join(BUILD_INFO["torch"])
+        return None, f"compiled for torch {built}, not for the installed {installed} ({error}). {how}"
+    except ImportError as error:
+        return None, f"what was compiled does not load: {error}"
+    sys.modules["dracopt_ext._C"] = module
+    return module, None
+
+
+def load_module(name: str) -> ModuleType:
+    """Loads the module in a folder of :data:`NATIVE`."""
+    # pybind11 loads no second module of one name.
+    spec = PathFinder.find_spec(f"dracopt_ext.native.{name}._C", [str(NATIVE / name)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{NATIVE / name} has no module for this Python")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _why_not_compiled() -> str:
@@ -101,33 +109,23 @@ check_torch(torch.__version__)
 BUILD_INFO = _build_info()
 NATIVE = Path(__file__).parent / "native"
 """The folder of the compiled kernels and their bindings to versions of torch."""
-_C, _LIBRARY, _REASON = _load_native()
-
-NATIVE_REASON = None if _LIBRARY is not None else _REASON
-"""Why the compiled kernels cannot run at all; None if they can."""
-
+ANY_TORCH = "any_torch"
+"""The folder in it of the binding to all other versions."""
 # A forced build fails if it cannot compile, so that the installed package stays.
 BUILD_FROM_SOURCE = "DRACOPT_BUILD=force pip install --force-reinstall --no-deps ."
+_C, NATIVE_REASON = _load_native()
 
 
 def notice() -> str | None:
     """Says what a user must know when the package is imported; None if there is nothing."""
-    if NATIVE_REASON is not None:
-        return f"dracopt_ext runs without its compiled kernels: {NATIVE_REASON}"
-    if _LIBRARY is not None:
-        return (
-            f"dracopt_ext has no binding to this torch: {_REASON}. Its kernels run on the CPU all the same, with more "
-            "work for the host in each step. To have less, compile a binding in a clone of the repository: "
-            f"{BUILD_FROM_SOURCE}"
-        )
-    return None
+    if NATIVE_REASON is None:
+        return None
+    return f"dracopt_ext lets torch step all parameters, because it has no kernels for them: {NATIVE_REASON}"
 
 
 def isa() -> str | None:
     """Returns the instruction set of the CPU's kernels; None if there are no kernels."""
-    if _C is not None:
-        return str(_C.isa())
-    return _LIBRARY.isa if _LIBRARY is not None else None
+    return None if _C is None else str(_C.isa())
 
 
 def backends() -> dict[str, str | None]:
@@ -140,7 +138,7 @@ def backends() -> dict[str, str | None]:
 
 def _why_no_cuda() -> str | None:
     if _C is None:
-        return _REASON
+        return NATIVE_REASON
     if BUILD_INFO.get("no_cuda"):
         return f"compiled without CUDA kernels: {BUILD_INFO['no_cuda']}"
     if torch.version.cuda is None:
@@ -156,6 +154,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 @functools.cache
 def why_no_triton() -> str | None:
     """Says why the Triton kernels cannot run here; None if they can. Imports triton only if there is a GPU for it."""
+    if _C is None:
+        return f"the compiled module, which plans Triton's steps, is missing: {NATIVE_REASON}"
     if importlib.util.find_spec("dracopt_ext.triton_kernels") is None:
         return "not installed: run `pip install .` in the source tree"
     if importlib.util.find_spec("triton") is None:
@@ -218,31 +218,41 @@ def resolve(backend: str | None) -> str | None:
     return backend
 
 
-def step_plan(backend: str, rule: str, optimizer: str, asked_for: str | None) -> Any:
-    """Makes the plan that steps an optimizer of this class name by a rule, with the kernels of a backend."""
-    if backend == "native" and _C is not None:
-        return _C.StepPlan(rule, optimizer)
-    plan = importlib.import_module("dracopt_ext.portable.plan")
-    kernels: Any
-    if backend == "native":
-        kernels = importlib.import_module("dracopt_ext.portable.compiled").CompiledBackend(_LIBRARY)
-    else:
-        launcher = importlib.import_module("dracopt_ext.triton_kernels.launcher")
-        kernels = launcher.TritonBackend(
-            on_cpu=asked_for == "triton", unavailable=why_no_triton_on, functions=_library()
-        )
-    return plan.StepPlan(rule, optimizer, kernels)
+def step_plan(rule: str, optimizer: str, native: bool, triton: bool) -> Any:
+    """Makes the plan that steps an optimizer of this class name by a rule. There must be a compiled module.
+
+    Args:
+        rule: the rule's name.
+        optimizer: the name of the optimizer's class, for errors.
+        native: whether the native kernels may be used. Triton then only serves GPUs on which they do not run.
+        triton: whether Triton may be used.
+    """
+    assert _C is not None
+    return _C.StepPlan(rule, optimizer, cpu=native, cuda=native, triton=_triton(on_cpu=not native) if triton else None)
 
 
-@functools.cache
-def _library() -> compiled.Library | None:
-    """Loads the compiled kernels by their C functions; None if they are missing or do not load."""
-    if _C is None:
-        return _LIBRARY
-    try:
-        return importlib.import_module("dracopt_ext.portable.compiled").load(NATIVE)  # type: ignore[no-any-return]
-    except OSError:
+def _triton(on_cpu: bool) -> Any:
+    """Describes Triton to a plan. Only its interpreter can also serve the CPU."""
+    assert _C is not None
+    launcher = importlib.import_module("dracopt_ext.triton_kernels.launcher")
+    return _C.Triton(
+        launcher.launcher_for,
+        is_capturing=_capture_query(),
+        tile=launcher.TILE,
+        on_cpu=on_cpu and launcher.INTERPRETED,
+        no_kernels=[why_no_triton_on(device) for device in range(torch.cuda.device_count())],
+    )
+
+
+def _capture_query() -> Callable[[], bool] | None:
+    """Returns the function that says whether a graph is being captured; None if torch was built without GPUs.
+
+    The function runs no Python code, so no other thread can run in the middle of a step.
+    """
+    if torch.version.cuda is None and torch.version.hip is None:
         return None
+    query: Callable[[], bool] = torch._C._cuda_isCurrentStreamCapturing
+    return query
 
 
 _warned: set[str] = set()

@@ -37,7 +37,7 @@ class Todo(NamedTuple):
     missing: list[Run]
     """Parameters whose state must be created."""
     unsupported: list[Unsupported]
-    """Parameters that the plan's kernels do not serve."""
+    """Parameters that the kernels do not serve."""
     host_decides: bool
     """The host must read the scaler's numbers before anything is done."""
     nothing_left: bool
@@ -45,7 +45,7 @@ class Todo(NamedTuple):
 
 
 class StepPlan(Protocol):
-    """Steps an optimizer with one backend's kernels; see csrc/bindings/step_plan.h and portable/plan.py."""
+    """Steps an optimizer with our kernels; see csrc/bindings/step_plan.h."""
 
     def step(
         self,
@@ -55,28 +55,16 @@ class StepPlan(Protocol):
         scaler: Scaler = (None, None),
         created: list[Run] | None = None,
         stepped: list[Index] | None = None,
-        only_on: str | None = None,
-        not_on: str | None = None,
         only_looks: bool = False,
     ) -> Any: ...
     @property
-    def updated(self) -> dict[str, int]: ...
+    def updated(self) -> dict[tuple[str, str], int]: ...
     @property
     def launches(self) -> int: ...
 
 
-UNDER_MODE = "steps under a TorchDispatchMode"
-"""The reason why a mode leaves no parameter to kernels: modes trace, count or replace only operations of torch."""
-SHARES_MEMORY = "tensors that share memory"
-
 _FUSABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SHORT = (torch.bfloat16, torch.float16)
-
-
-def is_under_mode() -> bool:
-    """Says whether a TorchDispatchMode is active. torch keeps modes of make_fx with ``pre_dispatch=True`` apart."""
-    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-    return before_dispatch or torch._C._len_torch_dispatch_stack() > 0
 
 
 def form_of(

@@ -14,8 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
 import dracopt_ext
-from dracopt_ext import devices
-from dracopt_ext.portable.plan import StepPlan
+from dracopt_ext._C import StepPlan, Triton
 from dracopt_ext.triton_kernels import kernel, launcher
 
 launched: list[Any] = []
@@ -62,7 +61,8 @@ def take_steps(sizes: list[int], dtype: torch.dtype = torch.float32, **options: 
         p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.AdamW(params, **options)
     optimizer._dracopt_kind.create_state(optimizer, optimizer.param_groups[0])
-    plan = StepPlan("adam", "AdamW", launcher.TritonBackend())
+    on_cpu = Triton(launcher.launcher_for, None, tile=launcher.TILE, on_cpu=True, no_kernels=[])
+    plan = StepPlan("adam", "AdamW", cpu=False, cuda=False, triton=on_cpu)
     for _ in range(2):
         optimizer.param_groups[0]["lr"] *= 0.9
         assert plan.step(optimizer.param_groups, optimizer.state) is None
@@ -75,7 +75,6 @@ def report() -> None:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    devices.GPU = "cpu"
     take_steps([3])
     report()
     for sizes in ([1], [16], [1, 16, 17], [8192], [100_000, 5], [16] * 16, [2] * 100):

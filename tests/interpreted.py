@@ -23,12 +23,6 @@ def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     return np.frompyfunc(of_libm, 3, 1)(x, y, z).astype(np.float64)
 
 
-def upload(words: list[int], device: torch.device, referred: list[Any]) -> torch.Tensor:
-    """Replaces the launcher's ``upload``: the interpreter takes arguments on the CPU, wherever their addresses lead."""
-    referred.append(torch.tensor(words))
-    return referred[-1]
-
-
 def set_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patches the interpreter for one test."""
     from triton.runtime import interpreter

@@ -1,5 +1,6 @@
-"""``python -m tests.mutants``: builds one fault after the other into a copy of the sources. The test that is named for
-a fault must fail. Prints a table; exits with 1 if a fault is not found, or does not fit the sources any more.
+"""``python -m tests.mutants``: builds one fault after the other into copies of the sources, one copy for each core. The
+test that is named for a fault must fail. Prints a table; exits with 1 if a fault is not found, or does not fit the
+sources any more.
 
 ``python -m tests.mutants WORD...`` takes only the faults whose name contains one of the words.
 """
@@ -7,15 +8,19 @@ a fault must fail. Prints a table; exits with 1 if a fault is not found, or does
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPY = ROOT / "build" / "mutants"
+COPIES = ROOT / "build" / "mutants"
+WORKERS = os.cpu_count() or 1
 # dracopt_ext/triton_kernels is a link to the folder beside dracopt_ext.
 IGNORED = shutil.ignore_patterns("__pycache__", "native", "_build_info.py", "triton_kernels")
 COPIED = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
@@ -39,7 +44,8 @@ class Mutant:
 
 
 TRITON_KERNEL, TRITON_LAUNCHER = "triton_kernels/kernel.py", "triton_kernels/launcher.py"
-TRITON_PLAN, TRITON_EXAMINE = "dracopt_ext/portable/plan.py", "dracopt_ext/portable/examine.py"
+TRITON_LAUNCHES = "csrc/bindings/triton_launches.cpp"
+ANY_TORCH, ONE_TORCH = (f"csrc/bindings/tensor_of_{which}_torch.h" for which in ("any", "one"))
 TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
 ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
@@ -48,7 +54,7 @@ PLAN, READER, EXAMINE, UPDATES, RUNNER, TODO, REFUSALS, SEARCH, LAUNCHES = (
     f"csrc/bindings/{name}.cpp"
     for name in (
         *("step_plan", "python_reader", "examine", "updates", "runner", "todo", "refusals", "shared_memory"),
-        "cuda_launches",
+        "gpu_launches",
     )
 )
 KEYS, FACTS, OVERLAP = (f"csrc/bindings/{name}.h" for name in ("key_reader", "tensor_facts", "written_memory"))
@@ -207,8 +213,8 @@ MUTANTS = [
     Mutant(
         "no version bump",
         RUNNER,
-        "if (!tensor->is_inference()) tensor->bump_version();",
-        "(void)tensor;",
+        "  located.param().bump_version();",
+        "",
         "test_known_defects::test_versions_are_bumped",
     ),
     Mutant(
@@ -333,7 +339,7 @@ MUTANTS = [
     Mutant(
         "kernels of any build",
         "csrc/bindings/module.cpp",
-        "dracopt::cpu::interface() != DRACOPT_INTERFACE",
+        "cpu::interface() != DRACOPT_INTERFACE",
         "false",
         "test_hostile_programs::test_kernels_of_another_build_are_refused",
     ),
@@ -347,7 +353,7 @@ MUTANTS = [
     Mutant(
         "expanded parameters taken",
         FACTS,
-        "return tensor->numel() > 0;",
+        "return tensor.numel() > 0;",
         "return false;",
         "test_refusals::test_expanded_parameter",
     ),
@@ -376,14 +382,14 @@ MUTANTS = [
     Mutant(
         "slots beyond the arguments' end",
         LAUNCH,
-        "tensors + 1 + slot_words + slot > kArgumentWords",
-        "tensors + 1 + slot_words > kArgumentWords",
+        "tensors + 1 + slot_words + slot > room",
+        "tensors + 1 + slot_words > room",
         "test_core::test_launches_hold_every_tile_once",
     ),
     Mutant(
         "no block for an empty tensor",
         LAUNCH,
-        "numel <= kTile ? 1 :",
+        "numel <= tile ? 1 :",
         "numel == 0 ? 0 :",
         "test_gpu::test_empty_tensors_at_every_position",
     ),
@@ -495,7 +501,7 @@ MUTANTS = [
     Mutant(
         "threads are waited for before a launch",
         PLAN,
-        "if (count > 0 && is_on_gpu(inventory_.located.front().param())) {",
+        "if (count > 0 && inventory_.located.front().param().is_plain_on_gpu()) {",
         "if (false) {",
         "test_gpu::test_no_other_thread_is_waited_for",
     ),
@@ -530,35 +536,35 @@ MUTANTS = [
     Mutant(
         "table of an earlier step",
         LAUNCHES,
-        "if (error == nullptr && image_ != written_) {",
-        "if (error == nullptr && written_.size() != image_.size()) {",
-        "test_gpu::test_what_a_user_changes_between_steps",
+        "if (image_ != written_ ||",
+        "if (image_.size() != written_.size() ||",
+        "test_gpu::test_table_is_written_once",
     ),
     Mutant(
         "first group's scalars for all on the GPU",
         LAUNCHES,
-        "std::memcmp(arguments.words + slots_[i].at, words, count * 8) != 0",
-        "false",
+        "std::memcmp(&launch.slots[known.at], slot, slot_words * sizeof(*slot)) == 0",
+        "true",
         "test_gpu::test_steps_of_different_tensors",
     ),
     Mutant(
         "table that only a graph would write",
         LAUNCHES,
-        "if (error == nullptr && !capturing) written_",
-        "if (error == nullptr) written_",
+        "if (!capturing_) written_ = image_;",
+        "written_ = image_;",
         "test_gpu::test_table_of_a_capture_is_the_graphs_alone",
     ),
     Mutant(
         "captured table given back",
         LAUNCHES,
-        "captured_.push_back(table_);",
-        "captured_.clear();",
-        "test_gpu::test_captured_tables_outlive_the_capture",
+        "  if (capturing_) keep(table_);",
+        "",
+        "test_gpu::test_captured_memory_outlives_the_capture",
     ),
     Mutant(
         "another device's hyperparameters",
         EXAMINE,
-        "p->device() != *group.gpu",
+        "p.device() != *group.gpu",
         "false",
         "test_gpu::test_tensor_lr_on_another_device",
     ),
@@ -593,7 +599,7 @@ MUTANTS = [
     Mutant(
         "GPU's parameters stepped on the CPU, too",
         RUNNER,
-        "if (ready == nullptr || ready->streams.on_gpu) continue;\n      gathered_",
+        "if (ready == nullptr || ready->streams.backend != Backend::cpu) continue;\n      gathered_",
         "if (ready == nullptr) continue;\n      gathered_",
         "test_gpu::test_parameters_on_gpu_and_cpu",
     ),
@@ -719,29 +725,29 @@ MUTANTS = [
         "triton_kernels/rules.py",
         "mu_product = rounded(state_scalars[1] * rounded(mu, is_fp32[1]), is_fp32[1])",
         "mu_product = state_scalars[1] * mu",
-        "test_triton::test_bits_after_many_steps",
+        "test_gpu::test_bits_after_many_steps",
     ),
     Mutant(
         "Triton: powers in plain doubles",
         "triton_kernels/arithmetic.py",
         "        base_lo = (square - base) + base_lo\n",
         "        base_lo = base_lo * 0\n",
-        "test_triton::test_bits_after_many_steps",
+        "test_gpu::test_bits_after_many_steps",
     ),
     Mutant("Triton: the last elements are lost", TRITON_KERNEL, "if in_vectors + i < end:", "if i < -1:", TRITON_BITS),
     Mutant(
         "Triton: maximize is ignored",
         TRITON_KERNEL,
-        "MAXIMIZE != 0, -1.0, 1.0)",
-        "MAXIMIZE != 0, 1.0, 1.0)",
-        TRITON_BITS,
+        "tl.int8) != 0, -1.0, 1.0)",
+        "tl.int8) != 0, 1.0, 1.0)",
+        "test_triton::test_on_the_cpu_in_the_interpreter",
     ),
     Mutant(
         "Triton: a program takes the row before",
         TRITON_KERNEL,
-        "+ FIRST_TILE) > program\n",
-        "+ FIRST_TILE) >= program\n",
-        TRITON_BITS,
+        "tl.int32) > program\n",
+        "tl.int32) >= program\n",
+        "test_triton::test_on_the_cpu_in_the_interpreter",
     ),
     Mutant(
         "Triton: blocks that the fast arithmetic cannot do are lost",
@@ -765,13 +771,6 @@ MUTANTS = [
         "test_triton::test_fast_arithmetic",
     ),
     Mutant(
-        "Triton: scalars of the host for a count on the GPU",
-        TRITON_LAUNCHER,
-        "or any(row[packed.STATE_SCALARS : packed.PARAM])",
-        "",
-        "test_gpu::test_one_group_counts_on_the_host",
-    ),
-    Mutant(
         "Triton: contracts",
         TRITON_LAUNCHER,
         '"enable_fp_fusion": False',
@@ -786,97 +785,13 @@ MUTANTS = [
         "test_triton::test_compiled_for_gpus_that_are_not_here",
     ),
     Mutant(
-        "Triton: strides are no fact",
-        TRITON_PLAN,
-        "facts == self._facts and self._guards.check(*tensors)\n",
-        "facts == self._facts\n",
-        "test_triton::test_table_is_made_once",
-    ),
-    Mutant(
-        "Triton: conjugation is no fact",
-        TRITON_PLAN,
-        "facts == self._facts and self._guards.check(*tensors)\n",
-        "facts == self._facts\n",
-        "test_triton::test_gradients_that_change_between_steps",
-    ),
-    Mutant(
-        "Triton: addresses are no fact",
-        TRITON_PLAN,
-        "for tensor in p.written] != self._addresses:",
-        "for tensor in p.written] == [0]:",
-        "test_triton::test_table_is_made_once",
-    ),
-    Mutant(
-        "Triton: freed gradients are taken",
-        TRITON_PLAN,
-        "if any(lacks_memory(p.grad) or is_misaligned(p.grad)",
-        "if any(is_misaligned(p.grad)",
-        "test_triton::test_freed_gradient",
-    ),
-    Mutant(
         "Triton: a constant in fp32",
         "triton_kernels/rules.py",
         "ln_rest = tl.full((), -8.893492737632459e-19, tl.float64)",
         "ln_rest = -8.893492737632459e-19",
         "test_triton::test_compiled_for_gpus_that_are_not_here",
     ),
-    Mutant(
-        "Triton: gradients' memory is searched once",
-        TRITON_PLAN,
-        "        if gradients != self._gradients:\n",
-        "        if not gradients:\n",
-        "test_triton::test_gradients_that_change_between_steps",
-    ),
-    Mutant(
-        "Triton: all groups have one recipe",
-        TRITON_PLAN,
-        "                key = p.group.index, first, numbers[i]\n",
-        "                key = first, numbers[i]\n",
-        "test_triton::test_arguments_hold_a_recipe_for_each_group_and_step",
-    ),
-    Mutant(
-        "Triton: tables of a capture are anyone's",
-        TRITON_PLAN,
-        "if not known and not capturing and self._guards",
-        "if not known and self._guards",
-        "test_triton::test_what_a_graph_refers_to_is_kept",
-    ),
     # The replacement of the binding
-    Mutant(
-        "a step that failed is forgotten",
-        TRITON_PLAN,
-        "found = self._examiner.examine(located, groups, passed_over)\n",
-        "found = self._examiner.examine(located, groups, passed_over)\n            self._written = found.written\n",
-        "test_portable::test_memory_shared_after_a_step_that_failed",
-    ),
-    Mutant(
-        "a storage that shrank where it lay",
-        TRITON_PLAN,
-        "for storage in storages] != self._nbytes:",
-        "for storage in storages] == []:",
-        "test_portable::test_memory_that_shrinks_where_it_lies",
-    ),
-    Mutant(
-        "words: no layout",
-        "csrc/cpu/packed.cpp",
-        "segment.layout == nullptr || segment.layout->dense(k)",
-        "true",
-        "test_portable::test_what_holds_for_the_native_backend",
-    ),
-    Mutant(
-        "words: ascent for descent",
-        "csrc/cpu/packed.cpp",
-        "(flags & kMaximize) != 0",
-        "false",
-        "test_portable::test_bits",
-    ),
-    Mutant(
-        "words: one arithmetic for all",
-        "csrc/cpu/packed.cpp",
-        "arithmetic_ = Arithmetic::fp64;",
-        "arithmetic_ = Arithmetic::fp32;",
-        "test_portable::test_bits",
-    ),
     Mutant(
         "bindings fit what comes before a release",
         "dracopt_ext/backend.py",
@@ -929,9 +844,9 @@ MUTANTS = [
     ),
     Mutant(
         "modes see nothing",
-        PLAN,
-        "return c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||",
-        "return",
+        ANY_TORCH,
+        "any_torch::is_true(places.mode_count) ||",
+        "",
         "test_other_peoples_code::test_modes_see_the_operations",
     ),
     Mutant(
@@ -972,8 +887,8 @@ MUTANTS = [
     Mutant(
         "torch's fused kernels for strides that they take for others",
         TODO,
-        "is_on_cpu(tensor) && tensor->is_contiguous() &&",
-        "is_on_cpu(tensor) &&",
+        "tensor.is_plain_on_cpu() && tensor.is_contiguous() &&",
+        "tensor.is_plain_on_cpu() &&",
         "test_other_peoples_code::test_fused_is_dropped_where_it_is_wrong",
     ),
     Mutant(
@@ -1000,9 +915,9 @@ MUTANTS = [
     ),
     Mutant(
         "modes before dispatch see nothing",
-        PLAN,
-        "c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch)",
-        "false",
+        ANY_TORCH,
+        " || any_torch::is_true(places.has_key, places.pre_dispatch)",
+        "",
         "test_other_peoples_code::test_a_traced_training_step_trains",
     ),
     Mutant(
@@ -1035,53 +950,11 @@ MUTANTS = [
         "test_plan::test_a_look_finds_what_is_wrong",
     ),
     Mutant(
-        "subclasses in no plan",
-        READER,
-        "if (!THPVariable_CheckExact(parameter)) return !only_on.has_value();",
-        "if (!THPVariable_CheckExact(parameter)) return false;",
-        "test_plan::test_a_subclass_is_on_no_device",
-    ),
-    Mutant(
-        "parameters of another plan stepped",
-        READER,
-        "return type == only_on.value_or(type) && ",
-        "return ",
-        "test_plan::test_parameters_on_one_type_of_devices",
-    ),
-    Mutant(
-        "Triton: parameters of another plan stepped",
-        TRITON_PLAN,
-        "or only_on not in (None, device_type)",
-        "",
-        "test_gpu::test_parameters_on_gpu_and_cpu",
-    ),
-    Mutant(
-        "Triton: a learning rate that another plan writes",
-        TRITON_EXAMINE,
-        "for p in passed_over if why_not_plain(p) is None]",
-        "for p in ()]",
-        "test_gpu::test_a_learning_rate_on_the_cpu_that_the_step_updates",
-    ),
-    Mutant(
-        "one plan steps before the other has looked",
-        STEP,
-        "            if unsupported or len(shares) > 1:\n",
-        "            if False:\n",
-        "test_gpu::test_neither_side_changes_where_the_other_is_wrong",
-    ),
-    Mutant(
         "a learning rate that was forgotten is an old one",
         SEARCH,
         "  hyperparameters_.resize(count);\n",
         "",
         "test_fallback::test_a_learning_rate_comes_back_to_memory_that_is_written_now",
-    ),
-    Mutant(
-        "a library of another build",
-        "dracopt_ext/portable/compiled.py",
-        "    if differ:\n",
-        "    if False:\n",
-        "test_portable::test_a_library_with_other_constants",
     ),
     Mutant(
         "the reference for a state_dtype that torch has",
@@ -1097,6 +970,167 @@ MUTANTS = [
         "if _minor(version) < (2, 6):",
         "test_backend::test_torch_that_has_not_our_constructors",
     ),
+    Mutant(
+        "torch steps before the kernels have looked",
+        STEP,
+        "            if unsupported and not todo.nothing_left:\n",
+        "            if False:\n",
+        "test_refusals::test_torch_steps_nothing_where_a_later_group_is_wrong",
+    ),
+    Mutant(
+        "Triton: one dtype for absent states",
+        TRITON_LAUNCHES,
+        "segment.dtypes[k < streams ? k : static_cast<int>(kParam)]",
+        "k < streams ? segment.dtypes[k] : Dtype::fp16",
+        "test_gpu::test_one_launch_for_different_numbers_of_states",
+    ),
+    Mutant(
+        "Triton: memory is not held during a launch",
+        RUNNER,
+        "if (ready->streams.backend == Backend::triton) alive.hold(inventory, i);",
+        "",
+        "test_triton::test_what_other_code_may_do_during_a_launch",
+    ),
+    Mutant(
+        "Triton: states are not held during a launch",
+        RUNNER,
+        "      objects_.push_back(py::reinterpret_borrow<py::object>(located.values[k]));",
+        "",
+        "test_triton::test_what_other_code_may_do_during_a_launch",
+    ),
+    Mutant(
+        "Triton: arguments of a capture given back",
+        TRITON_LAUNCHES,
+        "if (is_capturing()) keep(std::move(there));",
+        "",
+        "test_gpu::test_captured_memory_outlives_the_capture",
+    ),
+    Mutant(
+        "Triton: a capture loads a kernel",
+        TRITON_LAUNCHER,
+        "if capturing and not self._is_loaded:",
+        "if False:",
+        "test_gpu::test_a_capture_needs_a_kernel_that_is_loaded",
+    ),
+    Mutant(
+        "Triton: serves GPUs that have CUDA kernels",
+        "csrc/bindings/backends.cpp",
+        "if (cuda_ && no_cuda == nullptr) return",
+        "if (cuda_ && no_cuda == nullptr && !triton_.has_value()) return",
+        "test_gpu::test_triton_serves_where_cuda_does_not",
+    ),
+    Mutant(
+        "Triton: serves no GPU without CUDA kernels",
+        "csrc/bindings/backends.cpp",
+        "if (!triton_.has_value()) {",
+        "if (cuda_) {",
+        "test_gpu::test_triton_serves_where_cuda_does_not",
+    ),
+    Mutant(
+        "any torch: every key set is plain",
+        ANY_TORCH,
+        "(keys & ~(allowed | places.in_place)) == 0 &&",
+        "",
+        "test_fallback::test_conjugated_gradients",
+    ),
+    Mutant(
+        "any torch: gradients that were taken away",
+        ANY_TORCH,
+        " || reinterpret_cast<uint64_t>(*grad) == places.undefined",
+        "",
+        "test_any_torch::test_gradients_that_come_and_go",
+    ),
+    Mutant(
+        "any torch: lazy clones are written",
+        ANY_TORCH,
+        "return any_torch::at<uint64_t>(storage, places.deleter) == places.lazy_deleter;",
+        "return storage == nullptr;",
+        "test_life::test_lazily_cloned_storage_is_copied_before_it_is_written",
+    ),
+    Mutant(
+        "any torch: versions stand still",
+        ANY_TORCH,
+        "if (version != nullptr) ++",
+        "if (version == nullptr) ++",
+        "test_known_defects::test_versions_are_bumped",
+    ),
+    Mutant(
+        "any torch: inference tensors have versions",
+        ANY_TORCH,
+        "if (version != nullptr) ++",
+        "++",
+        "test_life::test_inference_tensors",
+    ),
+    Mutant(
+        "any torch: inference tensors everywhere",
+        ANY_TORCH,
+        "return (key_set() & places.in_place) == 0;",
+        "return false;",
+        "test_life::test_inference_tensors",
+    ),
+    Mutant(
+        "any torch: no inference mode",
+        ANY_TORCH,
+        "return any_torch::is_true(places.in_inference_mode);",
+        "return false;",
+        "test_life::test_inference_mode_holds_for_all_threads",
+    ),
+    Mutant(
+        "any torch: subclasses are tensors",
+        ANY_TORCH,
+        "return type == places.type || type == places.parameter;",
+        "return type != nullptr;",
+        "test_any_torch::test_subclasses_without_keys",
+    ),
+    Mutant(
+        "any torch: gaps between elements",
+        ANY_TORCH,
+        "if (size == 0) return false;",
+        "if (size == 0) return true;",
+        "test_layouts::test_one_layout",
+    ),
+    Mutant(
+        "any torch: a place that another one resembles",
+        "dracopt_ext/any_torch.py",
+        "if len(common) != 1:",
+        "if not common:",
+        "test_any_torch::test_a_place_that_is_not_certain",
+    ),
+    Mutant(
+        "any torch: any keys for plain tensors",
+        "dracopt_ext/any_torch.py",
+        'if plain != found["cpu_keys"] | found["in_place"]:',
+        "if False:",
+        "test_any_torch::test_other_keys",
+    ),
+    Mutant(
+        "one torch: every key set is plain",
+        ONE_TORCH,
+        "(keys & ~any) == 0 &&",
+        "",
+        "test_fallback::test_conjugated_gradients",
+    ),
+    Mutant(
+        "one torch: lazy clones are written",
+        ONE_TORCH,
+        "return c10::impl::cow::is_cow_data_ptr(tensor_->unsafe_storage().data_ptr());",
+        "return false;",
+        "test_life::test_lazily_cloned_storage_is_copied_before_it_is_written",
+    ),
+    Mutant(
+        "one torch: versions stand still",
+        ONE_TORCH,
+        "if (!is_inference()) tensor_->bump_version();",
+        "",
+        "test_known_defects::test_versions_are_bumped",
+    ),
+    Mutant(
+        "one torch: modes see nothing",
+        ONE_TORCH,
+        "return c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||",
+        "return",
+        "test_other_peoples_code::test_modes_see_the_operations",
+    ),
 ]
 
 
@@ -1104,71 +1138,97 @@ class BrokenMutant(Exception):
     """The fault does not fit the sources, or its test does not run."""
 
 
-def prepare() -> None:
-    shutil.rmtree(COPY, ignore_errors=True)
-    COPY.mkdir(parents=True)
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, COPY / name, ignore=IGNORED)
-        else:
-            shutil.copy(source, COPY / name)
+class Copy:
+    """A copy of the sources with its build, for one thread."""
 
+    def __init__(self, number: int) -> None:
+        self.folder = COPIES / str(number)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, self.folder / name, ignore=IGNORED)
+            else:
+                shutil.copy(source, self.folder / name)
+        self.build("any")
 
-def build() -> None:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    run = subprocess.run(
-        command,
-        cwd=COPY,
-        env={**os.environ, "DRACOPT_BUILD": "force", "CUDA_HOME": "/nowhere"},
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode != 0:
-        raise BrokenMutant(f"the copy does not compile:\n{run.stdout}{run.stderr}")
+    def build(self, which: str) -> None:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        env = {**os.environ, "DRACOPT_BUILD": which, "CUDA_HOME": "/nowhere", "MAX_JOBS": "1"}
+        run = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
+        if run.returncode != 0:
+            raise BrokenMutant(f"the copy does not compile:\n{run.stdout}{run.stderr}")
 
+    def fails(self, test: str, *options: str) -> bool:
+        """Says whether the test fails or crashes. Raises if it does not run at all."""
+        file, function = test.split("::")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
+        env = {**os.environ, "TRITON_INTERPRET": "1", "MAX_JOBS": "1", "OMP_NUM_THREADS": "2"}
+        run = subprocess.run(
+            [*command, f"tests/{file}.py::{function}"], cwd=self.folder, env=env, capture_output=True, text=True
+        )
+        if run.returncode > 1:
+            raise BrokenMutant(f"{test} does not run:\n{run.stdout}{run.stderr}")
+        return run.returncode != 0
 
-def fails(test: str) -> bool:
-    """Says whether the test fails or crashes. Raises if it does not run at all."""
-    file, function = test.split("::")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}.py::{function}"]
-    run = subprocess.run(command, cwd=COPY, capture_output=True, text=True)
-    if run.returncode > 1:
-        raise BrokenMutant(f"{test} does not run:\n{run.stdout}{run.stderr}")
-    return run.returncode != 0
-
-
-def found(mutant: Mutant) -> bool:
-    path = COPY / mutant.file
-    source = path.read_text()
-    if source.count(mutant.old) != 1:
-        raise BrokenMutant(f"{mutant.old!r} stands {source.count(mutant.old)} times in {mutant.file}, not once")
-    path.write_text(source.replace(mutant.old, mutant.new))
-    try:
-        if mutant.compiled and not mutant.found_by.startswith(COMPILE_FOR_THEMSELVES):
-            build()
-        return fails(mutant.found_by)
-    finally:
-        path.write_text(source)
+    def finds(self, mutant: Mutant) -> bool:
+        """Says whether the mutant's test fails, with the module for any torch unless the fault is in the other one."""
+        path = self.folder / mutant.file
+        source = path.read_text()
+        if source.count(mutant.old) != 1:
+            raise BrokenMutant(f"{mutant.old!r} stands {source.count(mutant.old)} times in {mutant.file}, not once")
+        path.write_text(source.replace(mutant.old, mutant.new))
+        try:
+            if mutant.compiled and not mutant.found_by.startswith(COMPILE_FOR_THEMSELVES):
+                self.build("force" if mutant.file == ONE_TORCH else "any")
+            return self.fails(mutant.found_by, *([] if mutant.file == ONE_TORCH else ["-p", "tests.by_any_torch"]))
+        finally:
+            path.write_text(source)
 
 
 def main(words: list[str]) -> None:
     mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
-    prepare()
-    build()
-    for test in sorted({mutant.found_by for mutant in mutants}):
-        if fails(test):
-            sys.exit(f"{test} fails without any fault")
-    verdicts = []
-    for mutant in sorted(mutants, key=lambda mutant: mutant.compiled):  # faults in Python need the build without faults
-        begin, reason = time.monotonic(), ""
+    copies: queue.Queue[Copy] = queue.Queue()
+    threads = ThreadPoolExecutor(WORKERS)
+    for copy in threads.map(Copy, range(WORKERS)):
+        copies.put(copy)
+
+    def run(work: Callable[[Copy], str]) -> str:
+        copy = copies.get()
+        begin = time.monotonic()
         try:
-            verdict = "found" if found(mutant) else "SURVIVED"
-        except BrokenMutant as error:
-            verdict, reason = "BROKEN", f"\n{error}"
-        verdicts.append(verdict)
-        seconds = time.monotonic() - begin
-        print(f"{verdict:9} {seconds:5.1f} s  {mutant.name:45} {mutant.found_by}{reason}", flush=True)
+            return f"{work(copy)} {time.monotonic() - begin:5.1f} s "
+        finally:
+            copies.put(copy)
+
+    def try_without(test: str) -> str:
+        return run(
+            lambda copy: f"{test} fails without any fault" if copy.fails(test, "-p", "tests.by_any_torch") else ""
+        )
+
+    def verdict_on(mutant: Mutant) -> str:
+        reason = ""
+
+        def verdict(copy: Copy) -> str:
+            nonlocal reason
+            try:
+                return "found    " if copy.finds(mutant) else "SURVIVED "
+            except BrokenMutant as error:
+                reason = f"\n{error}"
+                return "BROKEN   "
+
+        line = run(verdict)
+        print(f"{line} {mutant.name:45} {mutant.found_by}{reason}", flush=True)
+        return line.split()[0]
+
+    failed = [
+        line for line in threads.map(try_without, sorted({mutant.found_by for mutant in mutants})) if "fails" in line
+    ]
+    if failed:
+        sys.exit("\n".join(failed))
+    # Faults in Python need the build without faults.
+    verdicts = list(threads.map(verdict_on, sorted(mutants, key=lambda mutant: mutant.compiled)))
     print(f"{verdicts.count('found')} of {len(mutants)} faults found")
     sys.exit(verdicts.count("found") < len(mutants))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dracopt_ext
-from dracopt_ext import __main__, backend
+from dracopt_ext import __main__, any_torch, backend
 
 
 def test_backends_that_can_run() -> None:
@@ -34,7 +34,7 @@ def test_torch_that_has_not_our_constructors(version: str, works: bool) -> None:
 
 def test_torch_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert backend._load_native() == (None, None, "torch 2.9.1+cu128 is older than 2.10")
+    assert backend._load_native() == (None, "torch 2.9.1+cu128 is older than 2.10")
 
 
 @pytest.mark.parametrize(
@@ -56,24 +56,50 @@ def test_bindings_fit_their_minor_version(installed: str, fits: bool, monkeypatc
     assert backend._built_for(installed) == fits
 
 
-def test_compiled_for_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels are used without a binding."""
+@pytest.fixture
+def _loaded_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test load another module, and then forgets it."""
+    monkeypatch.setitem(sys.modules, "dracopt_ext._C", sys.modules["dracopt_ext._C"])
+
+
+@pytest.mark.usefixtures("_loaded_modules")
+def test_compiled_for_other_torches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module for any torch takes the place of the missing one."""
     monkeypatch.setitem(backend.BUILD_INFO, "torch", ["2.98.0", "2.99.0"])
-    module, library, reason = backend._load_native()
+    module, reason = backend._load_native()
+    assert reason is None
+    assert module is not None
+    assert module.__name__ == "dracopt_ext.native.any_torch._C"
+    assert sys.modules["dracopt_ext._C"] is module
+    assert module.isa() == backend.isa()
+
+
+@pytest.mark.usefixtures("_loaded_modules")
+def test_a_torch_that_no_module_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend.BUILD_INFO, "torch", ["2.99.0"])
+
+    def find() -> Any:
+        raise any_torch.UnknownTorchError("torch 3.0 keeps its key sets in 0 known places")
+
+    monkeypatch.setattr(any_torch, "find_places", find)
+    before = sys.modules["dracopt_ext._C"]
+    module, reason = backend._load_native()
     assert module is None
-    assert library is not None
-    assert library.isa == backend.isa()
-    assert reason == f"compiled for torch 2.98.0, 2.99.0, not for the installed {torch.__version__}"
+    assert sys.modules["dracopt_ext._C"] is before
+    assert reason == (
+        f"compiled for torch 2.99.0, not for the installed {torch.__version__} (torch 3.0 keeps its key sets in 0 "
+        "known places). To compile it for this torch, run in a clone of the repository: DRACOPT_BUILD=force pip "
+        "install --force-reinstall --no-deps ."
+    )
 
 
 def test_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert backend._build_info() == {}
-    monkeypatch.setitem(backend.BUILD_INFO, "torch", [])
     for reason in ("no C++ compiler was found (c++)", None):
-        monkeypatch.setitem(backend.BUILD_INFO, "reason", reason)
+        monkeypatch.setattr(backend, "BUILD_INFO", {} if reason is None else {"reason": reason, "torch": []})
         expected = reason or "not compiled: run `pip install .` in the source tree"
-        assert backend._load_native() == (None, None, expected)
+        assert backend._load_native() == (None, expected)
 
 
 def test_a_source_tree_that_hides_an_installed_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -87,7 +113,6 @@ def test_a_source_tree_that_hides_an_installed_copy(monkeypatch: pytest.MonkeyPa
     assert backend._why_not_compiled() == "not compiled: run `pip install .` in the source tree"
 
 
-@pytest.mark.binding
 def test_the_module_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken module is reported."""
 
@@ -96,7 +121,7 @@ def test_the_module_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.util, "module_from_spec", broken)
     expected = "what was compiled does not load: undefined symbol: _ZN3c10"
-    assert backend._load_native() == (None, None, expected)
+    assert backend._load_native() == (None, expected)
 
 
 def test_the_overview(capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,7 +220,7 @@ static long faults = 0;
 static void check_ranges(int64_t numel) {
   for (int lanes : {0, 4, 8}) {
     for (int head = 0; head < (lanes == 0 ? 1 : lanes); ++head) {
-      const int64_t tiles = tiles_of(numel);
+      const int64_t tiles = Filled().tiles_of(numel);
       for (int64_t t : {int64_t(0), int64_t(1), tiles / 2, tiles - 2, tiles - 1}) {
         if (t < 0 || t >= tiles) continue;
         const Range r = range_of(t, numel, head, lanes);
@@ -273,7 +273,7 @@ static size_t fill(const std::vector<int64_t>& sizes, size_t slot, size_t tensor
     arguments->first_tiles = launch.first_tiles.data();
     arguments->count = uint32_t(launch.sizes.size());
     for (size_t row = 0; row < launch.sizes.size(); ++row) {
-      const int64_t tiles = tiles_of(launch.sizes[row]);
+      const int64_t tiles = Filled().tiles_of(launch.sizes[row]);
       for (int64_t t : {int64_t(0), int64_t(1), tiles / 2, tiles - 1}) {
         if (t >= tiles) continue;
         const Tile tile = tile_of(*arguments, uint32_t(launch.first_tiles[row] + t), [](const auto& holds) {

@@ -232,7 +232,6 @@ def test_unscaling_16_bits_for_what_torch_steps(case: Case, dtype: torch.dtype) 
     assert [ran for _, ran in found] == [REFERENCE, NATIVE]
 
 
-@pytest.mark.binding
 @pytest.mark.parametrize("case", [case for case in CASES if case.algorithm != "SGD"], ids=str)
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 def test_mixed_dtypes_for_what_torch_steps(case: Case) -> None:

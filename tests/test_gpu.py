@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 import dracopt_ext
 from dracopt_ext import backend as backend_module
 from dracopt_ext import devices
-from dracopt_ext.portable import plan
-from dracopt_ext.reference import MOMENTS
+from dracopt_ext.reference import MOMENTS, STATE_SCALARS
 
 from . import interpreted, simulated_gpu
 from .cases import CASES, DTYPES, FAULTS, RULES, SIZES, Case, NoOp, Snapshot, assert_same_bits, inputs, snapshot, train
@@ -42,7 +42,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 class Gpu:
     """A GPU to test on, and the kernels to test there."""
 
-    simulation: simulated_gpu.SimulatedGpu | None = None
+    simulation: Any = None  # a SimulatedGpu if the GPU is no real one
     type = "cuda"
     sizes: Sequence[int] = (*SIZES, TILE, 3 * TILE + 5)
     few_sizes = sizes
@@ -68,7 +68,8 @@ class Gpu:
 
     def launches(self, optimizer: Any) -> int:
         """The number of launches in the last step."""
-        return sum(plan.launches for name, plan in optimizer._dracopt_engine.plans_ran if name == self.backend)
+        plan = optimizer._dracopt_engine.plan_ran
+        return 0 if plan is None else int(plan.launches)
 
 
 def needs_a_gpu(backend: str = "native") -> None:
@@ -87,6 +88,14 @@ class Simulated(Gpu):
         super().__init__()
         self.simulation = simulation
 
+    def tables(self) -> int:
+        """The number of tables that were written to the device."""
+        return self.simulation.read("tables")
+
+    def memory(self) -> list[int]:
+        """The addresses at which the last launch found its table and, with Triton, its arguments."""
+        return [self.simulation.table()]
+
 
 class Interpreted(Simulated):
     """A simulated GPU whose kernels run in Triton's interpreter, in the host's memory and slowly."""
@@ -98,6 +107,19 @@ class Interpreted(Simulated):
     def __init__(self, simulation: simulated_gpu.SimulatedGpu) -> None:
         super().__init__(simulation)
         self.backend = "triton"
+        self._tables = 0
+        self._memory = [0, 0]
+
+    def record(self, rows: int, arguments: int) -> None:
+        """Notes the addresses of a launch. A table is allocated while the one before still exists."""
+        self._tables += rows != self._memory[0]
+        self._memory = [rows, arguments]
+
+    def tables(self) -> int:
+        return self._tables
+
+    def memory(self) -> list[int]:
+        return self._memory
 
 
 load_simulation = functools.cache(simulated_gpu.load)
@@ -120,8 +142,21 @@ def on_every_gpu(names: str, values: list[Any], interpreted: list[Any]) -> pytes
 def on_a_real_gpu(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     backend = "native" if kernels == "cuda" else "triton"
     needs_a_gpu(backend)
-    monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: backend == "triton")
+    if backend == "triton":
+        serve_gpus_by_triton(monkeypatch)
     return Gpu(backend)
+
+
+def serve_gpus_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton take the place of the CUDA kernels."""
+    module = backend_module._C
+    assert module is not None
+
+    def make(*names: str, cpu: bool, cuda: bool, triton: Any) -> Any:
+        return module.StepPlan(*names, cpu=cpu, cuda=cuda and triton is None, triton=triton)
+
+    monkeypatch.setattr(backend_module, "_C", SimpleNamespace(**{**vars(module), "StepPlan": make}))
+    monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
 
 
 @pytest.fixture(params=ON_GPUS)
@@ -140,16 +175,21 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         pytest.skip("torch takes one accelerator only, and this one has another")
     simulation = load_simulation()
     monkeypatch.setattr(devices, "GPU", simulated_gpu.DEVICE)
+    monkeypatch.setattr(backend_module, "_C", simulation.module)
     if backend == "triton":
         launcher = pytest.importorskip("dracopt_ext.triton_kernels.launcher")
         interpreted.set_up(monkeypatch)
-        monkeypatch.setattr(launcher, "IN_MEMORY", ("cpu", simulated_gpu.DEVICE))
-        monkeypatch.setattr(launcher, "upload", interpreted.upload)
-        monkeypatch.setattr(plan, "is_capturing", lambda device: simulation.read("capturing") == 1)
-        monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
-        yield Interpreted(simulation)
+        serve_gpus_by_triton(monkeypatch)
+        monkeypatch.setattr(backend_module, "_capture_query", lambda: lambda: simulation.read("capturing") == 1)
+        there, launch = Interpreted(simulation), launcher.Launcher.__call__
+
+        def launch_and_record(self: Any, programs: int, *addresses: Any) -> None:
+            there.record(addresses[0], addresses[3])
+            launch(self, programs, *addresses)
+
+        monkeypatch.setattr(launcher.Launcher, "__call__", launch_and_record)
+        yield there
     else:
-        monkeypatch.setattr(backend_module, "_C", simulation.module)
         yield Simulated(simulation)
     for name in ("stream", "capturing", "unavailable"):
         simulation.set(name, 0)
@@ -220,6 +260,29 @@ def test_mixed_dtypes(gpu: Gpu, case: Case, param: torch.dtype, grad: torch.dtyp
     given = stored(form, gpu.few_sizes, 3)
     ours = gpu.train(case.ours, {**options, "backend": gpu.backend}, *given)
     assert_same_bits(ours, train(case.ours, {**options, "backend": "native"}, *given))
+
+
+@every_rule
+@counting
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+def test_bits_after_many_steps(gpu: Gpu, case: Case, counts_on: str, dtype: torch.dtype) -> None:
+    """Powers and exponentials have the same bits at step counts that other tests do not reach."""
+    (value,), ((first,), (second,)) = inputs([100], dtype, 2)
+    for number in (99, 65_535, 1_000_000, 16_777_214):
+        results = []
+        for place in (gpu, Tensor.clone):
+            p = nn.Parameter(place(value))
+            options = with_count(case, counts_on) if place is gpu else case.options
+            optimizer = case.ours([p], **options)
+            p.grad = place(first)
+            optimizer.step()
+            for name, scalar in optimizer.state[p].items():
+                if name in STATE_SCALARS:
+                    scalar.fill_(number if name == "step" else 0.1234)
+            p.grad = place(second)
+            optimizer.step()
+            results.append({name: value.cpu() for name, value in snapshot(optimizer).items()})
+        assert_same_bits(*results)
 
 
 @every_rule
@@ -487,27 +550,61 @@ def test_empty_tensors_at_every_position(gpu: Gpu, count: int) -> None:
             assert_same_bits(ours, train(dracopt_ext.AdamW, {}, *given))
 
 
-def test_table_is_written_once(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
-    params = parameters(gpu, [3, 5000, 20_000])
+@pytest.mark.usefixtures("simulation")
+def test_table_is_written_once(gpu: Simulated) -> None:
+    """A step writes the table only if a fact in the table has changed."""
+    params = parameters(gpu, [3, 1000, 20])
     optimizer = dracopt_ext.AdamW(params, lr=0.1)
-    before = simulated.read("tables")
-    for step in range(5):
+
+    def tables_of_a_step() -> int:
+        before = gpu.tables()
+        optimizer.step()
+        return gpu.tables() - before
+
+    assert tables_of_a_step() == 1
+    for step in range(4):
         optimizer.param_groups[0]["lr"] *= 0.9
         optimizer.param_groups[0]["weight_decay"] += 0.01 * step
         optimizer.zero_grad()
         give_gradients(gpu, params)  # at other addresses
-        optimizer.step()
-    assert simulated.read("tables") == before + 1
-    params[1].grad = None
+        assert tables_of_a_step() == 0
+
+    changes: list[Callable[[], Any]] = [
+        lambda: setattr(params[0], "data", params[0].data.clone()),
+        lambda: optimizer.state[params[1]].update(exp_avg_sq=gpu(torch.ones(2000))[::2]),
+        lambda: setattr(params[1], "grad", gpu(torch.ones(2000))[::2]),
+        lambda: setattr(params[1], "grad", None),
+        lambda: optimizer.state[params[2]].update(exp_avg=gpu(torch.zeros(20))),
+        lambda: optimizer.param_groups[0].update(maximize=True),
+        lambda: optimizer.add_param_group({"params": parameters(gpu, [5])}),
+    ]
+    for change in changes:
+        change()
+        assert tables_of_a_step() == 1
+        assert tables_of_a_step() == 0
+
+
+@pytest.mark.usefixtures("simulation")
+@pytest.mark.filterwarnings("ignore:.*leaves sparse tensors to torch's own:RuntimeWarning")
+def test_unsupported_ones_do_not_move_the_table(gpu: Simulated) -> None:
+    """Parameters that torch steps leave the table as it is."""
+    p, q = parameters(gpu, [10]), [nn.Parameter(torch.ones(10))]
+    q[0].grad = torch.ones(10).to_sparse()
+    optimizer = dracopt_ext.SGD(p + q, lr=0.1)
     optimizer.step()
-    assert simulated.read("tables") == before + 2
+    before = gpu.tables()
+    for _ in range(3):
+        optimizer.step()
+        assert optimizer.last_backend == {gpu.type: frozenset({gpu.backend}), "cpu": frozenset({"torch"})}
+    assert gpu.tables() == before
 
 
-def test_table_of_strided_tensors_is_written_once(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+@pytest.mark.usefixtures("simulation")
+def test_table_of_strided_tensors_is_written_once(gpu: Simulated) -> None:
     values = [torch.ones(6, 5, 4, 3), torch.ones(7, 8), torch.ones(3, 4, 5)]
     params = [nn.Parameter(gpu(value)) for value in values]
     optimizer = dracopt_ext.AdamW(params)
-    before = simulated.read("tables")
+    before = gpu.tables()
     for step in range(4):
         optimizer.param_groups[0]["lr"] *= 0.9
         for p, value in zip(params, values, strict=True):
@@ -515,7 +612,7 @@ def test_table_of_strided_tensors_is_written_once(gpu: Gpu, simulated: simulated
         sum(range(10**step))  # other numbers on the stack
         optimizer.step()
     assert gpu.only_here(optimizer)
-    assert simulated.read("tables") == before + 1
+    assert gpu.tables() == before + 1
 
 
 def test_what_a_user_changes_between_steps(gpu: Gpu) -> None:
@@ -589,9 +686,34 @@ def test_parameters_on_gpu_and_cpu(gpu: Gpu, case: Case) -> None:
     assert_same_bits(ours, train(case.ours, case.options, initial, steps))
 
 
+def test_triton_serves_where_cuda_does_not(gpu: Gpu, simulation: simulated_gpu.SimulatedGpu) -> None:
+    if gpu.backend == "native":
+        pytest.skip("of Triton")
+    from dracopt_ext.triton_kernels import launcher
+
+    def plan_for(*no_kernels: str | None) -> Any:
+        triton = simulation.module.Triton(
+            launcher.launcher_for, None, tile=launcher.TILE, on_cpu=False, no_kernels=no_kernels
+        )
+        return simulation.module.StepPlan("adam", "AdamW", cpu=True, cuda=True, triton=triton)
+
+    params = [*parameters(gpu, [3]), nn.Parameter(torch.ones(3))]
+    params[1].grad = torch.ones(3)
+    optimizer = dracopt_ext.AdamW(params)
+    optimizer.step()
+    plan = plan_for()
+    for available in (True, False, True):
+        simulation.set("unavailable", not available)
+        assert plan.step(optimizer.param_groups, optimizer.state) is None
+        assert plan.updated == {("cpu", "native"): 1, (gpu.type, "native" if available else "triton"): 1}
+    simulation.set("unavailable", 1)
+    _, unsupported, _, _ = plan_for("too old", None).step(optimizer.param_groups, optimizer.state)
+    assert unsupported == [(0, 0, "tensors on a GPU without Triton kernels (too old)", 0)]
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_neither_side_changes_where_the_other_is_wrong(gpu: Gpu, first: bool) -> None:
-    """Triton steps the GPU's parameters, and the native plan the others. Each of them finds one kind of mistake."""
+    """The GPU's kernels step some parameters, and the CPU's the others. Each side finds one kind of mistake."""
     for side in (0, 1):
         params = [nn.Parameter(gpu(torch.ones(3))), nn.Parameter(torch.ones(3))]
         optimizer = dracopt_ext.AdamW([{"params": [p]} for p in params], lr=0.1)
@@ -1013,38 +1135,59 @@ def test_capture_is_refused_where_it_would_be_wrong(gpu: Gpu, simulation: simula
         mixed.step()
 
 
-def test_captured_tables_outlive_the_capture(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
-    """A table that a graph refers to must not change, whatever the optimizer does later."""
+def test_captured_memory_outlives_the_capture(gpu: Simulated, simulation: simulated_gpu.SimulatedGpu) -> None:
+    """A table and arguments that a graph refers to must not change, whatever the optimizer does later."""
     params = parameters(gpu, [10, 20])
     optimizer = dracopt_ext.AdamW(params, capturable=True)
     optimizer.step()
-    tables = simulated.read("tables")
-    simulated.set("capturing", 1)
+    tables = gpu.tables()
+    simulation.set("capturing", 1)
     optimizer.step()
-    simulated.set("capturing", 0)
-    assert simulated.read("tables") == tables  # captured without a copy
-    captured = simulated.table()
-    contents = ctypes.string_at(captured, 256)
+    simulation.set("capturing", 0)
+    assert gpu.tables() == tables  # captured without a copy
+    captured = gpu.memory()
+    contents = [ctypes.string_at(address, 160) for address in captured]
     for _ in range(4):
         params[0].data = params[0].data.clone()
         optimizer.step()
-        assert simulated.table() != captured
-    assert ctypes.string_at(captured, 256) == contents
+        assert not set(gpu.memory()) & set(captured)
+    assert [ctypes.string_at(address, 160) for address in captured] == contents
 
 
-def test_table_of_a_capture_is_the_graphs_alone(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+def test_table_of_a_capture_is_the_graphs_alone(gpu: Simulated, simulation: simulated_gpu.SimulatedGpu) -> None:
     """The replay writes this table, not the capture. A step without a graph must not rely on the table."""
     params = parameters(gpu, [10, 20])
     optimizer = dracopt_ext.AdamW(params, capturable=True)
     optimizer.step()
     params[0].data = params[0].data.clone()
-    simulated.set("capturing", 1)
+    simulation.set("capturing", 1)
     optimizer.step()
-    captured, tables = simulated.table(), simulated.read("tables")
-    simulated.set("capturing", 0)
+    captured, tables = gpu.memory()[0], gpu.tables()
+    simulation.set("capturing", 0)
     optimizer.step()
-    assert simulated.table() != captured
-    assert simulated.read("tables") == tables + 1
+    assert gpu.memory()[0] != captured
+    assert gpu.tables() == tables + 1
+
+
+def test_a_capture_needs_a_kernel_that_is_loaded(gpu: Gpu, simulation: simulated_gpu.SimulatedGpu) -> None:
+    if gpu.backend == "native":
+        pytest.skip("CUDA loads kernels during a capture")
+    from dracopt_ext.triton_kernels import launcher
+
+    params = parameters(gpu, [10])
+    launcher.launcher_for.cache_clear()
+    for again in (False, True):
+        optimizer = dracopt_ext.SGD(params, lr=0.1)
+        if not again:
+            simulation.set("capturing", 1)
+            with pytest.raises(RuntimeError, match=r"Triton has yet to compile its kernel\. Take a step before"):
+                optimizer.step()
+            assert torch.equal(params[0].detach().cpu(), torch.ones(10))
+            simulation.set("capturing", 0)
+            optimizer.step()
+        simulation.set("capturing", 1)
+        optimizer.step()
+        simulation.set("capturing", 0)
 
 
 def test_current_stream(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:

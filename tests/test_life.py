@@ -314,7 +314,6 @@ def test_load_state_dict_in_mid_training() -> None:
     pair.assert_equal_steps(2)
 
 
-@pytest.mark.binding
 def test_lazily_cloned_storage_is_copied_before_it_is_written() -> None:
     p = nn.Parameter(torch.ones(64))
     lazy = torch._lazy_clone(p.detach())

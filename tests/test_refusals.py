@@ -103,8 +103,8 @@ def wrong_gradients() -> dict[str, tuple[Callable[[nn.Parameter], None], str]]:
         "shape": (set_grad(torch.ones(8, 8)), r"has another shape, \[8, 8\]"),
         "one element for all": (set_grad(torch.ones(1)), r"has another shape, \[1\]"),
         "more": (set_grad(torch.ones(65)), r"has another shape, \[65\]"),
-        "integers": (set_grad(torch.ones(64, dtype=torch.int64)), "has a dtype that does not fit, Long"),
-        "complex": (set_grad(torch.ones(64, dtype=torch.complex64)), "has a dtype that does not fit, ComplexFloat"),
+        "integers": (set_grad(torch.ones(64, dtype=torch.int64)), "has a dtype that does not fit, torch.int64"),
+        "complex": (set_grad(torch.ones(64, dtype=torch.complex64)), "has a dtype that does not fit, torch.complex64"),
     }
 
 
@@ -121,8 +121,8 @@ def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
 
 WRONG_STATES: dict[str, tuple[str, Any, str]] = {
     "shape": ("exp_avg_sq", torch.zeros(8, 8), r"has another shape, \[8, 8\]"),
-    "integers": ("exp_avg", torch.zeros(64, dtype=torch.int32), "has a dtype that does not fit, Int"),
-    "complex": ("exp_avg", torch.zeros(64, dtype=torch.complex64), "has a dtype that does not fit, ComplexFloat"),
+    "integers": ("exp_avg", torch.zeros(64, dtype=torch.int32), "has a dtype that does not fit, torch.int32"),
+    "complex": ("exp_avg", torch.zeros(64, dtype=torch.complex64), "has a dtype that does not fit, torch.complex64"),
     "expanded": (
         "exp_avg",
         torch.zeros(1).expand(64),

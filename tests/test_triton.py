@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,7 @@ from torch import nn
 
 import dracopt_ext
 from dracopt_ext import backend as backend_module
-from dracopt_ext.portable import plan
-from dracopt_ext.portable.packed import HEADER_WORDS, MAX_STATE_SCALARS
-from dracopt_ext.reference import STATE_SCALARS
+from dracopt_ext.reference import MOMENTS, STATE_SCALARS, hyperparameters
 
 from . import interpreted
 from .cases import FAULTS, RULES, Case, NoOp, assert_same_bits, inputs, snapshot, train
@@ -36,19 +36,10 @@ BYTES = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
 
 interpreting = pytest.mark.skipif(not backend_module.INTERPRETING, reason="Triton's kernels are compiled here")
 every_rule = pytest.mark.parametrize("case", RULES, ids=str)
-preparing = pytest.mark.parametrize("prepared_by", ["host", "kernel"], indirect=True)
 
 
 def without_interpreter() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-
-
-@pytest.fixture
-def prepared_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Names who prepares a step's scalars. The host cannot without compiled kernels."""
-    if request.param == "kernel":
-        monkeypatch.setattr(backend_module, "_library", lambda: None)
-    return str(request.param)
 
 
 # ---- results
@@ -57,30 +48,6 @@ def prepared_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted.set_up(monkeypatch)
-
-
-@interpreting
-@pytest.mark.usefixtures("interpreter")
-@every_rule
-@preparing
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_bits_after_many_steps(case: Case, dtype: torch.dtype, prepared_by: str) -> None:
-    """Powers and exponentials have the same bits at step counts that other tests do not reach."""
-    for number in (99, 65_535, 1_000_000, 16_777_214):
-        (value,), ((first,), (second,)) = inputs([100], dtype, 2)
-        results = []
-        for backend in ("triton", "native"):
-            p = nn.Parameter(value.clone())
-            optimizer = case.ours([p], **case.options, backend=backend)
-            p.grad = first
-            optimizer.step()
-            for name, scalar in optimizer.state[p].items():
-                if name in STATE_SCALARS:
-                    scalar.fill_(number if name == "step" else 0.1234)
-            p.grad = second
-            optimizer.step()
-            results.append(snapshot(optimizer))
-        assert_same_bits(*results)
 
 
 @triton.jit
@@ -142,13 +109,9 @@ def test_on_the_cpu_in_the_interpreter(case: Case, fault: type[NoOp]) -> None:
 def test_what_holds_for_the_native_backend() -> None:
     """Tests of refusals and of users' changes between steps pass in a process where Triton replaces that backend."""
     files = [f"tests/test_{name}.py" for name in ("refusals", "life", "known_defects", "fallback")]
-    # The message about meta tensors names Triton kernels there, not native ones.
-    others = "not (forked or threads or compiled_training or meta)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.as_native"]
-    env = {**os.environ, "AS_NATIVE": "triton"}
-    run = subprocess.run(
-        [*command, *files, "-m", "not binding", "-k", others], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    others = "not (forked or threads or compiled_training)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.by_triton"]
+    run = subprocess.run([*command, *files, "-k", others], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
 
 
@@ -225,16 +188,7 @@ def test_compiled_once(tmp_path: Path) -> None:
     ]
 
 
-# ---- tables and launches
-
-
-@pytest.fixture
-def uploads(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Records the arrays that are copied to the device."""
-    made: list[list[int]] = []
-    upload = launcher.upload
-    monkeypatch.setattr(launcher, "upload", lambda array, *more: made.append(array) or upload(array, *more))
-    return made
+# ---- launches
 
 
 def parameters(count: int) -> list[nn.Parameter]:
@@ -244,94 +198,12 @@ def parameters(count: int) -> list[nn.Parameter]:
     return params
 
 
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends tensors on the CPU to Triton by default, and those that Triton does not serve to torch."""
-    monkeypatch.setattr("dracopt_ext.devices.GPU", "cpu")
-    monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)
-    monkeypatch.setattr(backend_module, "NATIVE_REASON", "switched off")
-    monkeypatch.setattr(
-        backend_module,
-        "step_plan",
-        lambda name, rule, optimizer, asked_for: plan.StepPlan(rule, optimizer, launcher.TritonBackend(on_cpu=True)),
-    )
-
-
-@interpreting
-def test_table_is_made_once(uploads: list[list[int]]) -> None:
-    """A step copies its arguments to the device, and the table only when a fact in the table has changed."""
-    params = parameters(3)
-    optimizer = dracopt_ext.AdamW(params, lr=0.1, backend="triton")
-
-    def uploads_of_a_step() -> int:
-        uploads.clear()
-        optimizer.step()
-        return len(uploads)
-
-    assert uploads_of_a_step() == 2
-    for step_number in range(3):
-        optimizer.param_groups[0]["lr"] *= 0.9
-        optimizer.param_groups[0]["weight_decay"] += 0.01 * step_number
-        for p in params:
-            p.grad = torch.full_like(p, 0.1)
-        assert uploads_of_a_step() == 1
-    changes = [
-        lambda: setattr(params[0], "data", params[0].data.clone()),
-        lambda: setattr(params[0], "data", params[0].data.t().contiguous().t()),
-        lambda: setattr(params[1], "grad", params[1].grad.t().contiguous().t()),
-        lambda: setattr(params[1], "grad", None),
-        lambda: optimizer.state[params[2]].update(exp_avg=torch.zeros(3, 4)),
-        lambda: optimizer.param_groups[0].update(maximize=True),
-        lambda: optimizer.add_param_group({"params": parameters(1)}),
-    ]
-    for change in changes:
-        change()
-        assert uploads_of_a_step() == 2
-        assert uploads_of_a_step() == 1
-
-
-@interpreting
-@pytest.mark.usefixtures("interpreter")
-def test_gradients_that_change_between_steps() -> None:
-    """Address, shape and strides do not tell whether memory is shared or torch has put a conjugation off."""
-
-    def run(make: Any, conjugated: bool = True, **options: Any) -> list[torch.Tensor]:
-        p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
-        z = nn.Parameter(torch.ones(4, dtype=torch.complex64))
-        optimizer = make([p, q, z], lr=0.25, **options)
-        values = torch.arange(4.0)
-        of_z = torch.complex(values, values)
-        found = []
-        plain = values, values.clone(), of_z
-        putting_off = [(*plain[:2], of_z.conj()), plain] if conjugated else []
-        for gradients in (plain, *putting_off, (q.data, p.data.flip(0), of_z)):
-            p.grad, q.grad, z.grad = gradients
-            optimizer.step()
-            found += [t.detach().clone() for t in (p, q, z)]
-        return found
-
-    with pytest.raises(RuntimeError, match="does not serve lazily transformed tensors: parameter 2"):
-        run(dracopt_ext.SGD, backend="triton")
-    with pytest.raises(RuntimeError, match="does not serve tensors that share memory: parameter 0"):
-        run(dracopt_ext.SGD, conjugated=False, backend="triton")
-    with pytest.MonkeyPatch.context() as patch:
-        as_on_a_gpu(patch)
-        with pytest.warns(RuntimeWarning, match="leaves (lazily transformed tensors|tensors that share memory) to"):
-            ours = run(dracopt_ext.SGD)
-    expected = run(torch.optim.SGD, foreach=False)
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-
-
-@interpreting
-@pytest.mark.usefixtures("interpreter")
-def test_freed_gradient() -> None:
-    p, q = parameters(2)
-    optimizer = dracopt_ext.AdamW([p, q], backend="triton")
-    optimizer.step()
-    before = snapshot(optimizer)
-    q.grad.untyped_storage().resize_(0)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"the gradient of parameter 1 .* lies in a storage that is too small for it"):
-        optimizer.step()
-    assert_same_bits(snapshot(optimizer), before)
+def test_rules_have_the_references_names() -> None:
+    assert launcher.RULES.keys() == launcher.FUNCTIONS.keys()
+    for name, rule in launcher.RULES.items():
+        assert rule.group_keys == hyperparameters(name)
+        assert set(rule.state_scalar_keys) <= set(STATE_SCALARS)
+        assert set(rule.state_keys) <= set(MOMENTS)
 
 
 @interpreting
@@ -365,77 +237,65 @@ def test_default_device() -> None:
 
 
 @interpreting
-def test_unsupported_ones_do_not_move_the_table(uploads: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters that torch steps leave the table as it is."""
-    as_on_a_gpu(monkeypatch)
-    p, q = parameters(2)
-    q.grad = q.grad.to_sparse()  # type: ignore[union-attr]
-    optimizer = dracopt_ext.SGD([p, q], lr=0.1)
-    with pytest.warns(RuntimeWarning, match="leaves sparse tensors to torch"):
-        optimizer.step()
-    assert len(uploads) == 2
-    uploads.clear()
-    for _ in range(3):
-        optimizer.step()
-    assert len(uploads) == 3
-
-
-@interpreting
 @pytest.mark.usefixtures("interpreter")
 def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = dracopt_ext.AdamW(parameters(1), backend="triton")
-    run = launcher.TritonLaunch.launch
+    launch = launcher.Launcher.__call__
     refused = []
 
-    def run_and_step(*arguments: Any) -> Any:
+    def step_and_launch(*arguments: Any) -> None:
         with pytest.raises(RuntimeError, match="already running, in another thread") as caught:
             optimizer.step()
         refused.append(caught)
-        return run(*arguments)
+        launch(*arguments)
 
-    monkeypatch.setattr(launcher.TritonLaunch, "launch", run_and_step)
+    monkeypatch.setattr(launcher.Launcher, "__call__", step_and_launch)
     optimizer.step()
     assert refused
 
 
 @interpreting
-@preparing
-def test_arguments_hold_a_recipe_for_each_group_and_step(uploads: list[list[int]], prepared_by: str) -> None:
-    """The number of tensors that share a recipe does not matter."""
-    words = []
-    for groups in (1, 2, 5):
-        params = parameters(10)
-        size = 10 // groups
-        optimizer = dracopt_ext.AdamW(
-            [{"params": params[i : i + size], "lr": 0.1 + i} for i in range(0, 10, size)], backend="triton"
-        )
-        optimizer.step()
-        words.append(len(uploads[-1]))
-    recipe = 1 + 6 if prepared_by == "host" else 1 + 7 + MAX_STATE_SCALARS  # 6 for eleven numbers of four bytes
-    assert words == [HEADER_WORDS + 2 * 10 + groups * recipe for groups in (1, 2, 5)]
-
-
-@interpreting
 @pytest.mark.usefixtures("interpreter")
-def test_what_a_graph_refers_to_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other step uses a table that a graph has yet to write."""
-    params = parameters(2)
-    stepper = plan.StepPlan("sgd", "SGD", launcher.TritonBackend(on_cpu=True))
-    optimizer = dracopt_ext.SGD(params, lr=0.1)
-    monkeypatch.setattr("dracopt_ext.devices.GPU", "cpu")
-    monkeypatch.setattr(launcher, "_launched", set())
-    monkeypatch.setattr(plan, "is_capturing", lambda _: True)
-    with pytest.raises(RuntimeError, match="Triton has yet to compile its kernel"):
-        stepper.step(optimizer.param_groups, optimizer.state)
-    for capturing, tables in ((False, 0), (True, 1), (False, 1), (True, 2)):
-        if tables == 1:
-            params[0].data = params[0].data.clone()
-        monkeypatch.setattr(plan, "is_capturing", lambda _, answer=capturing: answer)
-        assert stepper.step(optimizer.param_groups, optimizer.state) is None
-        (launch, _), *_ = stepper._launches
-        assert len(stepper._captured) == tables
-        assert all(any(kept is launch._table for kept in referred) == capturing for referred in stepper._captured[-1:])
-        assert (stepper._facts is None) == (capturing and tables == 1)
+@pytest.mark.filterwarnings("ignore:.*non-leaf Tensor:UserWarning")
+def test_what_other_code_may_do_during_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may run while Python launches. It takes away everything that the step has found."""
+    launch = launcher.Launcher.__call__
+    for case in RULES:
+        initial, (first, second) = inputs([1000] * 5, torch.float32, 2)
+        expected = train(case.ours, {**case.options, "backend": "native"}, initial, [first, second])
+        params = [nn.Parameter(value.clone()) for value in initial]
+        optimizer = case.ours(params, **case.options, backend="triton")
+        for p, grad in zip(params, first, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+        for p, grad in zip(params, second, strict=True):
+            p.grad = grad.clone()
+        taken: list[Any] = []
+
+        def take_away_and_launch(*arguments: Any, optimizer: Any = optimizer, taken: list[Any] = taken) -> None:
+            views = [p.data.view(-1) for p in optimizer.param_groups[0]["params"]]
+            taken.extend(weakref.ref(value) for state in optimizer.state.values() for value in state.values())
+            taken.extend(views)  # keep the parameters' memory, which holds the result
+            optimizer.state.clear()
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = None
+                p.data = torch.zeros(1)
+            optimizer.param_groups[0]["params"].clear()
+            others = [torch.zeros(1000) for _ in range(100)]
+            launch(*arguments)
+            assert not any(other.any() for other in others)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(launcher.Launcher, "__call__", take_away_and_launch)
+            del p
+            params.clear()
+            optimizer.step()
+        results = [value for value in taken if isinstance(value, torch.Tensor)]
+        assert len(results) == 5
+        for i, result in enumerate(results):
+            assert torch.equal(result, expected[f"0.{i}"].view(-1))
+        gc.collect()
+        assert all(kept() is None for kept in taken if not isinstance(kept, torch.Tensor))
 
 
 @interpreting

@@ -51,22 +51,22 @@ def compile_one(variant: Variant) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dracopt_ext.portable.rules import RULES
     from dracopt_ext.triton_kernels import kernel, launcher
 
-    name, (param, grad, state), target = variant
-    rule = RULES[name]
+    rule, (param, grad, state), target = variant
     backend = TARGETS[target][0]
-    constants = launcher.specialization(rule, (param, grad, *[state] * len(rule.state_keys)), backend)
-    signature = {"table": "*i64", "arguments": "*i64", **dict.fromkeys(constants, "constexpr")}
+    dtypes = param, grad, *[state] * len(launcher.RULES[rule].state_keys)
+    constants = launcher.specialization(rule, dtypes, backend)
+    addresses = dict.fromkeys(("rows", "layouts", "first_tiles", "arguments"), "i64")
+    signature = {**addresses, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel.step_kernel, signature=signature, constexprs=constants)
-    options = launcher.options(rule, (param, grad, state), backend)
+    options = launcher.options(rule, dtypes, backend)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     constants_of = re.findall(r"arith\.constant (\S+) : f64", compiled.asm["ttir"])
     found = {
         "constants": [number(text) for text in constants_of],
-        "rule": name,
-        "dtypes": [param, grad, *[state] * len(rule.state_keys)],
+        "rule": rule,
+        "dtypes": list(dtypes),
         "target": target,
         "fast": constants["fast"],
     }

@@ -1,6 +1,7 @@
 """One kernel for a whole step, which updates every tensor of every group whose streams have the same dtypes.
 
-The kernel reads the two arrays of words of :mod:`dracopt_ext.portable.packed`, which also says what lies where.
+The kernel reads what csrc/cuda/launch.h describes: rows, layouts and first tiles in the table, and the arguments. They
+are given by address, because they are structs, whose fields have several types.
 """
 
 from __future__ import annotations
@@ -8,24 +9,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dracopt_ext.portable import packed
+from dracopt_ext._C import launch_layout
 
 from .arithmetic import divisor_of, narrow, power, quotient_by, widen
 
+TILE = tl.constexpr(8192)  # elements that a program updates
 ROWS = tl.constexpr(128)  # rows that a program advances at once, or elements outside vectors that it updates at once
 VECTOR_BYTES = tl.constexpr(16)  # the widest access
 VECTOR = tl.constexpr(16)  # elements: a multiple of the number of any dtype in such a vector
 
-NUMEL, FIRST_TILE, LAYOUT, FLAGS, STATE_SCALARS, PARAM, STATES = map(tl.constexpr, packed.ROW)
-FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED, COUNT, PROGRAMS = map(tl.constexpr, packed.HEADER)
-FP32_ADDRESS, FP64_ADDRESS, FIRST, PREPARED = map(tl.constexpr, packed.RECIPE_FLAGS)
-TILE, ROW_WORDS, HEADER_WORDS = map(tl.constexpr, (packed.TILE, packed.ROW_WORDS, packed.HEADER_WORDS))
-MAXIMIZE, STATE_SCALAR_FP32 = map(tl.constexpr, (packed.MAXIMIZE, packed.STATE_SCALAR_FP32))
+AT = {name: tl.constexpr(at) for name, at in launch_layout().items()}  # offsets and sizes, in bytes
+ROW_BYTES, STREAMS, STATE_SCALARS = AT["ROW_BYTES"], AT["STREAMS"], AT["STATE_SCALARS"]
+NUMEL, SLOT, LAYOUT = AT["NUMEL"], AT["SLOT"], AT["LAYOUT"]
+STATE_SCALAR_FP32, MAXIMIZE, HAS_RECIPE = AT["STATE_SCALAR_FP32"], AT["MAXIMIZE"], AT["HAS_RECIPE"]
+LAYOUT_BYTES, SIZES, STRIDES, STRIDES_BYTES = AT["LAYOUT_BYTES"], AT["SIZES"], AT["STRIDES"], AT["STRIDES_BYTES"]
+FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED = AT["FOUND_INF"], AT["GRAD_SCALE"], AT["DIVISOR"], AT["FINISHED"]
+COUNT, BLOCKS, WORDS = AT["COUNT"], AT["BLOCKS"], AT["WORDS"]
+FP32_ADDRESS, FP64_ADDRESS, FIRST, NUMBERS = AT["FP32_ADDRESS"], AT["FP64_ADDRESS"], AT["FIRST"], AT["NUMBERS"]
 
 
 @triton.jit
-def word(base, at, mask):
-    return tl.load(base + at, mask=mask, other=0)
+def field(address, at, dtype: tl.constexpr, mask=True):
+    """Reads a field of a struct: a number of this dtype."""
+    return tl.load((address + at).to(tl.pointer_type(dtype)), mask=mask, other=0)
 
 
 @triton.jit
@@ -36,68 +42,75 @@ def number_at(address, is_fp32, is_fp64):
 
 
 @triton.jit
-def tile_of(table, count, program):
+def tile_of(first_tiles, count, program):
     """Finds the row that holds a program's tile: the last one whose first tile is not beyond that tile."""
     low = count * 0
     high = count
     while high - low > 1:
         middle = low + (high - low) // 2
-        beyond = tl.load(table + middle * ROW_WORDS + FIRST_TILE) > program
+        beyond = field(first_tiles, 4 * middle, tl.int32) > program
         low = tl.where(beyond, low, middle)
         high = tl.where(beyond, middle, high)
     return low
 
 
 @triton.jit
-def hyperparameter(recipe, flags, k: tl.constexpr, mask):
-    bits = word(recipe, 1 + k, mask)
-    is_fp32 = (flags >> FP32_ADDRESS + k & 1) != 0
-    is_fp64 = (flags >> FP64_ADDRESS + k & 1) != 0
+def number_in(recipe, k: tl.constexpr, mask):
+    """Reads number k of a recipe: as it is, or where it lies on the device."""
+    bits = field(recipe, NUMBERS + 8 * k, tl.int64, mask)
+    is_fp32 = (field(recipe, FP32_ADDRESS, tl.int16, mask) >> k & 1) != 0
+    is_fp64 = (field(recipe, FP64_ADDRESS, tl.int16, mask) >> k & 1) != 0
     stored = number_at(bits, is_fp32, is_fp64)
     return tl.where(is_fp32 | is_fp64, stored, bits.to(tl.float64, bitcast=True))
 
 
 @triton.jit
-def state_scalar_number(recipe, address, is_fp32, at: tl.constexpr, mask):
-    on_host = word(recipe, at, mask).to(tl.float64, bitcast=True)
+def state_scalar_number(recipe, k: tl.constexpr, address, is_fp32, mask):
+    on_host = field(recipe, NUMBERS + 8 * k, tl.float64, mask)
     there = address != 0
     return tl.where(there, number_at(address, there & is_fp32, there & (is_fp32 == 0)), on_host)
 
 
 @triton.jit
-def prepare_row(row, recipe, mask, rule: tl.constexpr, numbers: tl.constexpr, power: tl.constexpr, T: tl.constexpr):
+def prepare_row(
+    row,
+    recipe,
+    mask,
+    rule: tl.constexpr,
+    numbers: tl.constexpr,
+    carries: tl.constexpr,
+    power: tl.constexpr,
+    T: tl.constexpr,
+):
     """Returns the state scalars of this step, the step's scalars, and the state scalars' addresses and dtypes."""
-    flags = word(recipe, 0, mask)
-    h0 = hyperparameter(recipe, flags, 0, mask)
-    h1 = hyperparameter(recipe, flags, 1, mask)
-    h2 = hyperparameter(recipe, flags, 2, mask)
-    h3 = hyperparameter(recipe, flags, 3, mask)
-    h4 = hyperparameter(recipe, flags, 4, mask)
+    h0, h1, h2 = number_in(recipe, 0, mask), number_in(recipe, 1, mask), number_in(recipe, 2, mask)
+    h3, h4 = number_in(recipe, 3, mask), number_in(recipe, 4, mask)
     if numbers == 7:
-        h = (h0, h1, h2, h3, h4, hyperparameter(recipe, flags, 5, mask), hyperparameter(recipe, flags, 6, mask))
+        h = (h0, h1, h2, h3, h4, number_in(recipe, 5, mask), number_in(recipe, 6, mask))
     else:
         h = (h0, h1, h2, h3, h4)  # type: ignore[assignment]
-    row_flags = word(row, FLAGS, mask)
-    addresses = word(row, STATE_SCALARS, mask), word(row, STATE_SCALARS + 1, mask)
-    is_fp32 = (row_flags & STATE_SCALAR_FP32) != 0, (row_flags & 2 * STATE_SCALAR_FP32) != 0
-    state_scalars = (
-        state_scalar_number(recipe, addresses[0], is_fp32[0], 1 + numbers, mask),
-        state_scalar_number(recipe, addresses[1], is_fp32[1], 2 + numbers, mask),
-    )
-    state_scalars, scalars = rule(state_scalars, is_fp32, (flags >> FIRST & 1) != 0, h, power, T)
-    return state_scalars, scalars, addresses, is_fp32
+    first = field(recipe, FIRST, tl.int8, mask) != 0
+    bits = field(row, STATE_SCALAR_FP32, tl.int8, mask)
+    is_fp32 = (bits & 1) != 0, (bits & 2) != 0
+    address0 = field(row, STATE_SCALARS, tl.int64, mask)
+    address1 = field(row, STATE_SCALARS + 8, tl.int64, mask)
+    scalar0, scalar1 = h0, h0  # if the rule has none
+    if carries > 0:
+        scalar0 = state_scalar_number(recipe, numbers, address0, is_fp32[0], mask)
+    if carries > 1:
+        scalar1 = state_scalar_number(recipe, numbers + 1, address1, is_fp32[1], mask)
+    state_scalars, scalars = rule((scalar0, scalar1), is_fp32, first, h, power, T)
+    return state_scalars, scalars, (address0, address1), is_fp32
 
 
 @triton.jit
 def offset_of(layout, stream: tl.constexpr, element):
     """Returns where elements of a stream lie, in elements from the stream's first."""
-    dims = tl.load(layout)
-    strides = layout + 1 + (1 + stream) * dims
     offset = element * 0
-    d = dims - 1
+    d = field(layout, 0, tl.int32) - 1
     while d >= 0:
-        size = tl.load(layout + 1 + d)
-        offset += element % size * tl.load(strides + d)
+        size = field(layout, SIZES + 8 * d, tl.int64)
+        offset += element % size * field(layout, STRIDES + STRIDES_BYTES * stream + 8 * d, tl.int64)
         element = element // size
         d -= 1
     return offset
@@ -198,17 +211,17 @@ def no_power(x, n):
 
 
 @triton.jit
-def advance(table, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, carries: tl.constexpr):
+def advance(rows, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, carries: tl.constexpr):
     """Advances the state scalars on the device to the step that has been done."""
     begin = count * 0
     while begin < count:
-        rows = begin + tl.arange(0, ROWS)
-        mask = rows < count
-        row = table + rows * ROW_WORDS
-        mask = mask & ((word(row, STATE_SCALARS, mask) | word(row, STATE_SCALARS + 1, mask)) != 0)
-        recipes = word(arguments, HEADER_WORDS + 2 * rows + 1, mask)
+        index = begin + tl.arange(0, ROWS)
+        row = rows + index.to(tl.int64) * ROW_BYTES
+        mask = index < count
+        mask = mask & (field(row, HAS_RECIPE, tl.int8, mask) != 0)
+        recipe = arguments + WORDS + 8 * field(row, SLOT, tl.int32, mask).to(tl.int64)
         state_scalars, _, addresses, is_fp32 = prepare_row(
-            row, arguments + recipes, mask, rule, numbers, no_power, tl.float64
+            row, recipe, mask, rule, numbers, carries, no_power, tl.float64
         )
         for k in tl.static_range(carries):
             there = mask & (addresses[k] != 0)
@@ -219,9 +232,11 @@ def advance(table, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, 
         begin += ROWS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "layouts", "first_tiles", "arguments"])
 def step_kernel(
-    table,
+    rows,
+    layouts,
+    first_tiles,
     arguments,
     rule: tl.constexpr,
     load_scalars: tl.constexpr,
@@ -238,37 +253,38 @@ def step_kernel(
     LANES: tl.constexpr,  # elements in a vector of the widest dtype
     BLOCK: tl.constexpr,  # elements that are updated at once
 ):
-    found_inf = tl.load(arguments + FOUND_INF)
+    found_inf = field(arguments, FOUND_INF, tl.int64)
     if number_at(found_inf, found_inf != 0, False) != 0:
         return
     program = tl.program_id(0)
-    count = tl.load(arguments + COUNT)
-    index = tile_of(table, count, program)
-    row = table + index * ROW_WORDS
-    pair = arguments + HEADER_WORDS + 2 * index
-    recipe = arguments + tl.load(pair + 1)
-    if (tl.load(recipe) >> PREPARED & 1) != 0:
-        scalars = load_scalars((recipe + 1).to(tl.int64), T)
+    count = field(arguments, COUNT, tl.int32)
+    index = tile_of(first_tiles, count, program).to(tl.int64)
+    row = rows + index * ROW_BYTES
+    slot = arguments + WORDS + 8 * field(row, SLOT, tl.int32).to(tl.int64)
+    if field(row, HAS_RECIPE, tl.int8) != 0:
+        _, scalars, _, _ = prepare_row(row, slot, True, rule, numbers, carries, power, T)
     else:
-        _, scalars, _, _ = prepare_row(row, recipe, True, rule, numbers, power, T)
+        scalars = load_scalars(slot, T)
 
-    numel = tl.load(row + NUMEL)
-    begin = (program - tl.load(row + FIRST_TILE)) * TILE
+    numel = field(row, NUMEL, tl.int64)
+    begin = (program - field(first_tiles, 4 * index, tl.int32)).to(tl.int64) * TILE
     end = tl.minimum(begin + TILE, numel)
-    sign = tl.where(tl.load(row + FLAGS) & MAXIMIZE != 0, -1.0, 1.0).to(T)
-    grad_scale = tl.load(arguments + GRAD_SCALE)
-    divisor = tl.load(arguments + DIVISOR).to(tl.float64, bitcast=True)
+    sign = tl.where(field(row, MAXIMIZE, tl.int8) != 0, -1.0, 1.0).to(T)
+    grad_scale = field(arguments, GRAD_SCALE, tl.int64)
+    divisor = field(arguments, DIVISOR, tl.float64)
     divisor = divisor_of(tl.where(grad_scale != 0, number_at(grad_scale, grad_scale != 0, False), divisor).to(T))
-    at_layout = tl.load(row + LAYOUT)
-    at_param, at_grad = tl.load(row + PARAM), tl.load(pair)
-    at_state0, at_state1, at_state2 = tl.load(row + STATES), tl.load(row + STATES + 1), tl.load(row + STATES + 2)
+    at_param, at_grad = field(row, STREAMS, tl.int64), field(arguments, WORDS + 8 * index, tl.int64)
+    at_state0, at_state1 = field(row, STREAMS + 16, tl.int64), field(row, STREAMS + 24, tl.int64)
+    at_state2 = field(row, STREAMS + 32, tl.int64)
     addresses = at_param, at_grad, at_state0, at_state1, at_state2
+    layout_number = field(row, LAYOUT, tl.int32).to(tl.int64)  # negative if all streams are dense
+    layout = layouts + layout_number * LAYOUT_BYTES
 
     # Vectors come first, then the tensor's last elements. Misaligned and strided tensors have no vectors.
     misaligned = (at_param | at_grad | at_state0 | at_state1 | at_state2) % VECTOR_BYTES != 0
-    in_vectors = tl.where(misaligned | (at_layout != 0), begin, end - (end - begin) % VECTOR)
+    in_vectors = tl.where(misaligned | (layout_number >= 0), begin, end - (end - begin) % VECTOR)
     in_vectors = tl.multiple_of(in_vectors, VECTOR)
-    tensor = addresses, table + at_layout, at_layout != 0, sign, divisor, scalars
+    tensor = addresses, layout, layout_number >= 0, sign, divisor, scalars
     for i in range(0, TILE, BLOCK):
         if begin + i < in_vectors:
             elements = begin + i + tl.arange(0, BLOCK)
@@ -281,12 +297,11 @@ def step_kernel(
             elements = in_vectors + i + tl.arange(0, ROWS)
             update_block(tensor, elements, end, update, param, grad, state0, state1, state2, 1, False, T)
 
-    finished = tl.load(arguments + FINISHED)
+    finished = field(arguments, FINISHED, tl.int64)
     if finished != 0:
         # The last program to come here advances the state scalars, because all others have read them.
         tl.debug_barrier()
         counter = finished.to(tl.pointer_type(tl.int32))
-        programs = tl.load(arguments + PROGRAMS)
-        if tl.atomic_add(counter, 1) == programs - 1:
+        if tl.atomic_add(counter, 1) == field(arguments, BLOCKS, tl.int32) - 1:
             tl.store(counter, 0)
-            advance(table, arguments, count, rule, numbers, carries)
+            advance(rows, arguments, count, rule, numbers, carries)

@@ -216,4 +216,4 @@ FUNCTIONS: dict[str, tuple[Any, Any, Any, bool]] = {
     "nadam": (prepare_nadam, load_nadam, update_nadam, True),
     "sgd": (prepare_sgd, load_sgd, update_sgd, False),
 }
-"""The functions of each of :data:`dracopt_ext.portable.rules.RULES`, and whether ``update`` divides."""
+"""The functions of each rule, and whether ``update`` divides."""

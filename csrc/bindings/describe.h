@@ -1,11 +1,12 @@
 // Names groups, parameters and tensors in error messages.
 #pragma once
 
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
 #include <sstream>
 #include <string>
+
+#include "bindings/tensor.h"
 
 namespace dracopt {
 
@@ -20,10 +21,10 @@ inline std::string describe_key(int group, PyObject* key) {
 }
 
 // Returns, for example, "[10, 4]".
-inline std::string shape_of(const c10::TensorImpl* tensor) {
-  std::ostringstream out;
-  out << tensor->sizes();
-  return out.str();
+inline std::string shape_of(Tensor tensor) {
+  std::string text;
+  for (const int64_t size : tensor.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
 }
 
 // Returns the list of a group's parameter names, or null if there is none. Calls no methods of keys.
@@ -37,7 +38,7 @@ inline PyObject* names_in(PyObject* group) {
 }
 
 // Returns, for example, "parameter 3 of group 0 ('layer.weight', shape [10, 4])".
-inline std::string describe_parameter(PyObject* group, int group_index, int index, const c10::TensorImpl* param) {
+inline std::string describe_parameter(PyObject* group, int group_index, int index, Tensor param) {
   std::ostringstream out;
   out << "parameter " << index << " of group " << group_index << " (";
   const std::string shape = shape_of(param);

@@ -13,7 +13,7 @@ inline constexpr char kSharesMemory[] = "tensors that share memory";
 // layout, update and unit numbers. Calls no Python and writes nothing else, so threads may share an inventory.
 //
 // `inference_mode` says whether the thread that steps is in this mode.
-Examined examine(const Inventory& inventory, size_t i, bool inference_mode, Segment& segment);
+Examined examine(const Inventory& inventory, const Backends& backends, size_t i, bool inference_mode, Segment& segment);
 
 // Numbers a parameter's elements if those of some stream do not simply lie one after the other.
 Layout layout_of(const Inventory& inventory, size_t i);

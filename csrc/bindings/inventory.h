@@ -1,8 +1,6 @@
 // An inventory holds the parameters of one step, and what its passes find out about them.
 #pragma once
 
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <cstdint>
 #include <deque>
 #include <optional>
@@ -12,6 +10,7 @@
 #include <variant>
 #include <vector>
 
+#include "bindings/backends.h"
 #include "bindings/tensor_facts.h"
 #include "core/layout.h"
 #include "core/rule_entry.h"
@@ -21,14 +20,6 @@ namespace dracopt {
 
 using Index = std::pair<int, int>;      // the index of a group, and of a parameter in it
 using Run = std::tuple<int, int, int>;  // the indices of a group, of its first parameter in the run, and after the last
-
-// Returns the tensor in a Python object, which must be a tensor. Calls no dispatcher.
-inline c10::TensorImpl* tensor_in(PyObject* object) { return THPVariable_Unpack(object).unsafeGetTensorImpl(); }
-
-// Says whether an object is a tensor. Python's isinstance() is avoided, because torch overrides it in Python.
-inline bool is_tensor(PyObject* object) {
-  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass));
-}
 
 // A parameter group as this step finds it.
 struct Group {
@@ -42,7 +33,7 @@ struct Group {
   bool reads_memory;                           // some hyperparameter is a tensor
   uint8_t bytes[kMaxHyperparameters];          // the k-th hyperparameter's size if it is a tensor; otherwise 0
   const void* addresses[kMaxHyperparameters];  // of hyperparameters that are tensors
-  std::optional<c10::Device> gpu;              // the device of hyperparameters that the kernel reads
+  std::optional<Device> gpu;                   // the device of hyperparameters that the kernel reads
   uint16_t fp32_address, fp64_address;         // bit k: the kernel reads the k-th in that dtype
 };
 
@@ -51,15 +42,16 @@ struct Located {
   uint32_t group, index : 31;
   bool has_state : 1;  // the state is not empty
   PyObject* parameter;
-  c10::TensorImpl* grad;
+  Tensor grad;
   PyObject* values[kMaxStateKeys];  // the state's scalars, then its tensors
 
-  c10::TensorImpl* param() const { return tensor_in(parameter); }
+  Tensor param() const { return Tensor::in(parameter); }
 };
 
 // The tensors of a parameter that will be read and written: the parameter, its gradient, its states.
 struct Streams {
   uint8_t count;
+  Backend backend;
   bool on_gpu;
   bool strided;   // the streams do not all lie alike without gaps
   bool has_gaps;  // some stream extends over more than its elements
@@ -124,16 +116,16 @@ struct Inventory {
   int wanted_values(const Group& group) const { return rule.state_scalars + group.states; }
 
   // Returns the tensor of a stream, which must exist.
-  c10::TensorImpl* tensor_of(size_t i, int stream) const {
+  Tensor tensor_of(size_t i, int stream) const {
     if (stream == kParam) return located[i].param();
     if (stream == kGrad) return located[i].grad;
-    return tensor_in(located[i].values[rule.state_scalars + stream - kFirstState]);
+    return Tensor::in(located[i].values[rule.state_scalars + stream - kFirstState]);
   }
 
   // Returns the bytes over which a stream extends.
   int64_t bytes_of(size_t i, int stream) const {
     if (!streams_of(examined[i])->strided) return segments[i].numel * itemsize(segments[i].dtypes[stream]);
-    const c10::TensorImpl* tensor = tensor_of(i, stream);
+    const Tensor tensor = tensor_of(i, stream);
     return extent_of(tensor) * format_of(tensor).bytes();
   }
 

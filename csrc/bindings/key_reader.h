@@ -1,7 +1,7 @@
 // Reads known keys from Python dicts that mostly look alike: parameter groups, and the states of parameters.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <vector>

@@ -1,4 +1,8 @@
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <memory>
 
 #include "bindings/step_plan.h"
 #include "cpu/kernels.h"
@@ -6,40 +10,113 @@
 
 namespace py = pybind11;
 
-using Scaler = std::pair<std::optional<at::Tensor>, std::optional<at::Tensor>>;  // found_inf and grad_scale
+namespace dracopt {
+namespace {
+
+Tensor tensor_or_none(const py::object& object) {
+  if (object.is_none()) return Tensor();
+  if (!is_tensor(object.ptr())) throw py::type_error("scaler must hold tensors or None");
+  return Tensor::in(object.ptr());
+}
+
+py::tuple names_in(const char* const* names) {
+  py::list found;
+  for (; *names != nullptr; ++names) found.append(*names);
+  return py::tuple(found);
+}
+
+// Describes the rules to Triton's launcher: for each name, the attributes of dracopt_ext/_C.pyi's Rule.
+py::dict rules() {
+  const auto rule_type = py::module_::import("collections")
+                             .attr("namedtuple")("Rule", py::make_tuple("group_keys", "hyperparameters",
+                                                                        "state_scalar_keys", "state_keys"));
+  py::dict found;
+  for (const RuleEntry* rule = cpu::kernels().rules; rule != cpu::kernels().rules + cpu::kernels().rule_count; ++rule) {
+    py::list keys;
+    for (const GroupKey* key = rule->group_keys; key->name != nullptr; ++key) keys.append(key->name);
+    found[rule->name] = rule_type(py::tuple(keys), rule->hyperparameters, names_in(rule->state_scalar_keys),
+                                  names_in(rule->state_keys));
+  }
+  return found;
+}
+
+// Returns where the Triton kernel finds what a table and arguments hold, in bytes from the beginning of each struct.
+py::dict launch_layout() {
+  using namespace cuda;
+  py::dict at;
+  at["ROW_BYTES"] = sizeof(Row);
+  at["STREAMS"] = offsetof(Row, streams);
+  at["STATE_SCALARS"] = offsetof(Row, state_scalars);
+  at["NUMEL"] = offsetof(Row, numel);
+  at["SLOT"] = offsetof(Row, slot);
+  at["LAYOUT"] = offsetof(Row, layout);
+  at["STATE_SCALAR_FP32"] = offsetof(Row, state_scalar_fp32);
+  at["MAXIMIZE"] = offsetof(Row, maximize);
+  at["HAS_RECIPE"] = offsetof(Row, has_recipe);
+  at["LAYOUT_BYTES"] = sizeof(Layout);
+  at["SIZES"] = offsetof(Layout, sizes);
+  at["STRIDES"] = offsetof(Layout, strides);
+  at["STRIDES_BYTES"] = sizeof(Layout::strides[0]);
+  at["FINISHED"] = offsetof(Arguments, finished);
+  at["FOUND_INF"] = offsetof(Arguments, found_inf);
+  at["GRAD_SCALE"] = offsetof(Arguments, grad_scale);
+  at["DIVISOR"] = offsetof(Arguments, divisor);
+  at["COUNT"] = offsetof(Arguments, count);
+  at["BLOCKS"] = offsetof(Arguments, blocks);
+  at["WORDS"] = offsetof(Arguments, words);
+  at["FP32_ADDRESS"] = offsetof(Recipe, fp32_address);
+  at["FP64_ADDRESS"] = offsetof(Recipe, fp64_address);
+  at["FIRST"] = offsetof(Recipe, first);
+  at["NUMBERS"] = offsetof(Recipe, words);
+  return at;
+}
+
+Triton make_triton(py::object make_launcher, py::object is_capturing, int64_t tile, bool on_cpu,
+                   const std::vector<std::optional<std::string>>& no_kernels) {
+  Triton triton{std::move(make_launcher), std::move(is_capturing), tile, on_cpu, {}};
+  for (const auto& why : no_kernels) triton.no_kernels.push_back(why.has_value() ? lasting(*why) : nullptr);
+  return triton;
+}
+
+}  // namespace
+}  // namespace dracopt
 
 PYBIND11_MODULE(_C, m) {
-  if (dracopt::cpu::interface() != DRACOPT_INTERFACE) {
+  using namespace dracopt;
+  if (cpu::interface() != DRACOPT_INTERFACE) {
     throw py::import_error("libdracopt_kernels.so is of another build than its binding. Build both again");
   }
-  dracopt::cpu::kernels();  // a wrong DRACOPT_ISA must fail the import, not the first step
-  m.def("isa", [] { return dracopt::cpu::kernels().isa; });
-  m.def("cuda_unavailable", &dracopt::cuda::unavailable, py::arg("device"));
-  m.def("cuda_architectures", &dracopt::cuda::architectures);
-  py::class_<dracopt::StepPlan>(m, "StepPlan", py::module_local())
-      .def(py::init<const std::string&, std::string>(), py::arg("rule"), py::arg("optimizer"))
+  cpu::kernels();  // a wrong DRACOPT_ISA must fail the import, not the first step
+  define_places(m);
+  m.def("isa", [] { return cpu::kernels().isa; });
+  m.def("cuda_unavailable", &cuda::unavailable, py::arg("device"));
+  m.def("cuda_architectures", &cuda::architectures);
+  m.def("rules", &rules);
+  m.def("launch_layout", &launch_layout);
+  py::class_<Triton>(m, "Triton", py::module_local())
+      .def(py::init(&make_triton), py::arg("make_launcher"), py::arg("is_capturing"), py::arg("tile"),
+           py::arg("on_cpu"), py::arg("no_kernels"));
+  py::class_<StepPlan>(m, "StepPlan", py::module_local())
+      .def(py::init(
+               [](const std::string& rule, std::string optimizer, bool cpu, bool cuda, std::optional<Triton> triton) {
+                 return std::make_unique<StepPlan>(rule, std::move(optimizer), Backends(cpu, cuda, std::move(triton)));
+               }),
+           py::arg("rule"), py::arg("optimizer"), py::arg("cpu"), py::arg("cuda"), py::arg("triton"))
       .def(
           "step",
-          [](dracopt::StepPlan& plan, py::handle param_groups, py::handle state, double grad_scale,
-             const Scaler& scaler, std::optional<std::vector<dracopt::Run>> created,
-             std::optional<std::vector<dracopt::Index>> stepped, const std::optional<std::string>& only_on,
-             const std::optional<std::string>& not_on, bool only_looks) -> py::object {
-            const auto type_of = [](const std::optional<std::string>& name) {
-              return name.has_value() ? std::make_optional(c10::Device(*name).type()) : std::nullopt;
-            };
+          [](StepPlan& plan, py::handle param_groups, py::handle state, double grad_scale,
+             const std::pair<py::object, py::object>& scaler, std::optional<std::vector<Run>> created,
+             std::optional<std::vector<Index>> stepped, bool only_looks) -> py::object {
             return plan.step(param_groups, state,
                              {.grad_scale = grad_scale,
-                              .scaler = {scaler.first.value_or(at::Tensor()), scaler.second.value_or(at::Tensor())},
+                              .scaler = {tensor_or_none(scaler.first), tensor_or_none(scaler.second)},
                               .created = std::move(created),
-                              .stepped = std::move(stepped).value_or(std::vector<dracopt::Index>()),
-                              .only_on = type_of(only_on),
-                              .not_on = type_of(not_on),
+                              .stepped = std::move(stepped).value_or(std::vector<Index>()),
                               .only_looks = only_looks});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
           py::arg("scaler") = py::make_tuple(py::none(), py::none()), py::arg("created") = py::none(),
-          py::arg("stepped") = py::none(), py::arg("only_on") = py::none(), py::arg("not_on") = py::none(),
-          py::arg("only_looks") = false)
-      .def_property_readonly("updated", &dracopt::StepPlan::updated)
-      .def_property_readonly("launches", &dracopt::StepPlan::launches);
+          py::arg("stepped") = py::none(), py::arg("only_looks") = false)
+      .def_property_readonly("updated", &StepPlan::updated)
+      .def_property_readonly("launches", &StepPlan::launches);
 }

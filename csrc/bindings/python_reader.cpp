@@ -25,21 +25,21 @@ bool read_flag(PyObject* object, bool& flag) {
 }
 
 // Enters a tensor of one element into the group as its k-th hyperparameter. Returns whether the host must read it.
-bool enter_tensor(Group& group, PyObject* key, const c10::TensorImpl* tensor, int k) {
+bool enter_tensor(Group& group, PyObject* key, Tensor tensor, int k) {
   const bool is_ours = is_plain(tensor);
-  if (!is_python_subclass(tensor) && tensor->numel() != 1) {
+  if (!tensor.is_python_subclass() && tensor.numel() != 1) {
     throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
                           shape_of(tensor));
   }
   const Format& format = format_of(tensor);
   const bool is_real = format.is_native && !format.is_complex;
-  if (is_ours && lacks_memory(tensor, 1, static_cast<int64_t>(tensor->itemsize()))) {
+  if (is_ours && lacks_memory(tensor, 1, itemsize_of(tensor.dtype()))) {
     throw py::value_error(describe_key(group.index, key) + " is a tensor whose storage was freed");
   }
-  const void* const data = is_ours && is_real ? readable_data(tensor, format.bytes()) : nullptr;
-  const bool on_gpu = data != nullptr && !is_on_cpu(tensor);
+  const void* const data = is_ours && is_real ? data_of(tensor) : nullptr;
+  const bool on_gpu = data != nullptr && !tensor.is_plain_on_cpu();
   const bool serves = data != nullptr && (!on_gpu || (format.bytes() >= 4 && is_aligned(data, format.dtype) &&
-                                                      group.gpu.value_or(tensor->device()) == tensor->device()));
+                                                      group.gpu.value_or(tensor.device()) == tensor.device()));
   group.bytes[k] = serves ? static_cast<uint8_t>(format.bytes()) : 0;
   if (!serves) {
     group.unsupported = "hyperparameters that are tensors on another device or of another dtype";
@@ -48,7 +48,7 @@ bool enter_tensor(Group& group, PyObject* key, const c10::TensorImpl* tensor, in
   group.addresses[k] = data;
   group.reads_memory = true;
   if (!on_gpu) return true;
-  group.gpu = tensor->device();
+  group.gpu = tensor.device();
   (format.dtype == Dtype::fp32 ? group.fp32_address : group.fp64_address) |= static_cast<uint16_t>(1 << k);
   return false;
 }
@@ -143,7 +143,7 @@ bool PythonReader::read_number(Group& group, PyObject* key, PyObject* number, bo
   } else if (!is_tensor(number)) {
     return false;
   } else {
-    const c10::TensorImpl* tensor = tensor_in(number);
+    const Tensor tensor = Tensor::in(number);
     if (!enter_tensor(group, key, tensor, k)) {
       group.hyperparameters[k] = std::numeric_limits<double>::quiet_NaN();  // only torch or the kernel reads it
       return true;
@@ -158,8 +158,7 @@ bool PythonReader::read_number(Group& group, PyObject* key, PyObject* number, bo
   return true;
 }
 
-bool PythonReader::locate(PyObject* state, std::optional<c10::DeviceType> only_on,
-                          std::optional<c10::DeviceType> not_on, Inventory& inventory) {
+bool PythonReader::locate(PyObject* state, Inventory& inventory) {
   if (!PyDict_CheckExact(state) && !py::handle(reinterpret_cast<PyObject*>(Py_TYPE(state))).is(defaultdict_)) {
     return false;
   }
@@ -175,36 +174,28 @@ bool PythonReader::locate(PyObject* state, std::optional<c10::DeviceType> only_o
         throw py::type_error(describe_key(group.index, group_keys_[0]) + "[" + std::to_string(i) +
                              "] must be a Tensor, not " + Py_TYPE(parameter)->tp_name);
       }
-      located.push_back({static_cast<uint32_t>(group.index), static_cast<uint32_t>(i), false, parameter, nullptr, {}});
+      located.push_back({static_cast<uint32_t>(group.index), static_cast<uint32_t>(i), false, parameter, {}, {}});
     }
   }
-  // A subclass may decide on its device in Python, so it is never asked, and counts as on no device.
-  const auto is_own = [&](PyObject* parameter, const c10::TensorImpl* tensor) {
-    if (!only_on.has_value() && !not_on.has_value()) return true;
-    if (!THPVariable_CheckExact(parameter)) return !only_on.has_value();
-    const c10::DeviceType type = tensor->device().type();
-    return type == only_on.value_or(type) && !(not_on.has_value() && type == *not_on);
-  };
   // Each pass over a block follows one more pointer. These objects rarely lie in the cache, so a pass fetches those of
   // the whole block at once instead of waiting for one after the other.
   StateWalk walk(state);
   size_t count = 0;
   for (size_t begin = 0; begin < total; begin += kBlock) {
     const size_t end = std::min(begin + kBlock, total);
-    for (size_t i = begin; i < end; ++i) prefetch(located[i].param());
+    for (size_t i = begin; i < end; ++i) prefetch(located[i].param().identity());
     const size_t first = count;
     PyObject* states[kBlock];
     for (size_t i = begin; i < end; ++i) {
-      const c10::TensorImpl* const param = located[i].param();
-      const at::Tensor& grad = param->grad();
-      if (!grad.defined() || !is_own(located[i].parameter, param)) {
+      const Tensor grad = located[i].param().grad();
+      if (!grad.is_defined()) {
         walk.pass(located[i].parameter);
         continue;
       }
       PyObject* found = states[count - first] = walk.find(located[i].parameter);
       if (found != nullptr) prefetch(found);
       Located& kept = located[count++] = located[i];
-      kept.grad = grad.unsafeGetTensorImpl();
+      kept.grad = grad;
     }
     for (size_t i = first; i < count; ++i) {
       if (states[i - first] != nullptr) prefetch_entries(states[i - first]);

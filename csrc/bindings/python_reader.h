@@ -1,9 +1,7 @@
 // Reads the Python objects of a step: parameter groups, parameters, gradients and states.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
-
-#include <optional>
+#include <pybind11/pybind11.h>
 
 #include "bindings/inventory.h"
 #include "bindings/key_reader.h"
@@ -19,10 +17,8 @@ class PythonReader {
   // Reads the parameter groups. Throws for a hyperparameter that cannot be right.
   bool read_groups(PyObject* param_groups, Inventory& inventory);
 
-  // Finds the parameters that have a gradient, and their states. Takes `only_on` devices of one type, and passes over
-  // parameters `not_on` such devices.
-  bool locate(PyObject* state, std::optional<c10::DeviceType> only_on, std::optional<c10::DeviceType> not_on,
-              Inventory& inventory);
+  // Finds the parameters that have a gradient, and their states.
+  bool locate(PyObject* state, Inventory& inventory);
 
   PyObject* key_of_group(size_t k) const { return group_keys_[kDriverKeys + k]; }  // see RuleEntry::group_keys
   PyObject* key_of_state(size_t k) const { return state_keys_[k]; }                // see Located::values

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "bindings/cuda_launches.h"
 #include "bindings/describe.h"
 
 namespace py = pybind11;
@@ -22,24 +21,27 @@ std::string describe(const Inventory& inventory, size_t i) {
 
 // Says what is wrong about the culprit.
 std::string describe_fault(const Located& located, const Wrong& wrong) {
-  PyObject* const value = wrong.culprit >= 0 ? located.values[wrong.culprit] : nullptr;
   if (wrong.fault == Fault::missing) return "is missing";
+  PyObject* const value = wrong.culprit >= 0 ? located.values[wrong.culprit] : nullptr;
   if (wrong.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
-  const c10::TensorImpl* const tensor = value != nullptr                    ? tensor_in(value)
-                                        : wrong.culprit == Wrong::kGradient ? located.grad
-                                                                            : located.param();
+  // Other code may run from here on, so the object is held.
+  const auto parameter = py::reinterpret_borrow<py::object>(located.parameter);
+  const py::object culprit = value != nullptr                    ? py::reinterpret_borrow<py::object>(value)
+                             : wrong.culprit == Wrong::kGradient ? py::object(parameter.attr("grad"))
+                                                                 : parameter;
+  const auto attribute = [&](const char* name) { return std::string(py::str(culprit.attr(name))); };
   switch (wrong.fault) {
     case Fault::device:
-      return "is on another device, " + tensor->device().str();
+      return "is on another device, " + attribute("device");
     case Fault::dtype:
-      return std::string("has a dtype that does not fit, ") + c10::toString(tensor->dtype().toScalarType());
+      return "has a dtype that does not fit, " + attribute("dtype");
     case Fault::expanded:
       return "is expanded: several of its elements share one memory location";
     case Fault::memory:
-      return "lies in a storage that is too small for it, of " + std::to_string(tensor->unsafe_storage().nbytes()) +
-             " bytes: it was freed or resized";
+      return "lies in a storage that is too small for it, of " +
+             std::to_string(Tensor::in(culprit.ptr()).storage_bytes()) + " bytes: it was freed or resized";
     default:
-      return "has another shape, " + shape_of(tensor);
+      return "has another shape, " + shape_of(Tensor::in(culprit.ptr()));
   }
 }
 
@@ -118,14 +120,15 @@ void refuse_scalars(const Inventory& inventory, const PythonReader& keys, size_t
                         kAdviceOnStates);
 }
 
-void check_capture(const Inventory& inventory, const PythonReader& keys, const std::string& optimizer) {
-  std::optional<c10::Device> device;
+void check_capture(const Inventory& inventory, const PythonReader& keys, const Backends& backends,
+                   const std::string& optimizer) {
+  std::optional<Device> device;
   bool capturing = false;
   for (size_t i = 0; i < inventory.size() && !capturing; ++i) {
     const Streams* const streams = streams_of(inventory.examined[i]);
-    if (streams == nullptr || !streams->on_gpu || device == inventory.located[i].param()->device()) continue;
-    device = inventory.located[i].param()->device();
-    capturing = is_capturing(*device);
+    if (streams == nullptr || !streams->on_gpu || device == inventory.located[i].param().device()) continue;
+    device = inventory.located[i].param().device();
+    capturing = backends.is_capturing(*device, streams->backend);
   }
   if (!capturing) return;
   for (size_t i = 0; i < inventory.size(); ++i) {

@@ -14,6 +14,7 @@ namespace dracopt {
 
 // Throws if a graph is being captured that could not be replayed correctly. A replay repeats what the device did, but
 // not what the host did.
-void check_capture(const Inventory& inventory, const PythonReader& keys, const std::string& optimizer);
+void check_capture(const Inventory& inventory, const PythonReader& keys, const Backends& backends,
+                   const std::string& optimizer);
 
 }  // namespace dracopt

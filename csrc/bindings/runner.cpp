@@ -1,32 +1,32 @@
 #include "bindings/runner.h"
 
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
+#include "bindings/cuda_launches.h"
+#include "bindings/triton_launches.h"
 #include "cpu/kernels.h"
+
+namespace py = pybind11;
 
 namespace dracopt {
 namespace {
 
-// A shorter step keeps the GIL, which costs less than a reference to every tensor's memory.
-constexpr int64_t kShortStepUnits = 4 * 1024 * 1024 / kUnitBytes;
+// A shorter step keeps the GIL, which costs less than holding every tensor's memory.
+constexpr int64_t kShortStepUnits = HeldMemory::kWorthBytes / kUnitBytes;
 
 // Advances what a step changes beside the streams: versions, and the state scalars that the host holds.
 void record(const Inventory& inventory, const Updates& updates, size_t i) {
   // A backward through a graph that saved the old value must raise, as after torch's in-place operations.
-  const auto bump = [](c10::TensorImpl* tensor) {
-    if (!tensor->is_inference()) tensor->bump_version();
-  };
   const Ready& ready = *std::get_if<Ready>(&inventory.examined[i]);
   const Located& located = inventory.located[i];
-  bump(located.param());
-  for (int k = kFirstState; k < ready.streams.count; ++k) bump(inventory.tensor_of(i, k));
+  located.param().bump_version();
+  for (int k = kFirstState; k < ready.streams.count; ++k) inventory.tensor_of(i, k).bump_version();
   for (int k = 0; k < inventory.rule.state_scalars; ++k) {
-    bump(tensor_in(located.values[k]));
+    Tensor::in(located.values[k]).bump_version();
     if (ready.scalar_on_gpu[k]) continue;  // the kernel does it
     const double value = updates[ready.update].state_scalars[k].value;
     if (ready.scalar_fp32[k]) {
@@ -67,6 +67,35 @@ size_t fill_slot(const Inventory& inventory, const Updates& updates, size_t i, c
   return count;
 }
 
+// Keeps parameters with their tensors and memory alive, because other code may run meanwhile and replace any of them.
+class Alive {
+ public:
+  // Makes room for the memory and the objects of so many parameters.
+  void reserve(size_t of_memory, size_t of_objects) {
+    memory_.reserve(of_memory * (kMaxStreams + kMaxStateScalars));
+    objects_.reserve(of_objects * (1 + kMaxStateKeys));
+  }
+
+  void hold_memory(const Inventory& inventory, size_t i) {
+    const Ready& ready = *std::get_if<Ready>(&inventory.examined[i]);
+    for (int k = 0; k < ready.streams.count; ++k) memory_.push_back(inventory.tensor_of(i, k).hold_memory());
+  }
+
+  void hold(const Inventory& inventory, size_t i) {
+    hold_memory(inventory, i);
+    const Located& located = inventory.located[i];
+    objects_.push_back(py::reinterpret_borrow<py::object>(located.parameter));
+    for (int k = 0; k < inventory.wanted_values(inventory.group_of(i)); ++k) {
+      if (k < inventory.rule.state_scalars) memory_.push_back(Tensor::in(located.values[k]).hold_memory());
+      objects_.push_back(py::reinterpret_borrow<py::object>(located.values[k]));
+    }
+  }
+
+ private:
+  std::vector<HeldMemory> memory_;
+  std::vector<py::object> objects_;
+};
+
 }  // namespace
 
 void in_parallel(int64_t count, int64_t grain, cpu::ParallelFunc function, void* context) {
@@ -77,35 +106,42 @@ void in_parallel(int64_t count, int64_t grain, cpu::ParallelFunc function, void*
 
 void Runner::clear() {
   updated_.clear();
-  for (CudaLaunches& launches : launches_) launches.clear();
+  for (const auto& launches : launches_) launches->clear();
 }
 
 size_t Runner::launches() const {
   size_t count = 0;
-  for (const CudaLaunches& launches : launches_) count += launches.count();
+  for (const auto& launches : launches_) count += launches->count();
   return count;
 }
 
-void Runner::run(Inventory& inventory, const Updates& updates, const Scaler& scaler) {
+void Runner::run(Inventory& inventory, const Updates& updates, const Scaler& scaler, const Backends& backends) {
   int64_t units = 0;
-  size_t on_cpu = 0, on_gpu = 0;
+  size_t counts[kBackends][2] = {};  // on the CPU, and on GPUs
   for (size_t i = 0; i < inventory.size(); ++i) {
     const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) continue;
-    ++(ready->streams.on_gpu ? on_gpu : on_cpu);
-    if (!ready->streams.on_gpu) units += units_of(inventory.segments[i].numel, inventory.segments[i].unit_numel);
+    const Segment& segment = inventory.segments[i];
+    if (ready->streams.backend == Backend::cpu) units += units_of(segment.numel, segment.unit_numel);
+    ++counts[static_cast<int>(ready->streams.backend)][ready->streams.on_gpu];
   }
-  if (on_gpu > 0) updated_[c10::DeviceTypeName(kGpu, true)] = on_gpu;
-  if (on_cpu > 0) updated_["cpu"] = on_cpu;
-  // Without the GIL another thread may do anything to the tensors, so their memory must be kept alive.
+  for (int k = 0; k < kBackends; ++k) {
+    const char* const name = name_of(static_cast<Backend>(k));
+    if (counts[k][0] > 0) updated_[{"cpu", name}] = counts[k][0];
+    if (counts[k][1] > 0) updated_[{kGpuName, name}] = counts[k][1];
+  }
+  const size_t on_cpu = counts[static_cast<int>(Backend::cpu)][0];
+
+  // Python launches Triton's kernels, and a long step on the CPU lets go of the GIL.
   const bool holds_gil = units < kShortStepUnits;
-  std::vector<c10::Storage> alive;
-  if (!holds_gil) alive.reserve(on_cpu * kMaxStreams);
-  for (size_t i = 0; i < inventory.size() && !holds_gil; ++i) {
+  Alive alive;
+  const size_t by_triton = counts[static_cast<int>(Backend::triton)][0] + counts[static_cast<int>(Backend::triton)][1];
+  alive.reserve(by_triton + (holds_gil ? 0 : on_cpu), by_triton);
+  for (size_t i = 0; i < inventory.size(); ++i) {
     const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
-    for (int k = 0; ready != nullptr && !ready->streams.on_gpu && k < ready->streams.count; ++k) {
-      alive.push_back(inventory.tensor_of(i, k)->storage());
-    }
+    if (ready == nullptr) continue;
+    if (ready->streams.backend == Backend::triton) alive.hold(inventory, i);
+    if (ready->streams.backend == Backend::cpu && !holds_gil) alive.hold_memory(inventory, i);
   }
   gathered_.clear();
   places_.clear();
@@ -114,41 +150,50 @@ void Runner::run(Inventory& inventory, const Updates& updates, const Scaler& sca
     places_.reserve(on_cpu);
     for (size_t i = 0; i < inventory.size(); ++i) {
       const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
-      if (ready == nullptr || ready->streams.on_gpu) continue;
+      if (ready == nullptr || ready->streams.backend != Backend::cpu) continue;
       gathered_.push_back(inventory.segments[i]);
       places_.push_back(static_cast<uint32_t>(i));
     }
   }
-  // Nothing can fail from here on, except CUDA.
-  if (on_gpu > 0) run_on_gpus(inventory, updates, scaler);
+  // Nothing can fail from here on, except on a GPU.
+  run_launches(inventory, updates, scaler, backends);
   if (on_cpu > 0) run_on_cpu(inventory, updates, holds_gil);
 }
 
-CudaLaunches& Runner::launches_for(c10::Device device, Arithmetic arithmetic) {
-  for (CudaLaunches& launches : launches_) {
-    if (launches.device() == device && launches.arithmetic() == arithmetic) return launches;
+GpuLaunches& Runner::launches_for(const LaunchKey& key, const RuleEntry& rule, const Backends& backends) {
+  for (const auto& launches : launches_) {
+    if (launches->key() == key) return *launches;
   }
-  return launches_.emplace_back(device, arithmetic);
+  if (key.backend == Backend::cuda) return *launches_.emplace_back(std::make_unique<CudaLaunches>(key, rule));
+  return *launches_.emplace_back(std::make_unique<TritonLaunches>(key, rule, backends.triton()));
 }
 
-void Runner::run_on_gpus(const Inventory& inventory, const Updates& updates, const Scaler& scaler) {
+void Runner::run_launches(const Inventory& inventory, const Updates& updates, const Scaler& scaler,
+                          const Backends& backends) {
+  const auto is_launched = [&](size_t i) {
+    const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
+    return ready != nullptr && ready->streams.backend != Backend::cpu ? ready : nullptr;
+  };
+  const RuleEntry& rule = inventory.rule;
   uint64_t slot[std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
   size_t words = 0;
   const Ready* last = nullptr;  // the parameter whose scalars are in `slot`
   for (size_t i = 0; i < inventory.size(); ++i) {
-    const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
-    if (ready == nullptr || !ready->streams.on_gpu) continue;
+    const Ready* const ready = is_launched(i);
+    if (ready == nullptr) continue;
     const bool same = last != nullptr && last->update == ready->update && last->has_recipe == ready->has_recipe;
     if (!same) words = fill_slot(inventory, updates, i, *ready, slot);
-    launches_for(inventory.located[i].param()->device(), ready->arithmetic)
-        .add(inventory.segments[i], *ready, inventory.group_of(i), slot, words);
+    const Segment& segment = inventory.segments[i];
+    const bool by_triton = ready->streams.backend == Backend::triton;
+    const LaunchKey key{inventory.located[i].param().device(), ready->streams.backend, ready->arithmetic,
+                        by_triton ? dtypes_for_triton(rule, segment, ready->streams.count) : uint16_t(0)};
+    launches_for(key, rule, backends).add(segment, *ready, inventory.group_of(i), slot, words);
     last = ready;
   }
-  for (CudaLaunches& launches : launches_) launches.upload(scaler);
-  for (CudaLaunches& launches : launches_) launches.launch(inventory.rule);
+  for (const auto& launches : launches_) launches->upload(scaler, backends);
+  for (const auto& launches : launches_) launches->launch();
   for (size_t i = 0; i < inventory.size(); ++i) {
-    const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
-    if (ready != nullptr && ready->streams.on_gpu) record(inventory, updates, i);
+    if (is_launched(i) != nullptr) record(inventory, updates, i);
   }
 }
 
@@ -183,7 +228,7 @@ void Runner::run_on_cpu(Inventory& inventory, const Updates& updates, bool holds
     return;
   }
   for (size_t i = 0; i < count; ++i) share.record_at(i);
-  const pybind11::gil_scoped_release release;
+  const py::gil_scoped_release release;
   in_parallel(share.work.units, kGrainUnits, cpu::run_range, &share.work);
 }
 

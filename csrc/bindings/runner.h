@@ -1,11 +1,13 @@
 // Runs the updates of a step, on GPUs and on the CPU.
 #pragma once
 
-#include <deque>
 #include <map>
+#include <memory>
 #include <string>
+#include <utility>
 
-#include "bindings/cuda_launches.h"
+#include "bindings/backends.h"
+#include "bindings/gpu_launches.h"
 #include "bindings/inventory.h"
 #include "bindings/updates.h"
 #include "cpu/kernels.h"
@@ -20,20 +22,22 @@ class Runner {
   // Forgets the step before.
   void clear();
 
-  // Updates every ready parameter. Once tensors change, nothing can fail unless CUDA refuses memory or a launch.
-  void run(Inventory& inventory, const Updates& updates, const Scaler& scaler);
+  // Updates every ready parameter. Once tensors change, nothing can fail unless a GPU refuses memory or a launch.
+  void run(Inventory& inventory, const Updates& updates, const Scaler& scaler, const Backends& backends);
 
-  // Returns how many parameters were updated, by type of device.
-  const std::map<std::string, size_t>& updated() const { return updated_; }
+  // The type of a device, and the name of a backend.
+  using Where = std::pair<std::string, std::string>;
+  // Returns how many parameters were updated where.
+  const std::map<Where, size_t>& updated() const { return updated_; }
   size_t launches() const;
 
  private:
-  void run_on_gpus(const Inventory& inventory, const Updates& updates, const Scaler& scaler);
+  void run_launches(const Inventory& inventory, const Updates& updates, const Scaler& scaler, const Backends& backends);
   void run_on_cpu(Inventory& inventory, const Updates& updates, bool holds_gil);
-  CudaLaunches& launches_for(c10::Device device, Arithmetic arithmetic);
+  GpuLaunches& launches_for(const LaunchKey& key, const RuleEntry& rule, const Backends& backends);
 
-  std::deque<CudaLaunches> launches_;
-  std::map<std::string, size_t> updated_;
+  std::vector<std::unique_ptr<GpuLaunches>> launches_;
+  std::map<Where, size_t> updated_;
   // The CPU's share of the inventory; empty if the CPU updates all of it, or nothing.
   std::vector<Segment> gathered_;
   std::vector<uint32_t> places_;

@@ -11,10 +11,8 @@ static_assert(kMaxStreams + kMaxStateScalars <= WrittenMemory::kMaxParts);
 
 // Calls `body(address, bytes)` with the memory over which a tensor extends, if the tensor is plain.
 template <typename Body>
-void with_memory_of(const c10::TensorImpl* tensor, const Body& body) {
-  if (!is_plain(tensor)) return;
-  const auto bytes = static_cast<int64_t>(tensor->itemsize());
-  body(readable_data(tensor, bytes), extent_of(tensor) * bytes);
+void with_memory_of(Tensor tensor, const Body& body) {
+  if (is_plain(tensor)) body(data_of(tensor), extent_of(tensor) * itemsize_of(tensor.dtype()));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Finds the state of one parameter after the other.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
 #include <unordered_map>
 

@@ -1,8 +1,5 @@
 #include "bindings/step_plan.h"
 
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-
 #include <algorithm>
 #include <stdexcept>
 
@@ -17,13 +14,6 @@ namespace dracopt {
 namespace {
 
 constexpr int64_t kGrainTensors = 128;
-
-// Says whether a TorchDispatchMode is active. Modes trace, count or replace the operations of torch, which kernels are
-// not. torch keeps the modes of make_fx with pre_dispatch=True apart from the others.
-bool is_under_mode() {
-  return c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
-}
 
 // Marks a step as running for as long as the object lives, in the process that made it. A child that is forked
 // meanwhile inherits only the number of its parent.
@@ -43,22 +33,24 @@ const RuleEntry& find_rule(const std::string& name) {
 
 }  // namespace
 
-StepPlan::StepPlan(const std::string& rule, std::string optimizer)
-    : optimizer_(std::move(optimizer)), inventory_{find_rule(rule), {}, {}, {}, {}, {}}, reader_(inventory_.rule) {}
+StepPlan::StepPlan(const std::string& rule, std::string optimizer, Backends backends)
+    : optimizer_(std::move(optimizer)),
+      backends_(std::move(backends)),
+      inventory_{find_rule(rule), {}, {}, {}, {}, {}},
+      reader_(inventory_.rule) {}
 
 py::object StepPlan::step(py::handle param_groups, py::handle state, Options options) {
   if (running_in_ == cpu::forks()) throw std::runtime_error("this plan is in the middle of a step");
   const Running running(running_in_, kNoProcess);
   runner_.clear();
-  if (!reader_.read_groups(param_groups.ptr(), inventory_) ||
-      !reader_.locate(state.ptr(), options.only_on, options.not_on, inventory_)) {
+  if (!reader_.read_groups(param_groups.ptr(), inventory_) || !reader_.locate(state.ptr(), inventory_)) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
   examine_all();
   classify(options.stepped);
   search_.set_aside(inventory_);
   if (is_under_mode()) set_aside_all(kUnderMode);
-  check_capture(inventory_, reader_, optimizer_);
+  check_capture(inventory_, reader_, backends_, optimizer_);
 
   const bool waits = host_decides(options.scaler);
   const bool is_blocked = waits || has_todo();
@@ -70,7 +62,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
   std::sort(created.begin(), created.end());
   updates_.prepare(inventory_, reader_, created, options.grad_scale);
   if (options.only_looks) return make_todo(inventory_, options.grad_scale, waits);
-  runner_.run(inventory_, updates_, options.scaler);
+  runner_.run(inventory_, updates_, options.scaler, backends_);
   return py::none();
 }
 
@@ -85,21 +77,22 @@ void StepPlan::examine_all() {
   if (inventory_.segments.size() < size) inventory_.segments.resize(size);
   struct Share {
     Inventory& inventory;
+    const Backends& backends;
     SharedMemorySearch& search;
     bool inference_mode;  // of this thread; the other threads do not know the mode
-  } share{inventory_, search_, c10::InferenceMode::is_enabled()};
+  } share{inventory_, backends_, search_, in_inference_mode()};
   const auto range = [](int64_t begin, int64_t end, void* context) {
-    auto& [inventory, search, inference_mode] = *static_cast<Share*>(context);
+    auto& [inventory, backends, search, inference_mode] = *static_cast<Share*>(context);
     for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
       Segment segment{};
-      const Examined now = examine(inventory, i, inference_mode, segment);
+      const Examined now = examine(inventory, backends, i, inference_mode, segment);
       search.compare(inventory.examined[i], inventory.segments[i], now, segment);
       inventory.examined[i] = now;
       inventory.segments[i] = segment;
     }
   };
   const auto count = static_cast<int64_t>(size);
-  if (count > 0 && is_on_gpu(inventory_.located.front().param())) {
+  if (count > 0 && inventory_.located.front().param().is_plain_on_gpu()) {
     range(0, count, &share);
   } else {
     in_parallel(count, kGrainTensors, range, &share);
@@ -141,7 +134,7 @@ bool StepPlan::has_todo() const {
 // Says whether the host must read the scaler's numbers. After an overflow a step must do nothing. A kernel ensures this
 // for its own work, but the host also counts steps, creates states that a first step fills, and updates on the CPU.
 bool StepPlan::host_decides(const Scaler& scaler) const {
-  if (!scaler.found_inf.defined() && !scaler.grad_scale.defined()) return false;
+  if (!scaler.found_inf.is_defined() && !scaler.grad_scale.is_defined()) return false;
   const RuleEntry& rule = inventory_.rule;
   for (size_t i = 0; i < inventory_.size(); ++i) {
     const Examined& examined = inventory_.examined[i];

@@ -1,7 +1,7 @@
 // One optimizer step: reads what Python holds now, refuses what is wrong, and updates the rest.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
 #include <map>
 #include <optional>
@@ -22,15 +22,13 @@ namespace dracopt {
 class StepPlan {
  public:
   // `optimizer` is the name of the class, for errors.
-  StepPlan(const std::string& rule, std::string optimizer);
+  StepPlan(const std::string& rule, std::string optimizer, Backends backends);
 
   struct Options {
     double grad_scale = 1;  // divides the gradients where they are read
     Scaler scaler;
     std::optional<std::vector<Run>> created;  // parameters whose state Python has created: they take their first step
     std::vector<Index> stepped;               // parameters that torch has stepped, which are passed over
-    std::optional<c10::DeviceType> only_on;   // takes only parameters on such devices
-    std::optional<c10::DeviceType> not_on;    // passes over parameters on such devices
     bool only_looks = false;                  // changes nothing and returns what must be done, even if that is nothing
   };
 
@@ -44,8 +42,8 @@ class StepPlan {
   // because other code must not run while borrowed references are kept. It changes nothing and returns NotImplemented.
   pybind11::object step(pybind11::handle param_groups, pybind11::handle state, Options options);
 
-  // Returns how many parameters the last call updated, by type of device.
-  const std::map<std::string, size_t>& updated() const { return runner_.updated(); }
+  // Returns how many parameters the last call updated, by the device's type and the backend's name.
+  const std::map<Runner::Where, size_t>& updated() const { return runner_.updated(); }
   // Returns the number of launches of the last call.
   size_t launches() const { return runner_.launches(); }
 
@@ -57,6 +55,7 @@ class StepPlan {
   bool host_decides(const Scaler& scaler) const;
 
   const std::string optimizer_;
+  const Backends backends_;
   Inventory inventory_;
   PythonReader reader_;
   SharedMemorySearch search_;

@@ -1,67 +1,21 @@
-// Facts about a tensor that a step needs, read from the TensorImpl without a dispatch.
+// Facts about a tensor that a step needs, derived from what torch tells.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/impl/COW.h>
-
+#include <algorithm>
 #include <array>
 #include <cstring>
-#include <map>
-#include <mutex>
-#include <string>
 
-#include "bindings/gpu.h"
+#include "bindings/tensor.h"
 #include "core/dtype.h"
-#include "cuda/kernels.h"
 
 namespace dracopt {
 
-// Says whether a tensor has the key of a backend, and otherwise only allowed keys. torch marks subclasses, lazy and
-// wrapped tensors by other keys, so a dense tensor is none of them.
-inline bool is_dense(const c10::TensorImpl* tensor, c10::DispatchKeySet key, c10::DispatchKeySet allowed) {
-  const uint64_t keys = tensor->key_set().raw_repr();
-  const uint64_t any = allowed.raw_repr() | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
-  return (keys & ~any) == 0 && (keys & key.raw_repr()) == key.raw_repr() && tensor->unsafe_storage();
-}
+inline bool is_plain(Tensor tensor) { return tensor.is_plain_on_cpu() || tensor.is_plain_on_gpu(); }
 
-// Says whether a tensor is an ordinary dense one in the host's memory.
-inline bool is_on_cpu(const c10::TensorImpl* tensor) {
-  static constexpr c10::DispatchKeySet key(c10::DispatchKey::CPU);
-  static constexpr c10::DispatchKeySet allowed =
-      key | c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) | c10::DispatchKeySet(c10::DispatchKey::AutocastCPU);
-  return is_dense(tensor, key, allowed);
-}
-
-// Says whether a tensor is an ordinary dense one on a GPU that the kernels can run on.
-inline bool is_on_gpu(const c10::TensorImpl* tensor) {
-  return is_dense(tensor, kGpuKey, kGpuKeys) && cuda::unavailable(tensor->device().index()) == nullptr;
-}
-
-inline bool is_plain(const c10::TensorImpl* tensor) { return is_on_cpu(tensor) || is_on_gpu(tensor); }
-
-// Says whether Python may decide a tensor's shape, device or layout. No parallel region can ask for these.
-inline bool is_python_subclass(const c10::TensorImpl* tensor) {
-  return tensor->key_set().has(c10::DispatchKey::Python);
-}
-
-// Returns a text that lives as long as the process, as the reasons of `unavailable` do.
-inline const char* why_not_on_gpu(const char* unavailable) {
-  static std::map<std::string, std::string> texts;
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::string& text = texts[unavailable];
-  if (text.empty()) text = std::string("tensors on a GPU without the native kernels (") + unavailable + ")";
-  return text.c_str();
-}
-
-inline const char* why_not_plain(const c10::TensorImpl* tensor) {
-  if (is_python_subclass(tensor)) return "tensor subclasses";
-  if (tensor->layout() != c10::kStrided) return "sparse tensors";
-  if (tensor->device().type() == kGpu) {
-    if (const char* why = cuda::unavailable(tensor->device().index())) return why_not_on_gpu(why);
-  }
-  if (!tensor->device().is_cpu()) return "tensors on a device without native kernels";
-  return "lazily transformed tensors";
+// Says why a tensor is not plain, except that no backend may serve its device.
+inline const char* why_not_plain(Tensor tensor) {
+  if (tensor.is_python_subclass()) return "tensor subclasses";
+  return tensor.is_strided() ? "lazily transformed tensors" : "sparse tensors";
 }
 
 // Says how a tensor's numbers are stored. A complex number is two real ones, side by side.
@@ -74,46 +28,71 @@ struct Format {
   int bytes() const { return itemsize(dtype) * reals(); }  // the size of an element
 };
 
-inline const Format& format_of(const c10::TensorImpl* tensor) {
+// Takes torch's number of a dtype, which is the same in all versions.
+inline const Format& format_of(int dtype) {
   static constexpr auto formats = [] {
-    std::array<Format, static_cast<size_t>(c10::ScalarType::NumOptions) + 1> table{};
-    const auto set = [&](c10::ScalarType type, Dtype dtype, bool is_complex) {
-      table[static_cast<size_t>(type)] = {true, is_complex, dtype};
-    };
-    set(c10::ScalarType::Float, Dtype::fp32, false);
-    set(c10::ScalarType::Double, Dtype::fp64, false);
-    set(c10::ScalarType::BFloat16, Dtype::bf16, false);
-    set(c10::ScalarType::Half, Dtype::fp16, false);
-    set(c10::ScalarType::ComplexFloat, Dtype::fp32, true);
-    set(c10::ScalarType::ComplexDouble, Dtype::fp64, true);
+    std::array<Format, 128> table{};
+    table[5] = {true, false, Dtype::fp16};
+    table[6] = {true, false, Dtype::fp32};
+    table[7] = {true, false, Dtype::fp64};
+    table[9] = {true, true, Dtype::fp32};
+    table[10] = {true, true, Dtype::fp64};
+    table[15] = {true, false, Dtype::bf16};
     return table;
   }();
-  return formats[static_cast<size_t>(tensor->dtype().toScalarType())];
+  return formats[static_cast<size_t>(dtype) & 127];
 }
 
-inline bool same_shape(const c10::TensorImpl* a, const c10::TensorImpl* b) {
-  const auto x = a->sizes(), y = b->sizes();
-  if (x.size() != y.size()) return false;
-  for (size_t d = 0; d < x.size(); ++d) {
-    if (x[d] != y[d]) return false;
+// Returns the size of an element of any dtype.
+inline int64_t itemsize_of(int dtype) {
+  switch (dtype) {
+    case 2:
+    case 5:
+    case 15:
+    case 22:
+    case 27:  // int16, fp16, bf16, bits16, uint16
+      return 2;
+    case 3:
+    case 6:
+    case 8:
+    case 14:
+    case 28:  // int32, fp32, complex32, qint32, uint32
+      return 4;
+    case 4:
+    case 7:
+    case 9:
+    case 29:  // int64, fp64, complex64, uint64
+      return 8;
+    case 10:  // complex128
+      return 16;
+    default:  // booleans, fp8 and other dtypes of at most a byte
+      return 1;
   }
-  return true;
 }
+
+inline const Format& format_of(Tensor tensor) { return format_of(tensor.dtype()); }
+
+inline bool are_equal(std::span<const int64_t> a, std::span<const int64_t> b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+inline bool same_shape(Tensor a, Tensor b) { return are_equal(a.sizes(), b.sizes()); }
 
 // Says whether several elements lie at one place.
-inline bool is_expanded(const c10::TensorImpl* tensor) {
-  if (tensor->is_non_overlapping_and_dense()) return false;
-  for (int64_t d = 0; d < tensor->dim(); ++d) {
-    if (tensor->strides()[d] == 0 && tensor->sizes()[d] > 1) return tensor->numel() > 0;
+inline bool is_expanded(Tensor tensor) {
+  if (tensor.is_non_overlapping_and_dense()) return false;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (strides[d] == 0 && sizes[d] > 1) return tensor.numel() > 0;
   }
   return false;
 }
 
 // Says whether several elements of a tensor that is not expanded might lie at one place. They cannot if each dimension
 // strides over all that the faster ones reach.
-inline bool may_overlap_itself(const c10::TensorImpl* tensor) {
-  if (tensor->is_non_overlapping_and_dense()) return false;
-  const auto sizes = tensor->sizes(), strides = tensor->strides();
+inline bool may_overlap_itself(Tensor tensor) {
+  if (tensor.is_non_overlapping_and_dense()) return false;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
     int64_t reach = 0;
     for (size_t e = 0; e < sizes.size(); ++e) {
@@ -126,39 +105,22 @@ inline bool may_overlap_itself(const c10::TensorImpl* tensor) {
 }
 
 // Returns the distance from a tensor's first element to the end of its last one, in elements.
-inline int64_t extent_of(const c10::TensorImpl* tensor) {
-  if (tensor->numel() == 0) return 0;
+inline int64_t extent_of(Tensor tensor) {
+  if (tensor.numel() == 0) return 0;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
-  for (int64_t d = 0; d < tensor->dim(); ++d) last += (tensor->sizes()[d] - 1) * tensor->strides()[d];
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
   return last + 1;
 }
 
-// Says whether a write must copy the storage first, as for torch's lazy clones. No parallel region may do that.
-inline bool is_lazily_cloned(const c10::TensorImpl* tensor) {
-  return c10::impl::cow::is_cow_data_ptr(tensor->unsafe_storage().data_ptr());
-}
-
 // Says whether the storage of a plain tensor has become too small, as resize_(0) makes it.
-inline bool lacks_memory(const c10::TensorImpl* tensor, int64_t extent, int64_t itemsize) {
-  const auto end = static_cast<uint64_t>(tensor->storage_offset()) + static_cast<uint64_t>(extent);
-  return extent > 0 && end * static_cast<uint64_t>(itemsize) > tensor->unsafe_storage().nbytes();
+inline bool lacks_memory(Tensor tensor, int64_t extent, int64_t itemsize) {
+  const auto end = static_cast<uint64_t>(tensor.storage_offset()) + static_cast<uint64_t>(extent);
+  return extent > 0 && end * static_cast<uint64_t>(itemsize) > static_cast<uint64_t>(tensor.storage_bytes());
 }
 
-// Returns the address of a plain tensor's first element. The address is no pointer yet, because an empty tensor's lies
-// in no storage.
-inline uintptr_t place_in(const void* storage, const c10::TensorImpl* tensor, int64_t itemsize) {
-  return reinterpret_cast<uintptr_t>(storage) +
-         static_cast<uintptr_t>(tensor->storage_offset()) * static_cast<uintptr_t>(itemsize);
-}
-
-// Returns a plain tensor's first element for writing. The tensor must not be lazily cloned.
-inline void* writable_data(c10::TensorImpl* tensor, int64_t itemsize) {
-  return reinterpret_cast<void*>(place_in(tensor->unsafe_storage().mutable_data(), tensor, itemsize));
-}
-
-inline const void* readable_data(const c10::TensorImpl* tensor, int64_t itemsize) {
-  return reinterpret_cast<const void*>(place_in(tensor->unsafe_storage().data(), tensor, itemsize));
-}
+// Returns a plain tensor's first element. Nobody may write there if the tensor is lazily cloned.
+inline void* data_of(Tensor tensor) { return reinterpret_cast<void*>(tensor.address()); }
 
 // Says whether numbers of this dtype may be read and written at an address.
 inline bool is_aligned(const void* data, Dtype dtype) {

@@ -1,7 +1,5 @@
 #include "bindings/todo.h"
 
-#include <torch/csrc/autograd/python_variable.h>
-
 #include "bindings/examine.h"
 
 namespace py = pybind11;
@@ -11,54 +9,52 @@ namespace {
 
 enum Form { kNew = 1, kMixed = 2, kSparse = 4, kFusable = 8 };  // see dracopt_ext/todo.py
 
-// Returns a tensor that owns a reference to a borrowed one.
-at::Tensor hold(c10::TensorImpl* tensor) {
-  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(tensor));
-}
-
-// Returns the tensor that holds a tensor's elements: a distributed tensor's shard, or itself. The result is undefined
-// for other wrappers.
-at::Tensor local_of(const at::Tensor& tensor) {
-  if (!is_python_subclass(tensor.unsafeGetTensorImpl())) return tensor;
-  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
-  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object.ptr(), "_local_tensor"));
+// Returns the tensor that holds a tensor's elements: a distributed tensor's shard, or itself. Returns null for other
+// wrappers.
+py::object local_of(PyObject* object) {
+  if (!Tensor::in(object).is_python_subclass()) return py::reinterpret_borrow<py::object>(object);
+  auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "_local_tensor"));
   if (!local) {
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
     PyErr_Clear();
   }
-  return local && is_tensor(local.ptr()) ? THPVariable_Unpack(local.ptr()) : at::Tensor();
+  return local && is_tensor(local.ptr()) ? local : py::object();
 }
 
 // Says whether a tensor lies contiguously in the host's memory and its storage is large enough.
-bool lies_simply(const at::Tensor& held) {
-  const c10::TensorImpl* tensor = held.unsafeGetTensorImpl();
-  return held.defined() && is_on_cpu(tensor) && tensor->is_contiguous() &&
-         !lacks_memory(tensor, tensor->numel(), static_cast<int64_t>(tensor->itemsize()));
+bool lies_simply(const py::object& object) {
+  if (!object) return false;
+  const Tensor tensor = Tensor::in(object.ptr());
+  return tensor.is_plain_on_cpu() && tensor.is_contiguous() &&
+         !lacks_memory(tensor, tensor.numel(), itemsize_of(tensor.dtype()));
 }
 
 bool is_absent(PyObject* value) { return value == nullptr || value == Py_None; }
 
 // Says whether torch's fused kernels for the CPU are right for these tensors. They ignore strides and sizes.
-bool is_fusable(const Inventory& inventory, const Group& group, const Located& located) {
+bool is_fusable(const Inventory& inventory, const Group& group, const Located& located, PyObject* grad_object) {
   const Format& format = format_of(located.param());
   if (!format.is_native || format.is_complex) return false;
-  const at::Tensor param = local_of(THPVariable_Unpack(located.parameter)), grad = local_of(hold(located.grad));
-  const auto has_its_shape = [&](const at::Tensor& tensor) {
-    return same_shape(tensor.unsafeGetTensorImpl(), param.unsafeGetTensorImpl());
+  const py::object param = local_of(located.parameter), grad = local_of(grad_object);
+  const auto has_its_shape = [&](const py::object& object) {
+    return same_shape(Tensor::in(object.ptr()), Tensor::in(param.ptr()));
   };
   if (!lies_simply(param) || !lies_simply(grad) || !has_its_shape(grad)) return false;
   for (int k = 0; k < inventory.wanted_values(group); ++k) {
     if (is_absent(located.values[k])) continue;  // torch creates the value
     if (!is_tensor(located.values[k])) return false;
-    const at::Tensor state = local_of(THPVariable_Unpack(located.values[k]));
-    if (!lies_simply(state)) return false;
+    const py::object object = local_of(located.values[k]);
+    if (!lies_simply(object)) return false;
+    const Tensor state = Tensor::in(object.ptr());
+    const Format& stored = format_of(state);
+    const bool is_fp32 = stored.is_native && !stored.is_complex && stored.dtype == Dtype::fp32;
     const bool is_scalar = k < inventory.rule.state_scalars;
-    if (!(is_scalar ? state.dtype() == at::kFloat && state.numel() == 1 : has_its_shape(state))) return false;
+    if (!(is_scalar ? is_fp32 && state.numel() == 1 : has_its_shape(object))) return false;
   }
   return true;
 }
 
-int form_of(const Inventory& inventory, size_t i, double grad_scale) {
+int form_of(const Inventory& inventory, size_t i, PyObject* grad_object, double grad_scale) {
   const Located& located = inventory.located[i];
   const Group& group = inventory.group_of(i);
   const int wanted = inventory.wanted_values(group);
@@ -66,19 +62,19 @@ int form_of(const Inventory& inventory, size_t i, double grad_scale) {
   for (int k = 0; k < wanted; ++k) {
     if (is_absent(located.values[k])) form = kNew;
   }
-  const c10::TensorImpl* const grad = located.grad;
-  if (grad->is_sparse()) return form | kSparse;
-  if (grad->is_sparse_compressed() || grad->is_mkldnn()) return form;
-  const auto dtype = located.param()->dtype();
-  const bool is_short = grad->dtype() == at::kBFloat16 || grad->dtype() == at::kHalf;
-  bool mixed = grad->dtype() != dtype || grad->is_conj() || (grad_scale != 1 && is_short);
+  const Tensor grad = Tensor::in(grad_object);
+  if (grad.is_sparse_coo()) return form | kSparse;
+  if (!grad.is_strided()) return form;
+  const int dtype = located.param().dtype();
+  const bool is_short = format_of(grad).is_native && format_of(grad).bytes() == 2;
+  bool mixed = grad.dtype() != dtype || grad.is_conjugated() || (grad_scale != 1 && is_short);
   for (int k = inventory.rule.state_scalars; k < wanted; ++k) {
     if (located.values[k] == nullptr || !is_tensor(located.values[k])) continue;
-    mixed |= tensor_in(located.values[k])->dtype() != dtype;
+    mixed |= Tensor::in(located.values[k]).dtype() != dtype;
   }
   if (mixed) return form | kMixed;
   const bool may_fuse = group.fused && std::get_if<Unsupported>(&inventory.examined[i])->reason != kSharesMemory;
-  return may_fuse && is_fusable(inventory, group, located) ? form | kFusable : form;
+  return may_fuse && is_fusable(inventory, group, located, grad_object) ? form | kFusable : form;
 }
 
 std::vector<Run> runs_of_missing(const Inventory& inventory) {
@@ -102,7 +98,6 @@ py::tuple make_todo(const Inventory& inventory, double grad_scale, bool host_dec
   // Other code may run from here on, such as a tensor subclass's properties and finalizers. Objects that are looked at
   // are held.
   std::vector<py::object> objects;
-  std::vector<at::Tensor> grads;
   std::vector<size_t> places;
   bool nothing_left = true;
   for (size_t i = 0; i < inventory.size(); ++i) {
@@ -114,10 +109,13 @@ py::tuple make_todo(const Inventory& inventory, double grad_scale, bool host_dec
     for (PyObject* value : located.values) {
       if (value != nullptr) objects.push_back(py::reinterpret_borrow<py::object>(value));
     }
-    grads.push_back(hold(located.grad));
   }
   std::vector<int> forms;
-  for (size_t i : places) forms.push_back(form_of(inventory, i, grad_scale));
+  for (size_t i : places) {
+    const py::object grad = py::handle(inventory.located[i].parameter).attr("grad");
+    // Code that ran meanwhile may have taken the gradient away, and then torch passes over the parameter.
+    forms.push_back(is_tensor(grad.ptr()) ? form_of(inventory, i, grad.ptr(), grad_scale) : 0);
+  }
   // No other code sees the list before it is full.
   py::list unsupported(places.size());
   const char* reason = nullptr;

@@ -1,7 +1,7 @@
 // Tells Python what it must do before a step, or in place of the kernels.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
 #include "bindings/inventory.h"
 

@@ -1,6 +1,8 @@
 // The binding as one translation unit, because torch's headers take most of the time of a compilation.
+#include "bindings/backends.cpp"
 #include "bindings/cuda_launches.cpp"
 #include "bindings/examine.cpp"
+#include "bindings/gpu_launches.cpp"
 #include "bindings/module.cpp"
 #include "bindings/python_reader.cpp"
 #include "bindings/refusals.cpp"
@@ -8,4 +10,5 @@
 #include "bindings/shared_memory.cpp"
 #include "bindings/step_plan.cpp"
 #include "bindings/todo.cpp"
+#include "bindings/triton_launches.cpp"
 #include "bindings/updates.cpp"

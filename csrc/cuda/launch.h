@@ -1,5 +1,6 @@
-// A launch of the update kernel takes plain data: a table, which stays on the device from step to step, and arguments
-// by value, which are new in every step. No copy to the device precedes a launch, so a graph can capture the launch.
+// A launch of the update kernel takes plain data: a table, which stays on the device from step to step, and arguments,
+// which are new in every step. CUDA takes the arguments by value, so no copy precedes a launch. Triton's kernel reads
+// the same table and the same arguments, of any length, in the device's memory.
 #pragma once
 
 #include <cstddef>
@@ -91,19 +92,21 @@ struct Arguments {
 };
 static_assert(offsetof(Arguments, words) == kHeaderBytes && sizeof(Arguments) <= kArgumentBytes);
 
-// Returns the number of a tensor's tiles. An empty tensor has one, too: a launch must have a block to count its step.
-inline int64_t tiles_of(int64_t numel) { return numel <= kTile ? 1 : numel / kTile + (numel % kTile != 0); }
-
 // Counts what a launch holds while it is being filled.
 struct Filled {
+  int64_t tile = kTile;          // elements that a block updates
+  size_t room = kArgumentWords;  // words that the arguments may hold
   size_t tensors = 0, slot_words = 0;
   int64_t tiles = 0;
+
+  // Returns the number of a tensor's tiles. An empty tensor has one, too: a launch must have a block to count its step.
+  int64_t tiles_of(int64_t numel) const { return numel <= tile ? 1 : numel / tile + (numel % tile != 0); }
 
   // Takes in a tensor if there is room for its gradient's address, its tiles and a slot of so many words. `slot` is 0
   // if the tensor has a slot in this launch already.
   bool add(int64_t numel, size_t slot) {
     constexpr int64_t max_blocks = (int64_t(1) << 31) - 1;
-    if (tensors + 1 + slot_words + slot > kArgumentWords || tiles_of(numel) > max_blocks - tiles) return false;
+    if (tensors + 1 + slot_words + slot > room || tiles_of(numel) > max_blocks - tiles) return false;
     ++tensors;
     slot_words += slot;
     tiles += tiles_of(numel);

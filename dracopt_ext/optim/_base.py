@@ -79,9 +79,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         engine = engine_of(self)
         ran = {device: set(names) for device, names in engine.others_ran.items()}
-        for name, plan in engine.plans_ran:
-            for device in plan.updated:
-                ran.setdefault(device, set()).add(name)
+        for device, name in engine.plan_ran.updated if engine.plan_ran is not None else ():
+            ran.setdefault(device, set()).add(name)
         return {device: frozenset(names) for device, names in ran.items()}
 
     def add_param_group(self, param_group: Group) -> None:

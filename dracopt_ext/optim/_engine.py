@@ -30,11 +30,11 @@ class Engine:
 
     def __setstate__(self, asked_for: tuple[str | None, torch.dtype | None]) -> None:
         self.backend, self.state_dtype = asked_for
-        # The plans that were needed so far, by the backend that a plan is for and the one that was asked for. Plans
-        # stay, because captured graphs refer to their tables.
-        self.plans: dict[tuple[str, str | None], StepPlan] = {}
-        self.plans_ran: list[tuple[str, StepPlan]] = []  # the plans of the last step, with their backends
-        self.others_ran: dict[str, set[str]] = {}  # by device type, what ran beside the plans in the last step
+        # The plans that were needed so far, by whether each may use the native kernels, and Triton. Plans stay, because
+        # captured graphs refer to their tables.
+        self.plans: dict[tuple[bool, bool], StepPlan] = {}
+        self.plan_ran: StepPlan | None = None  # in the last step
+        self.others_ran: dict[str, set[str]] = {}  # by device type, what ran beside the plan in the last step
         # The running step, by process. A child that is forked meanwhile inherits only its parent's.
         self.running: dict[int, Step] = {}
 

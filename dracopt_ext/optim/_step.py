@@ -5,31 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import backend as backend_module
-from .. import devices, reference
+from .. import reference
 from ..containers import Group, plain_groups, plain_state, restore
-from ..todo import NEW, Index, Run, Scaler, Todo, Unsupported
+from ..todo import NEW, Index, Run, Scaler, StepPlan, Todo
 from . import _by_reference, _by_torch, _scaled
 from ._engine import engine_of
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
-
-
-class Share(NamedTuple):
-    """The parameters that one plan steps."""
-
-    backend: str
-    devices: dict[str, str]
-    """Maps ``only_on`` or ``not_on`` to a type of devices; empty for all devices."""
-
-
-_NATIVE = [Share("native", {})]
 
 
 class Step:
@@ -54,7 +43,7 @@ class Step:
                 "give each thread an optimizer of its own"
             )
         try:
-            engine.plans_ran = []
+            engine.plan_ran = None
             engine.others_ran = {}
             self._take()
         finally:
@@ -85,35 +74,18 @@ class Step:
         Returns None when all is done. If there are no kernels, or the host must read ``scaler`` first, does nothing and
         returns what must be done.
         """
-        shares = self._shares()
-        if not shares:
+        plan = self._plan()
+        if plan is None:
             return Todo([], [], host_decides=True, nothing_left=True)
-        # Whichever plan finds something wrong, no other has changed anything by then.
-        first, *others = shares
-        todos = [self._look(share, grad_scale, scaler) for share in others]
-        if others and any(todo.host_decides for todo in todos):
-            return Todo([], [], host_decides=True, nothing_left=False)
-        if others and any(todo.missing or todo.unsupported for todo in todos):
-            todo: Todo | None = self._look(first, grad_scale, scaler)
-        else:
-            todo = self._run_plan(first, grad_scale, scaler)
-        if todo is None:
-            for share in others:
-                self._run_plan(share, grad_scale, scaler, created=[])
-            return None
-        todos.insert(0, todo)
-        if todos[0].host_decides:
-            return Todo([], [], host_decides=True, nothing_left=all(todo.nothing_left for todo in todos))
-        missing = sorted(run for todo in todos for run in todo.missing)
-        unsupported = sorted(parameter for todo in todos for parameter in todo.unsupported)
-        left = [share for share, todo in zip(shares, todos, strict=True) if not todo.nothing_left]
-        self._update_in_turn(left, missing, unsupported, grad_scale, scaler)
+        todo = self._run(plan, grad_scale, scaler)
+        if todo is None or todo.host_decides:
+            return todo
+        self._update_in_turn(plan, todo, grad_scale, scaler)
         return None
 
-    def _update_in_turn(
-        self, shares: list[Share], missing: list[Run], unsupported: list[Unsupported], grad_scale: float, scaler: Scaler
-    ) -> None:
-        """Creates the missing states, lets torch step what is unsupported, and then the plans their shares."""
+    def _update_in_turn(self, plan: StepPlan, todo: Todo, grad_scale: float, scaler: Scaler) -> None:
+        """Creates the missing states, lets torch step what is unsupported, and then the plan what is left."""
+        unsupported = todo.unsupported
         if self.engine.backend is not None:
             for group_index, index, reason, _ in unsupported:
                 raise RuntimeError(
@@ -121,62 +93,44 @@ class Step:
                     f"{describe(self.groups, group_index, index)}. Leave `backend` at None, so that each parameter is "
                     "stepped by what serves it"
                 )
-        created = self.select(missing)
+        created = self.select(todo.missing)
         new = self.select([(g, i, i + 1) for g, i, _, form in unsupported if form & NEW])
-        options = {"created": missing, "stepped": [parameter[:2] for parameter in unsupported]}
+        options = {"created": todo.missing, "stepped": [parameter[:2] for parameter in unsupported]}
         with self.restored_on_error(created + new):
             with torch.no_grad():
                 for group in created:
                     self.create_moments(group)
-            if unsupported or len(shares) > 1:
-                for share in shares:
-                    self._look(share, grad_scale, scaler, **options)
+            if unsupported and not todo.nothing_left:
+                self._run(plan, grad_scale, scaler, only_looks=True, **options)  # raises before torch changes anything
             _by_torch.update(self, unsupported, grad_scale)
-            for share in shares:
-                self._run_plan(share, grad_scale, scaler, **options)
+            if not todo.nothing_left:
+                self._run(plan, grad_scale, scaler, **options)
         for reason in {reason: None for _, _, reason, _ in unsupported}:
             backend_module.warn_once(
                 f"{type(self.optimizer).__name__} leaves {reason} to torch's own implementation (or to the reference, "
                 "where dtypes mix), which is slower"
             )
 
-    def _shares(self) -> list[Share]:
-        """Returns the shares of the plans that this step needs: one, or Triton's and the native one beside it."""
-        if self.engine.backend is not None:
-            return [Share(self.engine.backend, {})]
-        native = [] if backend_module.NATIVE_REASON is not None else _NATIVE
-        if backend_module.triton_serves_gpus() and self._is_some_on_gpu():
-            gpu = devices.GPU
-            if not native:
-                return [Share("triton", {})]
-            return [Share("triton", {"only_on": gpu}), Share("native", {"not_on": gpu})]
-        return native
+    def _plan(self) -> StepPlan | None:
+        """Returns the plan for the backends that may serve this step; None without a compiled module."""
+        if backend_module.NATIVE_REASON is not None:
+            return None
+        asked_for = self.engine.backend
+        key = (
+            asked_for != "triton",
+            asked_for == "triton" or (asked_for is None and backend_module.triton_serves_gpus()),
+        )
+        plan = self.engine.plans.get(key)
+        if plan is None:
+            plan = backend_module.step_plan(self.kind.rule, type(self.optimizer).__name__, *key)
+            self.engine.plans[key] = plan
+        return plan
 
-    def _is_some_on_gpu(self) -> bool:
-        self.make_plain()
-        params = (p for group in self.groups for p in group["params"])
-        return any(isinstance(p, Tensor) and p.device.type == devices.GPU for p in params)
-
-    def _look(self, share: Share, grad_scale: float, scaler: Scaler, **options: Any) -> Todo:
-        """Returns what must be done before a plan can step its share, which may be nothing."""
-        todo = self._run_plan(share, grad_scale, scaler, only_looks=True, **options)
-        assert todo is not None
-        return todo
-
-    def _run_plan(self, share: Share, grad_scale: float, scaler: Scaler, **options: Any) -> Todo | None:
-        """Lets a plan step its share, with the options of :class:`dracopt_ext.todo.StepPlan`.
+    def _run(self, plan: StepPlan, grad_scale: float, scaler: Scaler, **options: Any) -> Todo | None:
+        """Lets a plan step the parameters, with the options of :class:`dracopt_ext.todo.StepPlan`.
 
         Returns None when that is done, or else what must be done first.
         """
-        name, of_devices = share
-        key = name, self.engine.backend
-        plan = self.engine.plans.get(key)
-        if plan is None:
-            class_name = type(self.optimizer).__name__
-            plan = backend_module.step_plan(name, self.kind.rule, class_name, self.engine.backend)
-            self.engine.plans[key] = plan
-        if of_devices:
-            options.update(of_devices)
         state = self.optimizer.state
         todo = NotImplemented
         if not self.is_odd:
@@ -189,7 +143,7 @@ class Step:
             self.make_plain()
             todo = plan.step(self.groups, plain_state(self.groups, state), grad_scale, scaler, **options)
         if todo is None:
-            self.engine.plans_ran.append((name, plan))
+            self.engine.plan_ran = plan
             return None
         return Todo(*todo)
 

@@ -12,55 +12,55 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 from torch.utils import cpp_extension
+
+from dracopt_ext import any_torch, backend, devices
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 DEVICE = "simulated"
 
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden"]
-FLAGS += ["-DDRACOPT_SIMULATED_GPU", "-DDRACOPT_INTERFACE=1"]
+FLAGS += ["-DDRACOPT_SIMULATED_GPU", "-DDRACOPT_INTERFACE=1", "-DDRACOPT_ISA=baseline"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
+KERNELS = [ROOT / "csrc/bindings/unity.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("dispatch", "kernels"))]
+KERNELS.append(HERE / "launcher.cpp")
 
-def build() -> Path:
-    """Compile the module, unless an up-to-date one exists, and return its path."""
-    sources = [
-        ROOT / "csrc/bindings/unity.cpp",
-        ROOT / "csrc/cpu/dispatch.cpp",
-        ROOT / "csrc/cpu/kernels.cpp",
-        *HERE.glob("*.cpp"),
-    ]
-    folder = ROOT / "build" / "simulated_gpu"
+
+def build(name: str, sources: list[Path], *flags: str) -> Path:
+    """Compile a library, unless an up-to-date one exists, and return its path."""
+    folder = ROOT / "build" / name
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for ninja
     checks = SANITIZERS if os.environ.get("DRACOPT_BUILD") == "sanitize" else []
     cpp_extension.load(
-        "_C",
-        [str(source) for source in sorted(sources)],
-        extra_cflags=[*FLAGS, *checks, "-DDRACOPT_ISA=baseline"],
+        name,
+        [str(source) for source in sources],
+        extra_cflags=[*FLAGS, *checks, *flags],
         extra_ldflags=checks,
         extra_include_paths=[str(ROOT / "csrc")],
         build_directory=str(folder),
         is_python_module=False,
     )
-    return folder / "_C.so"
+    return folder / f"{name}.so"
 
 
 class SimulatedGpu:
     """The compiled module, and the values of the simulation that a test may set and read."""
 
-    def __init__(self, path: Path) -> None:
-        spec = importlib.util.spec_from_file_location("simulated_gpu._C", path)
+    def __init__(self, path: Path, device: Path) -> None:
+        spec = importlib.util.spec_from_file_location(f"{path.parent.name}._C", path)
         assert spec is not None
         assert spec.loader is not None
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
-        self._library = ctypes.CDLL(str(path))
+        self._library, self._device = ctypes.CDLL(str(path)), ctypes.CDLL(str(device))
 
     def _number(self, name: str) -> ctypes.c_int:
-        return ctypes.c_int.in_dll(self._library, f"simulated_{name}")
+        return ctypes.c_int.in_dll(self._device if name == "stream" else self._library, f"simulated_{name}")
 
     def read(self, name: str) -> int:
         """Return ``launches``, ``tables`` (written to the device) or ``last_stream``."""
@@ -80,7 +80,7 @@ class SimulatedGpu:
 
 
 def load() -> SimulatedGpu:
-    path = build()
+    device = build("simulated_device", [HERE / "device.cpp"])
     torch.utils.rename_privateuse1_backend(DEVICE)
     device_module = SimpleNamespace(
         is_available=lambda: True,
@@ -91,4 +91,10 @@ def load() -> SimulatedGpu:
         _is_in_bad_fork=lambda: False,
     )
     torch._register_device_module(DEVICE, device_module)
-    return SimulatedGpu(path)
+    if backend._C is None or not backend._C.__name__.endswith(f".{backend.ANY_TORCH}._C"):
+        return SimulatedGpu(build("simulated_gpu", KERNELS), device)
+    simulation = SimulatedGpu(build("simulated_gpu_of_any_torch", KERNELS, "-DDRACOPT_ANY_TORCH"), device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "GPU", DEVICE)
+        simulation.module.set_places(any_torch.find_places())
+    return simulation

@@ -1,0 +1,155 @@
+#include "bindings/gpu_launches.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace dracopt {
+namespace {
+
+template <typename T>
+size_t append(std::vector<char>& image, const std::vector<T>& items) {
+  const size_t at = (image.size() + cuda::kVectorBytes - 1) / cuda::kVectorBytes * cuda::kVectorBytes;
+  image.resize(at + items.size() * sizeof(T));
+  if (!items.empty()) std::memcpy(image.data() + at, items.data(), items.size() * sizeof(T));
+  return at;
+}
+
+}  // namespace
+
+void GpuLaunches::clear() {
+  rows_.clear();
+  first_tiles_.clear();
+  layouts_.clear();
+  count_ = 0;
+  counts_steps_ = false;
+}
+
+GpuLaunches::Launch& GpuLaunches::begin_launch() {
+  if (count_ == launches_.size()) launches_.emplace_back();
+  Launch& launch = launches_[count_++];
+  launch.filled = empty_;
+  launch.first_row = rows_.size();
+  launch.gradients.clear();
+  launch.slots.clear();
+  launch.known.clear();
+  return launch;
+}
+
+void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& group, const uint64_t* slot,
+                      size_t slot_words) {
+  Launch& launch = count_ == 0 ? begin_launch() : launches_[count_ - 1];
+  const auto is_slot = [&](const Slot& known) {
+    return known.words == slot_words && std::memcmp(&launch.slots[known.at], slot, slot_words * sizeof(*slot)) == 0;
+  };
+  size_t at = launch.slots.size();
+  bool is_new = true;
+  for (size_t i = launch.known.size(); is_new && i-- > 0 && launch.known[i].group == &group;) {
+    is_new = !is_slot(launch.known[i]);
+    if (!is_new) at = launch.known[i].at;
+  }
+  const int64_t first_tile = launch.filled.tiles;
+  if (!launch.filled.add(segment.numel, is_new ? slot_words : 0)) {
+    begin_launch();
+    return add(segment, ready, group, slot, slot_words);
+  }
+  if (is_new) {
+    launch.slots.insert(launch.slots.end(), slot, slot + slot_words);
+    launch.known.push_back({&group, at, slot_words});
+  }
+  launch.gradients.push_back(reinterpret_cast<uint64_t>(segment.data[kGrad]));
+  arguments_.divisor = segment.update->grad_scale;
+
+  rows_.emplace_back();
+  cuda::Row& row = rows_.back();
+  for (int k = 0; k < ready.streams.count; ++k) {
+    row.describe(k, segment.data[k], segment.dtypes[k], segment.dense[k]);
+  }
+  for (int k = 0; k < kMaxStateScalars; ++k) {
+    row.state_scalars[k] = ready.scalar_on_gpu[k] ? ready.scalar_data[k] : nullptr;
+    row.state_scalar_fp32 |= static_cast<uint8_t>(ready.scalar_fp32[k] << k);
+    counts_steps_ |= ready.scalar_on_gpu[k];
+  }
+  row.numel = segment.numel;
+  row.slot = static_cast<uint32_t>(at);  // upload() adds the number of gradients, which precede the slots
+  row.layout = cuda::kDense;
+  if (segment.layout != nullptr) {
+    row.layout = static_cast<int32_t>(layouts_.size());
+    append_layout(*segment.layout, ready.streams.count);
+  }
+  row.states = static_cast<uint8_t>(group.states);
+  row.maximize = segment.update->maximize;
+  row.has_recipe = ready.has_recipe;
+  first_tiles_.push_back(static_cast<uint32_t>(first_tile));
+}
+
+// Appends only the used part of a layout, because the rest may be anything, which would make equal tables differ.
+void GpuLaunches::append_layout(const Layout& layout, int streams) {
+  layouts_.emplace_back();
+  Layout& copy = layouts_.back();
+  std::memset(static_cast<void*>(&copy), 0, sizeof(copy));
+  copy.dims = layout.dims;
+  std::copy(layout.sizes, layout.sizes + layout.dims, copy.sizes);
+  for (int k = 0; k < streams; ++k) std::copy(layout.strides[k], layout.strides[k] + layout.dims, copy.strides[k]);
+}
+
+void GpuLaunches::upload(const Scaler& scaler, const Backends& backends) {
+  if (count_ == 0) return;
+  for (size_t i = 0; i < count_; ++i) {
+    const Launch& launch = launches_[i];
+    for (size_t k = 0; k < launch.gradients.size(); ++k) {
+      rows_[launch.first_row + k].slot += static_cast<uint32_t>(launch.gradients.size());
+    }
+  }
+  image_.clear();
+  append(image_, rows_);
+  layouts_at_ = append(image_, layouts_);
+  first_tiles_at_ = append(image_, first_tiles_);
+  finished_at_ = append(image_, std::vector<uint32_t>(count_));
+  image_.resize((image_.size() + cuda::kVectorBytes - 1) / cuda::kVectorBytes * cuda::kVectorBytes);
+
+  const DeviceGuard guard(key_.device);
+  const bool on_gpu = key_.device.is_gpu();  // Triton's interpreter may serve the CPU
+  stream_ = on_gpu ? current_stream(key_.device) : Stream{};
+  capturing_ = on_gpu && backends.is_capturing(key_.device, key_.backend);
+  // A stream may only use what another one wrote if the memory is never freed, which a graph requires as well.
+  if (image_ != written_ || (stream_.number != table_stream_ && !capturing_)) {
+    written_.clear();
+    table_ = Memory(image_.size(), key_.device);
+    table_stream_ = stream_.number;
+    write_table(table_, image_);
+    // A capture only promises to write the table, so nothing except the graph may rely on it.
+    if (!capturing_) written_ = image_;
+  }
+  if (capturing_) keep(table_);
+  if (scaler.found_inf.is_defined()) found_inf_ = Memory::of(scaler.found_inf, key_.device);
+  if (scaler.grad_scale.is_defined()) grad_scale_ = Memory::of(scaler.grad_scale, key_.device);
+}
+
+void GpuLaunches::launch() {
+  if (count_ == 0) return;
+  const DeviceGuard guard(key_.device);
+  char* const table = table_.data();
+  for (size_t i = 0; i < count_; ++i) {
+    const Launch& launch = launches_[i];
+    arguments_.rows = reinterpret_cast<const cuda::Row*>(table) + launch.first_row;
+    arguments_.layouts = reinterpret_cast<const Layout*>(table + layouts_at_);
+    arguments_.first_tiles = reinterpret_cast<const uint32_t*>(table + first_tiles_at_) + launch.first_row;
+    arguments_.finished = counts_steps_ ? reinterpret_cast<uint32_t*>(table + finished_at_) + i : nullptr;
+    arguments_.found_inf = reinterpret_cast<const float*>(found_inf_.data());
+    arguments_.grad_scale = reinterpret_cast<const float*>(grad_scale_.data());
+    arguments_.count = static_cast<uint32_t>(launch.gradients.size());
+    arguments_.blocks = static_cast<uint32_t>(launch.filled.tiles);
+    run(launch, arguments_);
+  }
+  found_inf_ = grad_scale_ = {};
+}
+
+void GpuLaunches::fail(const char* what, const char* error) const {
+  throw std::runtime_error("CUDA could not " + std::string(what) + " on " + key_.device.name() + ": " + error + " (" +
+                           std::to_string(rows_.size()) + " tensors in " + std::to_string(count_) + " launches, a " +
+                           "table of " + std::to_string(image_.size()) + " bytes)");
+}
+
+}  // namespace dracopt

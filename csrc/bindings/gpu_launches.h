@@ -1,0 +1,103 @@
+// Brings a step to a GPU. Tensors are gathered, in their order, into as few launches as their arguments fit into.
+#pragma once
+
+#include <vector>
+
+#include "bindings/backends.h"
+#include "bindings/inventory.h"
+#include "cuda/launch.h"
+
+namespace dracopt {
+
+// Numbers that torch.amp.GradScaler leaves to the kernels: tensors of one fp32 number each, undefined if missing.
+struct Scaler {
+  Tensor found_inf, grad_scale;
+};
+
+// Tensors with equal keys are updated by the same kernel.
+struct LaunchKey {
+  Device device;
+  Backend backend;
+  Arithmetic arithmetic;
+  uint16_t dtypes;  // of the streams, by dtype_at, if the kernel is compiled for them; otherwise 0
+
+  bool operator==(const LaunchKey&) const = default;
+};
+
+// The launches of one kernel on one device. They keep the table on the device from step to step, and write another
+// table only if anything has changed.
+class GpuLaunches {
+ public:
+  virtual ~GpuLaunches() = default;
+
+  const LaunchKey& key() const { return key_; }
+
+  // Forgets the tensors of the step before.
+  void clear();
+
+  // Appends a tensor. `slot` holds its scalars, or the recipe for them, which tensors of one group are likely to share.
+  void add(const Segment& segment, const Ready& ready, const Group& group, const uint64_t* slot, size_t slot_words);
+
+  // The next two functions throw std::runtime_error if the device refuses. Neither waits for the device.
+
+  // Brings to the device what the launches need. Allocates memory only if the table has changed.
+  void upload(const Scaler& scaler, const Backends& backends);
+
+  void launch();
+
+  size_t count() const { return count_; }
+
+ protected:
+  // An `empty` launch says how much a launch may hold.
+  GpuLaunches(LaunchKey key, cuda::Filled empty) : key_(key), empty_(empty) {}
+
+  struct Slot {
+    const Group* group;
+    size_t at, words;
+  };
+
+  // The words of one launch's arguments are the gradients' addresses, then the slots.
+  struct Launch {
+    cuda::Filled filled;
+    size_t first_row;
+    std::vector<uint64_t> gradients, slots;
+    std::vector<Slot> known;
+  };
+
+  bool is_capturing() const { return capturing_; }
+  void* stream() const { return stream_.handle; }                       // the current one
+  void keep(Memory memory) { captured_.push_back(std::move(memory)); }  // for as long as the optimizer lives
+  [[noreturn]] void fail(const char* what, const char* error) const;
+
+  // Writes the table in the current stream's order.
+  virtual void write_table(Memory& table, const std::vector<char>& image) = 0;
+
+  // Makes a launch whose arguments are complete except for their words.
+  virtual void run(const Launch& launch, cuda::Arguments& arguments) = 0;
+
+ private:
+  Launch& begin_launch();
+  void append_layout(const Layout& layout, int streams);
+
+  const LaunchKey key_;
+  const cuda::Filled empty_;
+
+  std::vector<cuda::Row> rows_;
+  std::vector<uint32_t> first_tiles_;  // each row's first tile in its launch
+  std::vector<Layout> layouts_;
+  std::vector<Launch> launches_;  // entries beyond count_ are from an earlier step
+  size_t count_ = 0;
+  bool counts_steps_ = false;  // some state scalar lies on the device
+  cuda::Arguments arguments_;
+  Memory found_inf_, grad_scale_;  // on this device, until the launches are made
+  Stream stream_{};
+  bool capturing_ = false;  // a graph
+
+  std::vector<char> image_, written_;  // the table for this step, and the table on the device
+  size_t layouts_at_ = 0, first_tiles_at_ = 0, finished_at_ = 0;
+  Memory table_;
+  int64_t table_stream_ = 0;      // the number of the stream that wrote the table, and alone uses it
+  std::vector<Memory> captured_;  // memory that graphs refer to
+};
+
+}  // namespace dracopt

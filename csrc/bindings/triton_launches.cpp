@@ -1,0 +1,64 @@
+#include "bindings/triton_launches.h"
+
+#include <cstring>
+#include <limits>
+
+namespace py = pybind11;
+
+namespace dracopt {
+namespace {
+
+int streams_of_rule(const RuleEntry& rule) {
+  int streams = kFirstState;
+  while (rule.state_keys[streams - kFirstState] != nullptr) ++streams;
+  return streams;
+}
+
+py::tuple names_of(uint16_t dtypes, int streams) {
+  constexpr const char* names[] = {"fp32", "fp64", "bf16", "fp16"};  // in the order of Dtype
+  py::tuple found(static_cast<size_t>(streams));
+  for (int k = 0; k < streams; ++k) found[static_cast<size_t>(k)] = names[dtypes >> 2 * k & 3];
+  return found;
+}
+
+}  // namespace
+
+uint16_t dtypes_for_triton(const RuleEntry& rule, const Segment& segment, int streams) {
+  uint32_t dtypes = 0;
+  for (int k = streams_of_rule(rule); k-- > 0;) {
+    dtypes |= cuda::dtype_at(k, segment.dtypes[k < streams ? k : static_cast<int>(kParam)]);
+  }
+  return static_cast<uint16_t>(dtypes);
+}
+
+TritonLaunches::TritonLaunches(LaunchKey key, const RuleEntry& rule, const Triton& triton)
+    : GpuLaunches(key, {.tile = triton.tile, .room = std::numeric_limits<uint32_t>::max()}),
+      launcher_(triton.make_launcher(rule.name, names_of(key.dtypes, streams_of_rule(rule)), key.device.name())) {}
+
+void TritonLaunches::copy_to_device(Memory& to, Memory& from) {
+  to.copy_from(from);
+  if (is_capturing()) keep(std::move(from));  // the graph makes the copy at every replay
+}
+
+void TritonLaunches::write_table(Memory& table, const std::vector<char>& image) {
+  Memory source = Memory::on_host(image.size(), key().device);
+  std::memcpy(source.data(), image.data(), image.size());
+  copy_to_device(table, source);
+}
+
+void TritonLaunches::run(const Launch& launch, cuda::Arguments& arguments) {
+  const size_t of_gradients = launch.gradients.size() * sizeof(uint64_t);
+  const size_t of_slots = launch.slots.size() * sizeof(uint64_t);
+  const size_t size = cuda::kHeaderBytes + of_gradients + of_slots;
+  Memory source = Memory::on_host(size, key().device), there(size, key().device);
+  std::memcpy(source.data(), &arguments, cuda::kHeaderBytes);
+  std::memcpy(source.data() + cuda::kHeaderBytes, launch.gradients.data(), of_gradients);
+  std::memcpy(source.data() + cuda::kHeaderBytes + of_gradients, launch.slots.data(), of_slots);
+  copy_to_device(there, source);
+  const auto number = [](const void* address) { return reinterpret_cast<uintptr_t>(address); };
+  launcher_(arguments.blocks, number(arguments.rows), number(arguments.layouts), number(arguments.first_tiles),
+            number(there.data()), is_capturing());
+  if (is_capturing()) keep(std::move(there));
+}
+
+}  // namespace dracopt
