@@ -42,7 +42,7 @@ $(INTEGRATIONS)/ready: tests/integrations/requirements.txt
 	$(INTEGRATIONS)/bin/python -m pip install -q -r $<
 	@touch $@
 
-# Builds about 150 faults into a copy, one after the other. Each must fail the test that is named for it.
+# Builds about 170 faults into copies, one copy for each core. Each must fail the test that is named for it.
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants
 

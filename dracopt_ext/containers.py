@@ -6,7 +6,6 @@ may have methods of its own. This module reads such an object through its method
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,22 +20,9 @@ _FLAGS = ("maximize", "fused", "differentiable", "capturable", *FLAGS)
 _TEXT = (str, bytes, bytearray)
 
 
-class NotPlainError(Exception):
-    """Raised inside a plan that meets an object that it does not read."""
-
-
-def is_plain_state(state: Any) -> bool:
-    """Says whether a plan reads an optimizer's state, apart from its entries."""
-    return type(state) in (dict, defaultdict)
-
-
 def is_plain_dict(mapping: Any) -> bool:
     """Says whether an object is a dict in which no key has methods of its own."""
     return type(mapping) is dict and all(type(key) is str for key in mapping)
-
-
-def is_plain_flag(value: Any) -> bool:
-    return value is None or value is True or value is False
 
 
 def plain_groups(
@@ -71,7 +57,7 @@ def plain_groups(
                 continue
             value = plain[key]
             if key in _FLAGS:
-                changed[key] = value if is_plain_flag(value) else bool(value)
+                changed[key] = value if value is None else bool(value)
             elif key in DECAY_RATES:
                 numbers = _as_tuple(value, f"{name}[{key!r}]")
                 changed[key] = tuple([_as_number(number, f"{name}[{key!r}]") for number in numbers])

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,7 @@ SGD_CLASS, CONTAINERS = "dracopt_ext/optim/sgd.py", "dracopt_ext/containers.py"
 
 BITS = "test_bits::test_reference_in_fp32"
 COMPILE_FOR_THEMSELVES = ("test_core::", "test_gpu::", "test_gpu_kit::")
+ANY = ["-p", "tests.by_any_torch"]
 
 MUTANTS = [
     # The rules
@@ -1160,17 +1161,19 @@ class Copy:
         if run.returncode != 0:
             raise BrokenMutant(f"the copy does not compile:\n{run.stdout}{run.stderr}")
 
-    def fails(self, test: str, *options: str) -> bool:
-        """Says whether the test fails or crashes. Raises if it does not run at all."""
-        file, function = test.split("::")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
+    def failures(self, tests: Sequence[str], *options: str) -> str:
+        """Returns pytest's output if a test fails or crashes, or else nothing. Raises if the tests do not run at all.
+
+        Coverage's tracer would stay away from some tests because they are slow. They are left out.
+        """
+        names = (test.split("::") for test in tests)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not untraced", *options]
         env = {**os.environ, "TRITON_INTERPRET": "1", "MAX_JOBS": "1", "OMP_NUM_THREADS": "2"}
-        run = subprocess.run(
-            [*command, f"tests/{file}.py::{function}"], cwd=self.folder, env=env, capture_output=True, text=True
-        )
+        command += [f"tests/{file}.py::{function}" for file, function in names]
+        run = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
         if run.returncode > 1:
-            raise BrokenMutant(f"{test} does not run:\n{run.stdout}{run.stderr}")
-        return run.returncode != 0
+            raise BrokenMutant(f"{' '.join(tests)} does not run:\n{run.stdout}{run.stderr}")
+        return run.stdout if run.returncode != 0 else ""
 
     def finds(self, mutant: Mutant) -> bool:
         """Says whether the mutant's test fails, with the module for any torch unless the fault is in the other one."""
@@ -1182,51 +1185,43 @@ class Copy:
         try:
             if mutant.compiled and not mutant.found_by.startswith(COMPILE_FOR_THEMSELVES):
                 self.build("force" if mutant.file == ONE_TORCH else "any")
-            return self.fails(mutant.found_by, *([] if mutant.file == ONE_TORCH else ["-p", "tests.by_any_torch"]))
+            options = [] if mutant.file == ONE_TORCH else ANY
+            return self.failures([mutant.found_by], "-x", *options) != ""
         finally:
             path.write_text(source)
 
 
 def main(words: list[str]) -> None:
     mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    tests = sorted({mutant.found_by for mutant in mutants})
     copies: queue.Queue[Copy] = queue.Queue()
     threads = ThreadPoolExecutor(WORKERS)
     for copy in threads.map(Copy, range(WORKERS)):
         copies.put(copy)
 
-    def run(work: Callable[[Copy], str]) -> str:
+    def without_fault(number: int) -> str:
         copy = copies.get()
-        begin = time.monotonic()
         try:
-            return f"{work(copy)} {time.monotonic() - begin:5.1f} s "
+            return copy.failures(tests[number::WORKERS], *ANY)
         finally:
             copies.put(copy)
 
-    def try_without(test: str) -> str:
-        return run(
-            lambda copy: f"{test} fails without any fault" if copy.fails(test, "-p", "tests.by_any_torch") else ""
-        )
-
     def verdict_on(mutant: Mutant) -> str:
-        reason = ""
+        copy = copies.get()
+        begin, reason = time.monotonic(), ""
+        try:
+            verdict = "found" if copy.finds(mutant) else "SURVIVED"
+        except BrokenMutant as error:
+            verdict, reason = "BROKEN", f"\n{error}"
+        finally:
+            copies.put(copy)
+        seconds = time.monotonic() - begin
+        print(f"{verdict:9} {seconds:5.1f} s  {mutant.name:45} {mutant.found_by}{reason}", flush=True)
+        return verdict
 
-        def verdict(copy: Copy) -> str:
-            nonlocal reason
-            try:
-                return "found    " if copy.finds(mutant) else "SURVIVED "
-            except BrokenMutant as error:
-                reason = f"\n{error}"
-                return "BROKEN   "
-
-        line = run(verdict)
-        print(f"{line} {mutant.name:45} {mutant.found_by}{reason}", flush=True)
-        return line.split()[0]
-
-    failed = [
-        line for line in threads.map(try_without, sorted({mutant.found_by for mutant in mutants})) if "fails" in line
-    ]
-    if failed:
-        sys.exit("\n".join(failed))
+    failures = [found for found in threads.map(without_fault, range(min(WORKERS, len(tests)))) if found]
+    if failures:
+        sys.exit("\n".join(["These tests fail without any fault:", *failures]))
     # Faults in Python need the build without faults.
     verdicts = list(threads.map(verdict_on, sorted(mutants, key=lambda mutant: mutant.compiled)))
     print(f"{verdicts.count('found')} of {len(mutants)} faults found")

@@ -55,11 +55,11 @@ def tile_of(first_tiles, count, program):
 
 
 @triton.jit
-def number_in(recipe, k: tl.constexpr, mask):
+def number_in(recipe, fp32_address, fp64_address, k: tl.constexpr, mask):
     """Reads number k of a recipe: as it is, or where it lies on the device."""
     bits = field(recipe, NUMBERS + 8 * k, tl.int64, mask)
-    is_fp32 = (field(recipe, FP32_ADDRESS, tl.int16, mask) >> k & 1) != 0
-    is_fp64 = (field(recipe, FP64_ADDRESS, tl.int16, mask) >> k & 1) != 0
+    is_fp32 = (fp32_address >> k & 1) != 0
+    is_fp64 = (fp64_address >> k & 1) != 0
     stored = number_at(bits, is_fp32, is_fp64)
     return tl.where(is_fp32 | is_fp64, stored, bits.to(tl.float64, bitcast=True))
 
@@ -83,10 +83,16 @@ def prepare_row(
     T: tl.constexpr,
 ):
     """Returns the state scalars of this step, the step's scalars, and the state scalars' addresses and dtypes."""
-    h0, h1, h2 = number_in(recipe, 0, mask), number_in(recipe, 1, mask), number_in(recipe, 2, mask)
-    h3, h4 = number_in(recipe, 3, mask), number_in(recipe, 4, mask)
+    fp32 = field(recipe, FP32_ADDRESS, tl.int16, mask)
+    fp64 = field(recipe, FP64_ADDRESS, tl.int16, mask)
+    h0 = number_in(recipe, fp32, fp64, 0, mask)
+    h1 = number_in(recipe, fp32, fp64, 1, mask)
+    h2 = number_in(recipe, fp32, fp64, 2, mask)
+    h3 = number_in(recipe, fp32, fp64, 3, mask)
+    h4 = number_in(recipe, fp32, fp64, 4, mask)
     if numbers == 7:
-        h = (h0, h1, h2, h3, h4, number_in(recipe, 5, mask), number_in(recipe, 6, mask))
+        h5 = number_in(recipe, fp32, fp64, 5, mask)
+        h = (h0, h1, h2, h3, h4, h5, number_in(recipe, fp32, fp64, 6, mask))
     else:
         h = (h0, h1, h2, h3, h4)  # type: ignore[assignment]
     first = field(recipe, FIRST, tl.int8, mask) != 0

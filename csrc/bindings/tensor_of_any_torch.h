@@ -116,10 +116,10 @@ class Tensor {
   bool is_sparse_coo() const { return ask<int32_t>(aoti_torch_get_layout) == aoti_torch_layout_sparse_coo(); }
   bool is_conjugated() const { return (key_set() & places.conjugated) != 0; }
   int dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
-  std::span<const int64_t> sizes() const { return {ask<int64_t*>(aoti_torch_get_sizes), dim()}; }
+  std::span<const int64_t> sizes() const { return list_of(aoti_torch_get_sizes); }
   int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
 
-  std::span<const int64_t> strides() const { return {ask<int64_t*>(aoti_torch_get_strides), dim()}; }
+  std::span<const int64_t> strides() const { return list_of(aoti_torch_get_strides); }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
 
   bool is_non_overlapping_and_dense() const {
@@ -177,13 +177,18 @@ class Tensor {
   const void* impl() const { return *place_; }
   AtenTensorHandle handle() const { return reinterpret_cast<AtenTensorHandle>(place_); }
   uint64_t key_set() const { return any_torch::at<uint64_t>(impl(), places.keys); }
-  size_t dim() const { return static_cast<size_t>(ask<int64_t>(aoti_torch_get_dim)); }
-
   template <typename Answer>
   Answer ask(AOTITorchError (*function)(AtenTensorHandle, Answer*)) const {
     Answer answer{};
-    function(handle(), &answer);  // fails only for tensors that the answer does not matter for, and leaves a zero
+    function(handle(), &answer);  // fails only for tensors that are not plain, and leaves a zero
     return answer;
+  }
+
+  // Returns a number for each dimension; none if torch does not tell.
+  std::span<const int64_t> list_of(AOTITorchError (*function)(AtenTensorHandle, int64_t**)) const {
+    const int64_t* const list = ask<int64_t*>(function);
+    if (list == nullptr) return {};
+    return {list, static_cast<size_t>(ask<int64_t>(aoti_torch_get_dim))};
   }
 
   void** place_ = nullptr;  // the at::Tensor that holds the tensor
