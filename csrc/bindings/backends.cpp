@@ -20,8 +20,8 @@ Backends::Found Backends::for_device(Device device) const {
   if (device.is_cpu())
     return {Backend::triton, triton_.has_value() && triton_->on_cpu ? nullptr : "tensors on the CPU"};
   if (!device.is_gpu()) return {Backend::cpu, "tensors on a device without kernels"};
-  const char* const no_cuda = cuda_ ? cuda::unavailable(device.index) : nullptr;
-  if (cuda_ && no_cuda == nullptr) return {Backend::cuda, nullptr};
+  const char* const no_cuda = cuda_ ? cuda::unavailable(device.index) : "they may not be used";
+  if (no_cuda == nullptr) return {Backend::cuda, nullptr};
   if (!triton_.has_value()) {
     return {Backend::cuda, lasting(std::string("tensors on a GPU without the native kernels (") + no_cuda + ")")};
   }
@@ -35,7 +35,7 @@ bool Backends::is_capturing(Device device, Backend backend) const {
   const DeviceGuard guard(device);
   if (backend == Backend::triton) return !triton_->is_capturing.is_none() && triton_->is_capturing().cast<bool>();
   bool answer = false;
-  if (const char* const error = cuda::is_capturing(current_stream(device).handle, answer)) {
+  if (const char* const error = cuda::is_capturing(current_cuda_stream(device), answer)) {
     throw std::runtime_error(std::string("cannot tell whether a graph is being captured: ") + error);
   }
   return answer;

@@ -1,6 +1,7 @@
 #include "bindings/examine.h"
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 namespace dracopt {

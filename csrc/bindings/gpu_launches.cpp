@@ -24,6 +24,7 @@ void GpuLaunches::clear() {
   layouts_.clear();
   count_ = 0;
   counts_steps_ = false;
+  found_inf_ = grad_scale_ = {};
 }
 
 GpuLaunches::Launch& GpuLaunches::begin_launch() {
@@ -111,13 +112,15 @@ void GpuLaunches::upload(const Scaler& scaler, const Backends& backends) {
 
   const DeviceGuard guard(key_.device);
   const bool on_gpu = key_.device.is_gpu();  // Triton's interpreter may serve the CPU
-  stream_ = on_gpu ? current_stream(key_.device) : Stream{};
+  const int64_t stream = on_gpu ? current_stream(key_.device) : 0;
+  if (key_.backend == Backend::cuda) cuda_stream_ = current_cuda_stream(key_.device);
   capturing_ = on_gpu && backends.is_capturing(key_.device, key_.backend);
-  // A stream may only use what another one wrote if the memory is never freed, which a graph requires as well.
-  if (image_ != written_ || (stream_.number != table_stream_ && !capturing_)) {
+  // A table is for the stream that wrote it, because torch may give its memory to this stream's next tensors. A graph
+  // may use the table of another stream, because graphs keep their tables.
+  if (image_ != written_ || (stream != table_stream_ && !capturing_)) {
     written_.clear();
     table_ = Memory(image_.size(), key_.device);
-    table_stream_ = stream_.number;
+    table_stream_ = stream;
     write_table(table_, image_);
     // A capture only promises to write the table, so nothing except the graph may rely on it.
     if (!capturing_) written_ = image_;

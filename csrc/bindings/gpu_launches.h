@@ -65,7 +65,7 @@ class GpuLaunches {
   };
 
   bool is_capturing() const { return capturing_; }
-  void* stream() const { return stream_.handle; }                       // the current one
+  void* stream() const { return cuda_stream_; }                         // the current one
   void keep(Memory memory) { captured_.push_back(std::move(memory)); }  // for as long as the optimizer lives
   [[noreturn]] void fail(const char* what, const char* error) const;
 
@@ -90,13 +90,13 @@ class GpuLaunches {
   bool counts_steps_ = false;  // some state scalar lies on the device
   cuda::Arguments arguments_;
   Memory found_inf_, grad_scale_;  // on this device, until the launches are made
-  Stream stream_{};
+  void* cuda_stream_ = nullptr;
   bool capturing_ = false;  // a graph
 
   std::vector<char> image_, written_;  // the table for this step, and the table on the device
   size_t layouts_at_ = 0, first_tiles_at_ = 0, finished_at_ = 0;
   Memory table_;
-  int64_t table_stream_ = 0;      // the number of the stream that wrote the table, and alone uses it
+  int64_t table_stream_ = 0;      // the number of the stream that wrote the table
   std::vector<Memory> captured_;  // memory that graphs refer to
 };
 

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <deque>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <variant>
@@ -102,6 +101,7 @@ inline const Streams* streams_of(const Examined& examined) {
 struct Inventory {
   const RuleEntry& rule;
   std::vector<Group> groups;
+  std::vector<Tensor> hyperparameters_on_gpus;  // of all groups, if the kernels read them
   std::vector<Located> located;
   // One for each located parameter. Entries beyond these are from an earlier step.
   std::vector<Examined> examined;

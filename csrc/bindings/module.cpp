@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 
 #include "bindings/step_plan.h"
 #include "cpu/kernels.h"
@@ -54,6 +55,7 @@ py::dict launch_layout() {
   at["MAXIMIZE"] = offsetof(Row, maximize);
   at["HAS_RECIPE"] = offsetof(Row, has_recipe);
   at["LAYOUT_BYTES"] = sizeof(Layout);
+  at["DIMS"] = offsetof(Layout, dims);
   at["SIZES"] = offsetof(Layout, sizes);
   at["STRIDES"] = offsetof(Layout, strides);
   at["STRIDES_BYTES"] = sizeof(Layout::strides[0]);

@@ -25,7 +25,7 @@ bool read_flag(PyObject* object, bool& flag) {
 }
 
 // Enters a tensor of one element into the group as its k-th hyperparameter. Returns whether the host must read it.
-bool enter_tensor(Group& group, PyObject* key, Tensor tensor, int k) {
+bool enter_tensor(Inventory& inventory, Group& group, PyObject* key, Tensor tensor, int k) {
   const bool is_ours = is_plain(tensor);
   if (!tensor.is_python_subclass() && tensor.numel() != 1) {
     throw py::value_error(describe_key(group.index, key) + " must be a tensor of one element, not of shape " +
@@ -33,7 +33,7 @@ bool enter_tensor(Group& group, PyObject* key, Tensor tensor, int k) {
   }
   const Format& format = format_of(tensor);
   const bool is_real = format.is_native && !format.is_complex;
-  if (is_ours && lacks_memory(tensor, 1, itemsize_of(tensor.dtype()))) {
+  if (is_ours && lacks_memory(tensor, 1, tensor.itemsize())) {
     throw py::value_error(describe_key(group.index, key) + " is a tensor whose storage was freed");
   }
   const void* const data = is_ours && is_real ? data_of(tensor) : nullptr;
@@ -49,6 +49,7 @@ bool enter_tensor(Group& group, PyObject* key, Tensor tensor, int k) {
   group.reads_memory = true;
   if (!on_gpu) return true;
   group.gpu = tensor.device();
+  inventory.hyperparameters_on_gpus.push_back(tensor);
   (format.dtype == Dtype::fp32 ? group.fp32_address : group.fp64_address) |= static_cast<uint16_t>(1 << k);
   return false;
 }
@@ -68,17 +69,18 @@ bool PythonReader::read_groups(PyObject* param_groups, Inventory& inventory) {
   constexpr Py_ssize_t ahead = 8;
   const Py_ssize_t count = PyList_GET_SIZE(param_groups);
   inventory.groups.resize(static_cast<size_t>(count));
+  inventory.hyperparameters_on_gpus.clear();
   for (Py_ssize_t g = 0; g < count; ++g) {
     if (g + 2 * ahead < count) prefetch(PyList_GET_ITEM(param_groups, g + 2 * ahead));
     if (g + ahead < count) prefetch_entries(PyList_GET_ITEM(param_groups, g + ahead));
     Group& group = inventory.groups[static_cast<size_t>(g)];
     group.index = static_cast<int>(g);
-    if (!read_group(PyList_GET_ITEM(param_groups, g), group)) return false;
+    if (!read_group(PyList_GET_ITEM(param_groups, g), inventory, group)) return false;
   }
   return true;
 }
 
-bool PythonReader::read_group(PyObject* dict, Group& group) {
+bool PythonReader::read_group(PyObject* dict, Inventory& inventory, Group& group) {
   if (!PyDict_CheckExact(dict)) return false;
   group.dict = dict;
   PyObject* values[kMaxGroupKeys];
@@ -103,7 +105,7 @@ bool PythonReader::read_group(PyObject* dict, Group& group) {
     if (value == nullptr) throw py::key_error(describe_key(group.index, key) + " is missing");
     switch (rule_.group_keys[k - kDriverKeys].kind) {
       case KeyKind::number:
-        if (!read_number(group, key, value, false, count)) return false;
+        if (!read_number(inventory, group, key, value, false, count)) return false;
         break;
       case KeyKind::flag:
         if (!read_flag(value, flag)) return false;
@@ -117,7 +119,7 @@ bool PythonReader::read_group(PyObject* dict, Group& group) {
                                 std::to_string(PySequence_Fast_GET_SIZE(value)));
         }
         for (Py_ssize_t i = 0; i < 2; ++i) {
-          if (!read_number(group, key, PySequence_Fast_GET_ITEM(value, i), true, count)) return false;
+          if (!read_number(inventory, group, key, PySequence_Fast_GET_ITEM(value, i), true, count)) return false;
         }
         break;
     }
@@ -127,7 +129,8 @@ bool PythonReader::read_group(PyObject* dict, Group& group) {
 }
 
 // Reads the `count`-th hyperparameter, and counts it.
-bool PythonReader::read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) const {
+bool PythonReader::read_number(Inventory& inventory, Group& group, PyObject* key, PyObject* number, bool is_decay_rate,
+                               int& count) const {
   const int k = count++;
   double value = 0;
   if (PyFloat_Check(number)) {
@@ -144,7 +147,7 @@ bool PythonReader::read_number(Group& group, PyObject* key, PyObject* number, bo
     return false;
   } else {
     const Tensor tensor = Tensor::in(number);
-    if (!enter_tensor(group, key, tensor, k)) {
+    if (!enter_tensor(inventory, group, key, tensor, k)) {
       group.hyperparameters[k] = std::numeric_limits<double>::quiet_NaN();  // only torch or the kernel reads it
       return true;
     }

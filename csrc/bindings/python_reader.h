@@ -27,8 +27,9 @@ class PythonReader {
   static constexpr size_t kDriverKeys = 5;
   static constexpr size_t kMaxGroupKeys = kDriverKeys + kMaxHyperparameters;
 
-  bool read_group(PyObject* dict, Group& group);
-  bool read_number(Group& group, PyObject* key, PyObject* number, bool is_decay_rate, int& count) const;
+  bool read_group(PyObject* dict, Inventory& inventory, Group& group);
+  bool read_number(Inventory& inventory, Group& group, PyObject* key, PyObject* number, bool is_decay_rate,
+                   int& count) const;
 
   const RuleEntry& rule_;
   const pybind11::object defaultdict_;

@@ -67,13 +67,12 @@ size_t fill_slot(const Inventory& inventory, const Updates& updates, size_t i, c
   return count;
 }
 
-// Keeps parameters with their tensors and memory alive, because other code may run meanwhile and replace any of them.
+// Keeps what a step has found alive, because other code may run meanwhile and take any of it away.
 class Alive {
  public:
-  // Makes room for the memory and the objects of so many parameters.
-  void reserve(size_t of_memory, size_t of_objects) {
-    memory_.reserve(of_memory * (kMaxStreams + kMaxStateScalars));
-    objects_.reserve(of_objects * (1 + kMaxStateKeys));
+  void reserve(size_t parameters) {
+    memory_.reserve(parameters * (kMaxStreams + kMaxStateScalars));
+    objects_.reserve(parameters * (1 + kMaxStateKeys));
   }
 
   void hold_memory(const Inventory& inventory, size_t i) {
@@ -81,6 +80,7 @@ class Alive {
     for (int k = 0; k < ready.streams.count; ++k) memory_.push_back(inventory.tensor_of(i, k).hold_memory());
   }
 
+  // Also holds the objects that record() asks after the update.
   void hold(const Inventory& inventory, size_t i) {
     hold_memory(inventory, i);
     const Located& located = inventory.located[i];
@@ -89,6 +89,10 @@ class Alive {
       if (k < inventory.rule.state_scalars) memory_.push_back(Tensor::in(located.values[k]).hold_memory());
       objects_.push_back(py::reinterpret_borrow<py::object>(located.values[k]));
     }
+  }
+
+  void hold_hyperparameters(const Inventory& inventory) {
+    for (const Tensor tensor : inventory.hyperparameters_on_gpus) memory_.push_back(tensor.hold_memory());
   }
 
  private:
@@ -133,15 +137,19 @@ void Runner::run(Inventory& inventory, const Updates& updates, const Scaler& sca
   const size_t on_cpu = counts[static_cast<int>(Backend::cpu)][0];
 
   // Python launches Triton's kernels, and a long step on the CPU lets go of the GIL.
-  const bool holds_gil = units < kShortStepUnits;
+  const auto& by_triton = counts[static_cast<int>(Backend::triton)];
+  const bool calls_python = by_triton[0] + by_triton[1] > 0, holds_gil = units < kShortStepUnits;
   Alive alive;
-  const size_t by_triton = counts[static_cast<int>(Backend::triton)][0] + counts[static_cast<int>(Backend::triton)][1];
-  alive.reserve(by_triton + (holds_gil ? 0 : on_cpu), by_triton);
-  for (size_t i = 0; i < inventory.size(); ++i) {
+  if (calls_python || !holds_gil) alive.reserve(inventory.size());
+  if (calls_python) alive.hold_hyperparameters(inventory);
+  for (size_t i = 0; i < inventory.size() && (calls_python || !holds_gil); ++i) {
     const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) continue;
-    if (ready->streams.backend == Backend::triton) alive.hold(inventory, i);
-    if (ready->streams.backend == Backend::cpu && !holds_gil) alive.hold_memory(inventory, i);
+    if (calls_python) {
+      alive.hold(inventory, i);
+    } else if (ready->streams.backend == Backend::cpu) {
+      alive.hold_memory(inventory, i);
+    }
   }
   gathered_.clear();
   places_.clear();

@@ -12,7 +12,7 @@ static_assert(kMaxStreams + kMaxStateScalars <= WrittenMemory::kMaxParts);
 // Calls `body(address, bytes)` with the memory over which a tensor extends, if the tensor is plain.
 template <typename Body>
 void with_memory_of(Tensor tensor, const Body& body) {
-  if (is_plain(tensor)) body(data_of(tensor), extent_of(tensor) * itemsize_of(tensor.dtype()));
+  if (is_plain(tensor)) body(data_of(tensor), extent_of(tensor) * tensor.itemsize());
 }
 
 }  // namespace

@@ -36,20 +36,22 @@ const RuleEntry& find_rule(const std::string& name) {
 StepPlan::StepPlan(const std::string& rule, std::string optimizer, Backends backends)
     : optimizer_(std::move(optimizer)),
       backends_(std::move(backends)),
-      inventory_{find_rule(rule), {}, {}, {}, {}, {}},
+      inventory_{find_rule(rule), {}, {}, {}, {}, {}, {}},
       reader_(inventory_.rule) {}
 
 py::object StepPlan::step(py::handle param_groups, py::handle state, Options options) {
   if (running_in_ == cpu::forks()) throw std::runtime_error("this plan is in the middle of a step");
   const Running running(running_in_, kNoProcess);
   runner_.clear();
+  // Nothing is borrowed yet, so these functions may call Python.
+  const bool under_mode = is_under_mode(), inference_mode = in_inference_mode();
   if (!reader_.read_groups(param_groups.ptr(), inventory_) || !reader_.locate(state.ptr(), inventory_)) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
-  examine_all();
+  examine_all(inference_mode);
   classify(options.stepped);
   search_.set_aside(inventory_);
-  if (is_under_mode()) set_aside_all(kUnderMode);
+  if (under_mode) set_aside_all(kUnderMode);
   check_capture(inventory_, reader_, backends_, optimizer_);
 
   const bool waits = host_decides(options.scaler);
@@ -69,7 +71,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
 // Threads share the examination if the CPU updates, because a short step mostly waits for the metadata of its tensors.
 // The calling thread holds the GIL for all threads, and none of them calls Python. Before a launch one thread examines
 // everything, because a launch must wait for all threads: with 16 of them, steps took 10 ms more on 16 cores.
-void StepPlan::examine_all() {
+void StepPlan::examine_all(bool inference_mode) {
   search_.begin();
   const size_t size = inventory_.size();
   // Each vector is checked by its own size, because memory may run out between the two.
@@ -80,12 +82,12 @@ void StepPlan::examine_all() {
     const Backends& backends;
     SharedMemorySearch& search;
     bool inference_mode;  // of this thread; the other threads do not know the mode
-  } share{inventory_, backends_, search_, in_inference_mode()};
+  } share{inventory_, backends_, search_, inference_mode};
   const auto range = [](int64_t begin, int64_t end, void* context) {
-    auto& [inventory, backends, search, inference_mode] = *static_cast<Share*>(context);
+    auto& [inventory, backends, search, in_mode] = *static_cast<Share*>(context);
     for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
       Segment segment{};
-      const Examined now = examine(inventory, backends, i, inference_mode, segment);
+      const Examined now = examine(inventory, backends, i, in_mode, segment);
       search.compare(inventory.examined[i], inventory.segments[i], now, segment);
       inventory.examined[i] = now;
       inventory.segments[i] = segment;

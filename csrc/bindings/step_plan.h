@@ -48,7 +48,7 @@ class StepPlan {
   size_t launches() const { return runner_.launches(); }
 
  private:
-  void examine_all();
+  void examine_all(bool inference_mode);
   void classify(std::vector<Index>& stepped);
   void set_aside_all(const char* reason);
   bool has_todo() const;

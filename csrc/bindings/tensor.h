@@ -1,13 +1,12 @@
 // The only place that knows how torch lays out its objects. A build chooses one of two headers with the same names:
 // tensor_of_one_torch.h is compiled for one minor version of torch, and tensor_of_any_torch.h for all of them.
 //
-// - Tensor: what a step asks of a user's tensor. It is borrowed, and as small as a pointer. A tensor is plain if it is
-// an
-//   ordinary dense one in the memory of the host or of a GPU. torch's key sets tell: any further key marks a subclass,
-//   a lazy or a wrapped tensor.
+// - Tensor: what a step asks of a user's tensor. It is borrowed, and as small as a pointer. A plain tensor is an
+//   ordinary dense one in the memory of the host or of a GPU. Its key set has no further key, by which torch marks
+//   subclasses, lazy tensors and wrappers.
 // - HeldMemory: keeps a tensor's memory alive.
 // - Memory: bytes that torch allocates on a device.
-// - DeviceGuard, current_stream(): a GPU's current state.
+// - DeviceGuard, current_stream(), current_cuda_stream(): a GPU's current state.
 // - is_tensor(), is_exact_tensor(), in_inference_mode(), is_under_mode().
 // - define_places(): lets Python say where torch keeps facts.
 #pragma once
@@ -39,12 +38,6 @@ constexpr char kGpuName[] = "cuda";
 inline bool Device::is_gpu() const { return type == kGpuType; }
 inline bool Device::needs_pinned_memory() const { return type == 1; }
 inline std::string Device::name() const { return is_cpu() ? "cpu" : kGpuName + (":" + std::to_string(index)); }
-
-// A GPU's current stream: torch's number for it, and the cudaStream_t.
-struct Stream {
-  int64_t number;
-  void* handle;
-};
 
 }  // namespace dracopt
 

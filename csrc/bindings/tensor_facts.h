@@ -43,33 +43,6 @@ inline const Format& format_of(int dtype) {
   return formats[static_cast<size_t>(dtype) & 127];
 }
 
-// Returns the size of an element of any dtype.
-inline int64_t itemsize_of(int dtype) {
-  switch (dtype) {
-    case 2:
-    case 5:
-    case 15:
-    case 22:
-    case 27:  // int16, fp16, bf16, bits16, uint16
-      return 2;
-    case 3:
-    case 6:
-    case 8:
-    case 14:
-    case 28:  // int32, fp32, complex32, qint32, uint32
-      return 4;
-    case 4:
-    case 7:
-    case 9:
-    case 29:  // int64, fp64, complex64, uint64
-      return 8;
-    case 10:  // complex128
-      return 16;
-    default:  // booleans, fp8 and other dtypes of at most a byte
-      return 1;
-  }
-}
-
 inline const Format& format_of(Tensor tensor) { return format_of(tensor.dtype()); }
 
 inline bool are_equal(std::span<const int64_t> a, std::span<const int64_t> b) {

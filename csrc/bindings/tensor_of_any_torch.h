@@ -25,7 +25,7 @@ struct Places {
   uint64_t undefined;                     // where an undefined at::Tensor points
   uint64_t cpu, cpu_keys, gpu, gpu_keys;  // key sets: a backend's key, and all keys that a plain tensor may have
   uint64_t python, conjugated, in_place;  // single keys
-  PyObject *base, *type, *parameter;      // torch's classes
+  PyObject *type, *parameter;             // torch's classes
   PyObject *in_inference_mode, *mode_count, *has_key;  // functions that run no Python code
   PyObject* pre_dispatch;                              // a key
 };
@@ -55,7 +55,6 @@ inline void define_places(pybind11::module_& m) {
         .python = number("python"),
         .conjugated = number("conjugated"),
         .in_place = number("in_place"),
-        .base = object("base"),
         .type = object("type"),
         .parameter = object("parameter"),
         .in_inference_mode = object("in_inference_mode"),
@@ -116,6 +115,7 @@ class Tensor {
   bool is_sparse_coo() const { return ask<int32_t>(aoti_torch_get_layout) == aoti_torch_layout_sparse_coo(); }
   bool is_conjugated() const { return (key_set() & places.conjugated) != 0; }
   int dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
+  int64_t itemsize() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype())); }
   std::span<const int64_t> sizes() const { return list_of(aoti_torch_get_sizes); }
   int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
 
@@ -144,10 +144,7 @@ class Tensor {
   int64_t storage_bytes() const { return ask<int64_t>(aoti_torch_get_storage_size); }
   bool is_inference() const { return (key_set() & places.in_place) == 0; }
 
-  bool is_lazily_cloned() const {
-    void* const storage = any_torch::at<void*>(impl(), places.storage);
-    return any_torch::at<uint64_t>(storage, places.deleter) == places.lazy_deleter;
-  }
+  bool is_lazily_cloned() const { return any_torch::at<uint64_t>(storage(), places.deleter) == places.lazy_deleter; }
 
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(ask<const void*>(torch_get_const_data_ptr)); }
 
@@ -157,10 +154,8 @@ class Tensor {
   }
 
   HeldMemory hold_memory() const {
-    const auto of_sizes = sizes(), of_strides = strides();
     AtenTensorHandle alias;
-    any_torch::check(aoti_torch__reinterpret_tensor(handle(), static_cast<int64_t>(of_sizes.size()), of_sizes.data(),
-                                                    of_strides.data(), storage_offset(), &alias),
+    any_torch::check(aoti_torch__reinterpret_tensor(handle(), 0, nullptr, nullptr, 0, &alias),
                      "keep the memory of a tensor");
     return HeldMemory(alias);
   }
@@ -171,11 +166,12 @@ class Tensor {
 
   bool has_only(uint64_t key, uint64_t allowed) const {
     const uint64_t keys = key_set();
-    return (keys & ~(allowed | places.in_place)) == 0 && (keys & key) == key;
+    return (keys & ~(allowed | places.in_place)) == 0 && (keys & key) == key && storage() != nullptr;
   }
 
   const void* impl() const { return *place_; }
   AtenTensorHandle handle() const { return reinterpret_cast<AtenTensorHandle>(place_); }
+  const void* storage() const { return any_torch::at<void*>(impl(), places.storage); }
   uint64_t key_set() const { return any_torch::at<uint64_t>(impl(), places.keys); }
   template <typename Answer>
   Answer ask(AOTITorchError (*function)(AtenTensorHandle, Answer*)) const {
@@ -252,30 +248,34 @@ class DeviceGuard {
   DeviceGuardHandle guard_ = nullptr;
 };
 
-inline Stream current_stream(Device device) {
+inline int64_t current_stream(Device device) {
   StreamHandle stream;
   any_torch::check(aoti_torch_get_current_stream(device.index, &stream), "find a GPU's stream");
   int64_t number = 0;
   aoti_torch_stream_id(stream, &number);
   aoti_torch_delete_stream(stream);
+  return number;
+}
+
+inline void* current_cuda_stream(Device device) {
 #if defined(DRACOPT_SIMULATED_GPU)
-  return {number, reinterpret_cast<void*>(number)};
+  return reinterpret_cast<void*>(current_stream(device));
 #else
   // The library that defines this function is loaded only if torch was built with CUDA.
   using CurrentStream = AOTITorchError (*)(int32_t, void**);
   static const auto current = [] {
     void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    void* const function = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<CurrentStream>(function);
   }();
   void* handle = nullptr;
-  if (current != nullptr) any_torch::check(current(device.index, &handle), "find a GPU's stream");
-  return {number, handle};
+  any_torch::check(current == nullptr ? 1 : current(device.index, &handle), "find a GPU's stream");
+  return handle;
 #endif
 }
 
 inline bool is_tensor(PyObject* object) {
-  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(places.base));
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(places.type));
 }
 
 inline bool is_exact_tensor(PyObject* object) {

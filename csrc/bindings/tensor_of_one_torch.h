@@ -63,6 +63,7 @@ class Tensor {
   bool is_sparse_coo() const { return tensor_->layout() == c10::kSparse; }
   bool is_conjugated() const { return tensor_->is_conj(); }
   int dtype() const { return static_cast<int>(tensor_->dtype().toScalarType()); }
+  int64_t itemsize() const { return static_cast<int64_t>(tensor_->itemsize()); }
   std::span<const int64_t> sizes() const { return {tensor_->sizes().data(), tensor_->sizes().size()}; }
   int64_t numel() const { return tensor_->numel(); }
 
@@ -160,17 +161,21 @@ class DeviceGuard {
   c10::DeviceGuard guard_;
 };
 
-// Returns the current stream of a GPU.
-inline Stream current_stream(Device device) {
-  const c10::Stream stream =
-      c10::impl::VirtualGuardImpl(static_cast<c10::DeviceType>(kGpuType)).getStream(c10_device(device));
+inline c10::Stream c10_stream(Device device) {
+  return c10::impl::VirtualGuardImpl(static_cast<c10::DeviceType>(kGpuType)).getStream(c10_device(device));
+}
+
+// Returns torch's number of a GPU's current stream.
+inline int64_t current_stream(Device device) { return c10_stream(device).id(); }
+
+// Returns the cudaStream_t of a GPU's current stream.
+inline void* current_cuda_stream(Device device) {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 11
   // An import would search sys.meta_path, which may run anyone's code in the middle of a step.
   const auto module = pybind11::reinterpret_borrow<pybind11::object>(PyImport_AddModule("torch._C"));
-  const auto handle = module.attr("_cuda_getCurrentRawStream")(stream.device_index()).cast<uintptr_t>();
-  return {stream.id(), reinterpret_cast<void*>(handle)};
+  return reinterpret_cast<void*>(module.attr("_cuda_getCurrentRawStream")(device.index).cast<uintptr_t>());
 #else
-  return {stream.id(), stream.native_handle()};
+  return c10_stream(device).native_handle();
 #endif
 }
 

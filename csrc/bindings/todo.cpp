@@ -25,8 +25,7 @@ py::object local_of(PyObject* object) {
 bool lies_simply(const py::object& object) {
   if (!object) return false;
   const Tensor tensor = Tensor::in(object.ptr());
-  return tensor.is_plain_on_cpu() && tensor.is_contiguous() &&
-         !lacks_memory(tensor, tensor.numel(), itemsize_of(tensor.dtype()));
+  return tensor.is_plain_on_cpu() && tensor.is_contiguous() && !lacks_memory(tensor, tensor.numel(), tensor.itemsize());
 }
 
 bool is_absent(PyObject* value) { return value == nullptr || value == Py_None; }

@@ -21,6 +21,11 @@ py::tuple names_of(uint16_t dtypes, int streams) {
   return found;
 }
 
+py::object make_launcher(const LaunchKey& key, const RuleEntry& rule, const Triton& triton) {
+  const DeviceGuard guard(key.device);
+  return triton.make_launcher(rule.name, names_of(key.dtypes, streams_of_rule(rule)), key.device.name());
+}
+
 }  // namespace
 
 uint16_t dtypes_for_triton(const RuleEntry& rule, const Segment& segment, int streams) {
@@ -33,7 +38,7 @@ uint16_t dtypes_for_triton(const RuleEntry& rule, const Segment& segment, int st
 
 TritonLaunches::TritonLaunches(LaunchKey key, const RuleEntry& rule, const Triton& triton)
     : GpuLaunches(key, {.tile = triton.tile, .room = std::numeric_limits<uint32_t>::max()}),
-      launcher_(triton.make_launcher(rule.name, names_of(key.dtypes, streams_of_rule(rule)), key.device.name())) {}
+      launcher_(make_launcher(key, rule, triton)) {}
 
 void TritonLaunches::copy_to_device(Memory& to, Memory& from) {
   to.copy_from(from);

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import backend as backend_module
-from ..todo import StepPlan
 
 if TYPE_CHECKING:
+    from .._C import StepPlan
     from ._base import FusedOptimizer
     from ._step import Step
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from .. import backend as backend_module
 from .. import reference
 from ..containers import Group, plain_groups, plain_state, restore
-from ..todo import NEW, Index, Run, Scaler, StepPlan, Todo
+from ..todo import NEW, Index, Run, Scaler, Todo
 from . import _by_reference, _by_torch, _scaled
 from ._engine import engine_of
 
 if TYPE_CHECKING:
+    from .._C import StepPlan
     from ._base import FusedOptimizer
 
 
@@ -127,7 +128,7 @@ class Step:
         return plan
 
     def _run(self, plan: StepPlan, grad_scale: float, scaler: Scaler, **options: Any) -> Todo | None:
-        """Lets a plan step the parameters, with the options of :class:`dracopt_ext.todo.StepPlan`.
+        """Lets a plan step the parameters, with the options of csrc/bindings/step_plan.h.
 
         Returns None when that is done, or else what must be done first.
         """
