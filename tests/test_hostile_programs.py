@@ -579,7 +579,7 @@ def in_child(work: Callable[[], str]) -> str:
 
 def test_a_child_forked_during_a_step() -> None:
     """The child inherits a step that never ends in the child."""
-    p = nn.Parameter(torch.zeros(4_000_000))
+    p = nn.Parameter(torch.zeros(5_000_000))  # long enough to let go of the GIL
     p.grad = torch.ones_like(p)
     optimizer = dracopt_ext.SGD([p], lr=1.0)
     end = threading.Event()

@@ -16,17 +16,6 @@
 
 namespace dracopt {
 
-// A device by torch's numbers.
-struct Device {
-  int type, index;
-
-  bool operator==(const Device&) const = default;
-  bool is_cpu() const { return type == 0; }
-  bool is_gpu() const;
-  bool needs_pinned_memory() const;  // of the host, for copies that nobody waits for
-  std::string name() const;          // of a device that kernels serve
-};
-
 #if defined(DRACOPT_SIMULATED_GPU)  // the tests' device, which lies in the host's memory
 constexpr int kGpuType = 20;        // PrivateUse1
 constexpr char kGpuName[] = "simulated";
@@ -35,9 +24,16 @@ constexpr int kGpuType = 1;  // CUDA; torch counts AMD's GPUs among these
 constexpr char kGpuName[] = "cuda";
 #endif
 
-inline bool Device::is_gpu() const { return type == kGpuType; }
-inline bool Device::needs_pinned_memory() const { return type == 1; }
-inline std::string Device::name() const { return is_cpu() ? "cpu" : kGpuName + (":" + std::to_string(index)); }
+// A device by torch's numbers.
+struct Device {
+  int type, index;
+
+  bool operator==(const Device&) const = default;
+  bool is_cpu() const { return type == 0; }
+  bool is_gpu() const { return type == kGpuType; }
+  bool needs_pinned_memory() const { return type == 1; }  // of the host, for copies that nobody waits for
+  std::string name() const { return is_cpu() ? "cpu" : kGpuName + (":" + std::to_string(index)); }
+};
 
 }  // namespace dracopt
 

@@ -12,6 +12,8 @@
 #include <memory>
 #include <span>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 namespace dracopt {
 
@@ -35,33 +37,32 @@ inline Places places;
 // Gives a module the function that sets the places.
 inline void define_places(pybind11::module_& m) {
   m.def("set_places", [](const pybind11::dict& found) {
-    const auto number = [&](const char* name) { return found[name].cast<uint64_t>(); };
-    const auto object = [&](const char* name) { return pybind11::object(found[name]).release().ptr(); };
-    places = {
-        .tensor = number("tensor"),
-        .keys = number("keys"),
-        .storage = number("storage"),
-        .autograd = number("autograd"),
-        .version = number("version"),
-        .deleter = number("deleter"),
-        .grad = number("grad"),
-        .count = number("count"),
-        .lazy_deleter = number("lazy_deleter"),
-        .undefined = number("undefined"),
-        .cpu = number("cpu"),
-        .cpu_keys = number("cpu_keys"),
-        .gpu = number("gpu"),
-        .gpu_keys = number("gpu_keys"),
-        .python = number("python"),
-        .conjugated = number("conjugated"),
-        .in_place = number("in_place"),
-        .type = object("type"),
-        .parameter = object("parameter"),
-        .in_inference_mode = object("in_inference_mode"),
-        .mode_count = object("mode_count"),
-        .has_key = object("has_key"),
-        .pre_dispatch = object("pre_dispatch"),
-    };
+    constexpr std::pair<const char*, uint64_t Places::*> numbers[] = {{"tensor", &Places::tensor},
+                                                                      {"keys", &Places::keys},
+                                                                      {"storage", &Places::storage},
+                                                                      {"autograd", &Places::autograd},
+                                                                      {"version", &Places::version},
+                                                                      {"deleter", &Places::deleter},
+                                                                      {"grad", &Places::grad},
+                                                                      {"count", &Places::count},
+                                                                      {"lazy_deleter", &Places::lazy_deleter},
+                                                                      {"undefined", &Places::undefined},
+                                                                      {"cpu", &Places::cpu},
+                                                                      {"cpu_keys", &Places::cpu_keys},
+                                                                      {"gpu", &Places::gpu},
+                                                                      {"gpu_keys", &Places::gpu_keys},
+                                                                      {"python", &Places::python},
+                                                                      {"conjugated", &Places::conjugated},
+                                                                      {"in_place", &Places::in_place}};
+    constexpr std::pair<const char*, PyObject * Places::*> objects[] = {
+        {"type", &Places::type},
+        {"parameter", &Places::parameter},
+        {"in_inference_mode", &Places::in_inference_mode},
+        {"mode_count", &Places::mode_count},
+        {"has_key", &Places::has_key},
+        {"pre_dispatch", &Places::pre_dispatch}};
+    for (const auto& [name, place] : numbers) places.*place = found[name].cast<uint64_t>();
+    for (const auto& [name, place] : objects) places.*place = pybind11::object(found[name]).release().ptr();
   });
 }
 
