@@ -281,6 +281,7 @@ def test_what_other_code_may_do_during_a_launch(monkeypatch: pytest.MonkeyPatch)
                 p.grad = None
                 p.data = torch.zeros(1)
             optimizer.param_groups[0]["params"].clear()
+            assert all(kept() is not None for kept in taken if isinstance(kept, weakref.ref))
             others = [torch.zeros(1000) for _ in range(100)]
             launch(*arguments)
             assert not any(other.any() for other in others)
