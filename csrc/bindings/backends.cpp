@@ -17,8 +17,9 @@ const char* lasting(const std::string& text) {
 
 Backends::Found Backends::for_device(Device device) const {
   if (device.is_cpu() && cpu_) return {Backend::cpu, nullptr};
-  if (device.is_cpu())
+  if (device.is_cpu()) {
     return {Backend::triton, triton_.has_value() && triton_->on_cpu ? nullptr : "tensors on the CPU"};
+  }
   if (!device.is_gpu()) return {Backend::cpu, "tensors on a device without kernels"};
   const char* const no_cuda = cuda_ ? cuda::unavailable(device.index) : "they may not be used";
   if (no_cuda == nullptr) return {Backend::cuda, nullptr};

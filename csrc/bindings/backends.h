@@ -16,7 +16,7 @@ constexpr int kBackends = 3;
 
 inline const char* name_of(Backend backend) { return backend == Backend::triton ? "triton" : "native"; }
 
-// What a plan must know of the Triton kernels, which Python launches: see triton_kernels/launcher.py.
+// Describes the Triton kernels to a plan. Python launches them: see triton_kernels/launcher.py.
 struct Triton {
   pybind11::object make_launcher;       // called with a rule's name, the dtypes and a device; returns a launcher
   pybind11::object is_capturing;        // says whether a graph is being captured from the current stream, or is None

@@ -17,7 +17,7 @@
 
 namespace dracopt {
 
-// What dracopt_ext/any_torch.py has found. Offsets are in bytes.
+// The places hold what dracopt_ext/any_torch.py has found. Offsets are in bytes.
 struct Places {
   uint64_t tensor;                        // of the at::Tensor in a Python object; it is a pointer to a TensorImpl
   uint64_t keys;                          // of the key set in a TensorImpl
@@ -81,7 +81,7 @@ inline void check(AOTITorchError error, const char* what) {
 
 class HeldMemory {
  public:
-  static constexpr int64_t kWorthBytes = 16 << 20;
+  static constexpr int64_t kWorthBytes = 16 << 20;  // more than with torch's headers, because a tensor is made
 
   // Takes over a tensor.
   explicit HeldMemory(AtenTensorHandle tensor) : tensor_(tensor, &aoti_torch_delete_tensor_object) {}
