@@ -19,10 +19,13 @@ class Storage:
     state: str = "float32"
     layout: str = "contiguous"
     """``contiguous``, ``channels_last`` (for tensors of four dimensions) or ``transposed gradient``."""
+    distributed: bool = False
+    """Each tensor is a DTensor whose only shard is in this process."""
 
 
 PLAIN = Storage()
 BF16 = Storage("bfloat16", "bfloat16", "bfloat16")
+DISTRIBUTED = Storage(distributed=True)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Case:
     """The peer that the others are compared with; None if no other peer does this work."""
     peers: Sequence[str] | None = None
     """The peers that take part; None if all of the suite do."""
+    processes: int = 1
+    """With more than one, FSDP2 shards a model of these shapes, and whole training steps are timed, too."""
 
     @property
     def parameters(self) -> int:
@@ -61,7 +66,7 @@ class Case:
 
     @property
     def plain(self) -> Case:
-        """This case in contiguous fp32 tensors."""
+        """This case in contiguous fp32 tensors that are not distributed."""
         return replace(self, storage=PLAIN, bytes_per_parameter=FP32_BYTES[self.optimizer])
 
     def shrunk(self) -> Case:
@@ -204,6 +209,27 @@ SUITES = {
         ],
         peers=["dracopt", "torch fused"],
         interleaved=False,
+    ),
+    "distributed": Suite(
+        cases=[
+            adamw("AdamW, 500 DTensors of 64 x 64", [(64, 64)] * 500, storage=DISTRIBUTED),
+            adamw("AdamW, 500 DTensors of 1", [(1,)] * 500, storage=DISTRIBUTED),
+            sgd(
+                "SGD Nesterov, 500 DTensors of 64 x 64",
+                [(64, 64)] * 500,
+                storage=DISTRIBUTED,
+                baseline="torch foreach",  # torch's fused SGD takes no DTensors
+                peers=["dracopt", "dracopt plain", "torch foreach"],
+            ),
+            adamw(
+                "AdamW, GPT-2 small by FSDP2",
+                GPT2_SMALL,
+                processes=2,
+                peers=["dracopt", "torch fused", "torch foreach"],
+            ),
+        ],
+        peers=["dracopt", "dracopt plain", "torch fused", "torch foreach"],
+        interleaved=True,
     ),
     "gpu": Suite(
         cases=[

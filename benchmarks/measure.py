@@ -21,9 +21,10 @@ WARM_UP = 5
 CYCLES_PER_SECOND = 2e9
 """The fastest clock that a GPU may have."""
 
-HOST, DEVICE, END_TO_END, FIRST = "host", "device", "end to end", "first step"
+HOST, DEVICE, END_TO_END, FIRST, TRAINING = "host", "device", "end to end", "first step", "training step"
 """HOST runs until step() returns, DEVICE between two events on the GPU's stream, END_TO_END until the GPU has done its
-work. FIRST is END_TO_END of the first step, which creates the states and, with Triton, compiles."""
+work. FIRST is END_TO_END of the first step, which creates the states and, with Triton, compiles. TRAINING is a whole
+step of the training: forward, backward and step()."""
 Times = dict[str, float]
 QUEUE = 900
 """Launches that a GPU certainly queues. With more of them the host waits for the GPU, and then the GPU for the host."""
@@ -73,6 +74,10 @@ class Result:
 
 def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: set[str]) -> list[Result]:
     """Times all peers of a suite in one case."""
+    if case.processes > 1:
+        from .fsdp2 import measure_training
+
+        return measure_training(suite_name, suite, case, rounds, left_out)
     if suite.device != "cpu":
         torch.cuda.empty_cache()  # the case before left the memory in pieces
     peers = suite.peers if case.peers is None else case.peers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +31,8 @@ def make_groups(case: Case, device: str) -> Groups:
 
     def tensor(shape: Shape, dtype: str, transposed: bool = False) -> torch.Tensor:
         found = torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype))
+        if storage.distributed:
+            return distributed(found)
         if storage.layout == "channels_last" and len(shape) == 4:
             return found.to(memory_format=torch.channels_last)
         return found.mT.contiguous().mT if transposed else found
@@ -40,6 +44,27 @@ def make_groups(case: Case, device: str) -> Groups:
             p.grad.zero_()
     lr, size = case.options["lr"], len(params) // case.groups
     return [{"params": params[i : i + size], "lr": lr * (1 + i / len(params))} for i in range(0, len(params), size)]
+
+
+def distributed(tensor: torch.Tensor) -> torch.Tensor:
+    """Makes a DTensor whose only shard is in this process."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(tensor, _mesh(), [Shard(0)], run_check=False)
+
+
+@functools.cache
+def _mesh() -> Any:
+    store = torch._C._distributed_c10d.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    atexit.register(torch.distributed.destroy_process_group)
+    return torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor that holds a tensor's elements in this process."""
+    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return found
 
 
 def _dracopt(backend: str | None = None) -> Make:
@@ -134,4 +159,4 @@ def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case)
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return [local(p) for group in optimizer.param_groups for p in group["params"]]

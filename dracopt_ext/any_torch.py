@@ -100,11 +100,13 @@ def _facts_of_tensors(memory: _Memory) -> dict[str, int]:
     tensors = _tensors()
     objects = (memory.places(t._cdata, id(t), type(t).__basicsize__) for t in tensors)
     keys = (memory.places(torch._C._dispatch_keys(t).raw_repr(), t._cdata, TENSOR_IMPL) for t in tensors)
+    pythons = (memory.places(id(t), t._cdata, TENSOR_IMPL) for t in tensors)
     dense = (t for t in tensors if t.layout is torch.strided)
     storages = (memory.places(t.untyped_storage()._cdata, t._cdata, TENSOR_IMPL) for t in dense)
     return {
         "tensor": _only("tensors", objects),
         "keys": _only("key sets", keys),
+        "object": _only("Python objects", pythons),
         "storage": _only("storages", storages),
     }
 

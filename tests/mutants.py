@@ -1016,7 +1016,7 @@ MUTANTS = [
     Mutant(
         "Triton: states are not held during a launch",
         RUNNER,
-        "      objects_.push_back(py::reinterpret_borrow<py::object>(located.values[k]));",
+        "      hold(located.values[k]);",
         "",
         "test_triton::test_what_other_code_may_do_during_a_launch",
     ),

@@ -672,6 +672,47 @@ def test_versions_are_counted(gpu: Gpu) -> None:
     assert [t._version for t in tensors] == [version + 1 for version in before]
 
 
+def distributed(tensor: Tensor, mesh: Any) -> Any:
+    """Wraps a tensor. The mesh need not be one of the tensor's device."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
+    return DTensor(tensor, DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
+
+
+@every_rule
+@pytest.mark.parametrize("counts_on", ["host", "gpu"])
+def test_distributed_tensors(gpu: Gpu, case: Case, counts_on: str, mesh: Any) -> None:
+    """One launch updates the shards of all parameters, and plain parameters among them."""
+    initial, steps = inputs([0, 1, 1000, TILE + 3], FP32, 3)
+    options = case.options
+    if counts_on == "gpu":
+        options = {**options, **({"capturable": True} if case.algorithm == "NAdam" else {"fused": True})}
+    params = [nn.Parameter(gpu(value) if i == 2 else distributed(gpu(value), mesh)) for i, value in enumerate(initial)]
+    optimizer = case.ours(params, **options)
+    for step in steps:
+        for i, (p, grad) in enumerate(zip(params, step, strict=True)):
+            p.grad = gpu(grad) if i == 2 else distributed(gpu(grad), mesh)
+        optimizer.step()
+        assert gpu.only_here(optimizer)
+        assert gpu.launches(optimizer) == 1
+    ours = {name: getattr(value, "_local_tensor", value).cpu() for name, value in snapshot(optimizer).items()}
+    assert_same_bits(ours, train(case.ours, case.options, initial, steps))
+
+
+def test_versions_of_distributed_tensors(gpu: Gpu, mesh: Any) -> None:
+    p = nn.Parameter(distributed(gpu(torch.ones(4)), mesh))
+    p.grad = distributed(gpu(torch.ones(4)), mesh)
+    optimizer = dracopt_ext.AdamW([p], fused=True)
+    optimizer.step()
+    moments = [optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [p, *moments, *(t._local_tensor for t in (p, *moments)), optimizer.state[p]["step"]]
+    before = [t._version for t in tensors]
+    optimizer.step()
+    assert [t._version for t in tensors] == [version + 1 for version in before]
+
+
 @every_rule
 def test_parameters_on_gpu_and_cpu(gpu: Gpu, case: Case) -> None:
     if gpu.backend == "triton" and gpu.simulation is None:
@@ -709,6 +750,48 @@ def test_triton_serves_where_cuda_does_not(gpu: Gpu, simulation: simulated_gpu.S
     simulation.set("unavailable", 1)
     _, unsupported, _, _ = plan_for("too old", None).step(optimizer.param_groups, optimizer.state)
     assert unsupported == [(0, 0, "tensors on a GPU without Triton kernels (too old)", 0)]
+
+
+def test_what_other_code_may_take_away_of_distributed_tensors(
+    gpu: Gpu, mesh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Python launches a kernel, other code frees the parameters, their shards and their states."""
+    if gpu.backend == "native" or gpu.simulation is None:
+        pytest.skip("of the interpreter")
+    from dracopt_ext.triton_kernels import launcher
+
+    params = [nn.Parameter(distributed(gpu(torch.ones(1000)), mesh)) for _ in range(3)]
+    optimizer = dracopt_ext.AdamW(params, lr=0.5)
+    for _ in range(2):
+        for p in params:
+            p.grad = distributed(gpu(torch.ones(1000)), mesh)
+        if not optimizer.state:
+            optimizer.step()
+    memory = [p._local_tensor.data for p in params]
+    rubbish: list[Any] = []
+    launch = launcher.Launcher.__call__
+
+    def take_away_and_launch(*arguments: Any) -> None:
+        for p in params:
+            for name in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[p][name]._local_tensor = torch.zeros(1)
+            p._local_tensor = torch.zeros(1)
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"].clear()
+        params.clear()
+        rubbish.extend(distributed(torch.full((1000,), 1e9), mesh) for _ in range(200))
+        launch(*arguments)
+
+    monkeypatch.setattr(launcher.Launcher, "__call__", take_away_and_launch)
+    optimizer.step()
+    assert all((tensor._local_tensor == 1e9).all() for tensor in rubbish)
+    q = nn.Parameter(torch.ones(1000))
+    theirs = torch.optim.AdamW([q], lr=0.5)
+    for _ in range(2):
+        q.grad = torch.ones(1000)
+        theirs.step()
+    for result in memory:
+        torch.testing.assert_close(result.cpu(), q.detach(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD])

@@ -37,14 +37,25 @@ inline PyObject* names_in(PyObject* group) {
   return nullptr;
 }
 
+// Returns, for example, " over DeviceMesh((2,), 'cpu', stride=(1,)) by (Shard(dim=0),)"; nothing for other tensors than
+// torch's distributed ones.
+inline std::string describe_distribution(PyObject* tensor) {
+  if (!Tensor::in(tensor).is_python_subclass()) return "";
+  const auto held = pybind11::reinterpret_borrow<pybind11::object>(tensor);
+  if (!pybind11::hasattr(held, "device_mesh") || !pybind11::hasattr(held, "placements")) return "";
+  return " over " + std::string(pybind11::repr(held.attr("device_mesh"))) + " by " +
+         std::string(pybind11::repr(held.attr("placements")));
+}
+
 // Returns, for example, "parameter 3 of group 0 ('layer.weight', shape [10, 4])".
-inline std::string describe_parameter(PyObject* group, int group_index, int index, Tensor param) {
+inline std::string describe_parameter(PyObject* group, int group_index, int index, PyObject* parameter) {
   std::ostringstream out;
   out << "parameter " << index << " of group " << group_index << " (";
-  const std::string shape = shape_of(param);
+  const auto held = pybind11::reinterpret_borrow<pybind11::object>(parameter);
+  const std::string shape = shape_of(Tensor::in(parameter));
   PyObject* const names = names_in(group);
   if (names != nullptr && index < PyList_GET_SIZE(names)) out << quoted(PyList_GET_ITEM(names, index)) << ", ";
-  out << "shape " << shape << ")";
+  out << "shape " << shape << describe_distribution(parameter) << ")";
   return out.str();
 }
 

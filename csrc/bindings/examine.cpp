@@ -44,7 +44,7 @@ Otherwise examine_param(const Group& group, const Backends& backends, const Loca
                         Backend& backend) {
   const Tensor p = located.param();
   if (group.unsupported != nullptr) return unsupported(group.unsupported);
-  if (!is_exact_tensor(located.parameter)) return unsupported("tensor subclasses");
+  if (!is_exact_tensor(located.local)) return unsupported(kSubclasses);
   if (p.is_python_subclass() || !p.is_strided()) return unsupported(why_not_plain(p));
   const auto [found, why_not] = backends.for_device(p.device());
   if (why_not != nullptr) return unsupported(why_not);
@@ -95,6 +95,7 @@ Otherwise examine_state(const Inventory& inventory, const Located& located, int 
   for (int k = 0; k < wanted; ++k) {
     if (!is_exact_tensor(located.values[k])) {
       if (!is_tensor(located.values[k])) return wrong(Fault::no_tensor, k);
+      if (inventory.is_distributed(located.values[k])) return wrong(Fault::distribution, k);
       return unsupported("states that are tensor subclasses");
     }
     const Tensor s = Tensor::in(located.values[k]);
@@ -150,6 +151,10 @@ Examined examine(const Inventory& inventory, const Backends& backends, size_t i,
   const Located& located = inventory.located[i];
   const Group& group = inventory.group_of(i);
   Streams streams{};
+  // This comes first, because all processes must agree on what torch steps: its steps may communicate.
+  const Distribution* const distribution = inventory.distribution_of(i);
+  if (distribution != nullptr && distribution->wrong.has_value()) return *distribution->wrong;
+  if (distribution != nullptr && distribution->unsupported != nullptr) return unsupported(distribution->unsupported);
   if (auto otherwise = examine_param(group, backends, located, inference_mode, streams.backend)) return *otherwise;
   if (const auto fault = fault_of(located.grad, located.param())) return wrong(*fault, Wrong::kGradient);
   if (!is_plain(located.grad)) return unsupported(why_not_plain(located.grad));

@@ -8,6 +8,7 @@ namespace dracopt {
 // Reasons that are given for more than one parameter at a time. Every reason lives as long as the process.
 inline constexpr char kUnderMode[] = "steps under a TorchDispatchMode";
 inline constexpr char kSharesMemory[] = "tensors that share memory";
+inline constexpr char kSubclasses[] = "tensor subclasses";
 
 // Says what the i-th located parameter is. If it is ready, or only its state is missing, fills the segment, except for
 // layout, update and unit numbers. Calls no Python and writes nothing else, so threads may share an inventory.

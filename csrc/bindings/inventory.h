@@ -37,14 +37,16 @@ struct Group {
 };
 
 // A parameter that has a gradient, with what was found in its state. Pointers are borrowed, and null if missing.
+// Distributed tensors are replaced by their local tensors, except in `parameter`: see local_tensors.h.
 struct Located {
   uint32_t group, index : 31;
-  bool has_state : 1;  // the state is not empty
-  PyObject* parameter;
+  bool has_state : 1;   // the state is not empty
+  PyObject* parameter;  // as the group has it
+  PyObject* local;      // holds the parameter's elements
   Tensor grad;
   PyObject* values[kMaxStateKeys];  // the state's scalars, then its tensors
 
-  Tensor param() const { return Tensor::in(parameter); }
+  Tensor param() const { return Tensor::in(local); }
 };
 
 // The tensors of a parameter that will be read and written: the parameter, its gradient, its states.
@@ -77,7 +79,7 @@ struct Unsupported {
   const char* reason;
 };
 
-enum class Fault : uint8_t { no_tensor, device, shape, dtype, expanded, memory, missing };
+enum class Fault : uint8_t { no_tensor, distribution, device, shape, dtype, expanded, memory, missing };
 
 // One of the parameter's tensors cannot be right. `culprit` is the index of a state's value, or one of the constants.
 struct Wrong {
@@ -91,6 +93,13 @@ struct Stepped {};
 
 using Examined = std::variant<Stepped, Ready, MissingState, Unsupported, Wrong>;
 
+// What is known of a distributed parameter; nothing of others.
+struct Distribution {
+  const char* unsupported;          // why kernels cannot update the local tensors; null if they can
+  std::optional<Wrong> wrong;       // which tensor cannot be right
+  PyObject* states[kMaxStateKeys];  // the distributed tensors around Located::values; null where those are plain
+};
+
 // Returns null if kernels will not update the parameter.
 inline const Streams* streams_of(const Examined& examined) {
   if (const auto* ready = std::get_if<Ready>(&examined)) return &ready->streams;
@@ -103,6 +112,8 @@ struct Inventory {
   std::vector<Group> groups;
   std::vector<Tensor> hyperparameters_on_gpus;  // of all groups, if the kernels read them
   std::vector<Located> located;
+  std::vector<Distribution> distributions;   // one for each located parameter; empty if none is distributed
+  PyTypeObject* distributed_type = nullptr;  // of distributed tensors; null if there can be none
   // One for each located parameter. Entries beyond these are from an earlier step.
   std::vector<Examined> examined;
   std::vector<Segment> segments;
@@ -111,6 +122,17 @@ struct Inventory {
   size_t size() const { return located.size(); }
   const Group& group_of(size_t i) const { return groups[located[i].group]; }
   Index index_of(size_t i) const { return {located[i].group, located[i].index}; }
+
+  // Returns null if no parameter is distributed.
+  const Distribution* distribution_of(size_t i) const { return distributions.empty() ? nullptr : &distributions[i]; }
+
+  // Returns the k-th value of a parameter's state, as the state has it.
+  PyObject* state_object(size_t i, int k) const {
+    PyObject* const distributed = distributions.empty() ? nullptr : distributions[i].states[k];
+    return distributed == nullptr ? located[i].values[k] : distributed;
+  }
+
+  bool is_distributed(const PyObject* object) const { return Py_TYPE(object) == distributed_type; }
 
   // Returns how many scalars and tensors the state of a group's parameters must have.
   int wanted_values(const Group& group) const { return rule.state_scalars + group.states; }

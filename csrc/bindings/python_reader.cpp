@@ -177,7 +177,8 @@ bool PythonReader::locate(PyObject* state, Inventory& inventory) {
         throw py::type_error(describe_key(group.index, group_keys_[0]) + "[" + std::to_string(i) +
                              "] must be a Tensor, not " + Py_TYPE(parameter)->tp_name);
       }
-      located.push_back({static_cast<uint32_t>(group.index), static_cast<uint32_t>(i), false, parameter, {}, {}});
+      located.push_back(
+          {static_cast<uint32_t>(group.index), static_cast<uint32_t>(i), false, parameter, parameter, {}, {}});
     }
   }
   // Each pass over a block follows one more pointer. These objects rarely lie in the cache, so a pass fetches those of

@@ -17,13 +17,23 @@ constexpr char kAdviceOnStates[] = ". Delete this parameter's state to start it 
 std::string describe(const Inventory& inventory, size_t i) {
   const Group& group = inventory.group_of(i);
   const Located& located = inventory.located[i];
-  return describe_parameter(group.dict, group.index, static_cast<int>(located.index), located.param());
+  return describe_parameter(group.dict, group.index, static_cast<int>(located.index), located.parameter);
+}
+
+Tensor local_culprit(const Located& located, const Wrong& wrong) {
+  if (wrong.culprit >= 0) return Tensor::in(located.values[wrong.culprit]);
+  return wrong.culprit == Wrong::kGradient ? located.grad : located.param();
 }
 
 // Says what is wrong about the culprit.
-std::string describe_fault(const Located& located, const Wrong& wrong) {
+std::string describe_fault(const Inventory& inventory, size_t i, const Wrong& wrong) {
   if (wrong.fault == Fault::missing) return "is missing";
-  PyObject* const value = wrong.culprit >= 0 ? located.values[wrong.culprit] : nullptr;
+  const Located& located = inventory.located[i];
+  PyObject* const value = wrong.culprit >= 0 ? inventory.state_object(i, wrong.culprit) : nullptr;
+  if (wrong.fault == Fault::memory) {
+    return "lies in a storage that is too small for it, of " +
+           std::to_string(local_culprit(located, wrong).storage_bytes()) + " bytes: it was freed or resized";
+  }
   if (wrong.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
   // Other code may run from here on, so the object is held.
   const auto parameter = py::reinterpret_borrow<py::object>(located.parameter);
@@ -38,9 +48,10 @@ std::string describe_fault(const Located& located, const Wrong& wrong) {
       return "has a dtype that does not fit, " + attribute("dtype");
     case Fault::expanded:
       return "is expanded: several of its elements share one memory location";
-    case Fault::memory:
-      return "lies in a storage that is too small for it, of " +
-             std::to_string(Tensor::in(culprit.ptr()).storage_bytes()) + " bytes: it was freed or resized";
+    case Fault::distribution: {
+      const std::string where = describe_distribution(culprit.ptr());
+      return where.empty() ? "is not distributed" : "is distributed" + where;
+    }
     default:
       return "has another shape, " + shape_of(Tensor::in(culprit.ptr()));
   }
@@ -50,7 +61,7 @@ std::string describe_fault(const Located& located, const Wrong& wrong) {
 
 void refuse(const Inventory& inventory, const PythonReader& keys, size_t i) {
   const Wrong wrong = std::get<Wrong>(inventory.examined[i]);
-  const std::string fault = describe_fault(inventory.located[i], wrong);
+  const std::string fault = describe_fault(inventory, i, wrong);
   const std::string state = wrong.culprit >= 0 ? quoted(keys.key_of_state(static_cast<size_t>(wrong.culprit))) : "";
   // The parameter is described last, because the __repr__ of a name may change the inventory's objects.
   const std::string parameter = describe(inventory, i);

@@ -25,6 +25,13 @@ void record(const Inventory& inventory, const Updates& updates, size_t i) {
   const Located& located = inventory.located[i];
   located.param().bump_version();
   for (int k = kFirstState; k < ready.streams.count; ++k) inventory.tensor_of(i, k).bump_version();
+  if (const Distribution* const distribution = inventory.distribution_of(i)) {
+    // Graphs save distributed tensors, or views of local ones.
+    if (located.parameter != located.local) Tensor::in(located.parameter).bump_version();
+    for (PyObject* state : distribution->states) {
+      if (state != nullptr) Tensor::in(state).bump_version();
+    }
+  }
   for (int k = 0; k < inventory.rule.state_scalars; ++k) {
     Tensor::in(located.values[k]).bump_version();
     if (ready.scalar_on_gpu[k]) continue;  // the kernel does it
@@ -72,7 +79,7 @@ class Alive {
  public:
   void reserve(size_t parameters) {
     memory_.reserve(parameters * (kMaxStreams + kMaxStateScalars));
-    objects_.reserve(parameters * (1 + kMaxStateKeys));
+    objects_.reserve(parameters * 2 * (1 + kMaxStateKeys));
   }
 
   void hold_memory(const Inventory& inventory, size_t i) {
@@ -84,10 +91,16 @@ class Alive {
   void hold(const Inventory& inventory, size_t i) {
     hold_memory(inventory, i);
     const Located& located = inventory.located[i];
-    objects_.push_back(py::reinterpret_borrow<py::object>(located.parameter));
+    hold(located.parameter);
     for (int k = 0; k < inventory.wanted_values(inventory.group_of(i)); ++k) {
       if (k < inventory.rule.state_scalars) memory_.push_back(Tensor::in(located.values[k]).hold_memory());
-      objects_.push_back(py::reinterpret_borrow<py::object>(located.values[k]));
+      hold(located.values[k]);
+    }
+    const Distribution* const distribution = inventory.distribution_of(i);
+    if (distribution == nullptr) return;
+    hold(located.local);
+    for (PyObject* state : distribution->states) {
+      if (state != nullptr) hold(state);
     }
   }
 
@@ -96,6 +109,8 @@ class Alive {
   }
 
  private:
+  void hold(PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); }
+
   std::vector<HeldMemory> memory_;
   std::vector<py::object> objects_;
 };

@@ -36,7 +36,7 @@ const RuleEntry& find_rule(const std::string& name) {
 StepPlan::StepPlan(const std::string& rule, std::string optimizer, Backends backends)
     : optimizer_(std::move(optimizer)),
       backends_(std::move(backends)),
-      inventory_{find_rule(rule), {}, {}, {}, {}, {}, {}},
+      inventory_{find_rule(rule), {}, {}, {}, {}, {}, {}, {}, {}},
       reader_(inventory_.rule) {}
 
 py::object StepPlan::step(py::handle param_groups, py::handle state, Options options) {
@@ -45,9 +45,12 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
   runner_.clear();
   // Nothing is borrowed yet, so these functions may call Python.
   const bool under_mode = is_under_mode(), inference_mode = in_inference_mode();
-  if (!reader_.read_groups(param_groups.ptr(), inventory_) || !reader_.locate(state.ptr(), inventory_)) {
-    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  }
+  local_tensors_.prepare();
+  do {
+    if (!reader_.read_groups(param_groups.ptr(), inventory_) || !reader_.locate(state.ptr(), inventory_)) {
+      return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+    }
+  } while (!local_tensors_.unwrap(inventory_));
   examine_all(inference_mode);
   classify(options.stepped);
   search_.set_aside(inventory_);
@@ -108,9 +111,11 @@ void StepPlan::classify(std::vector<Index>& stepped) {
   for (size_t i = 0; i < inventory_.size(); ++i) {
     if (std::binary_search(stepped.begin(), stepped.end(), inventory_.index_of(i))) {
       inventory_.examined[i] = Stepped{};
-    } else if (std::holds_alternative<Wrong>(inventory_.examined[i])) {
-      refuse(inventory_, reader_, i);
+    } else if (std::holds_alternative<Unsupported>(inventory_.examined[i]) &&
+               LocalTensors::is_mixed(inventory_, inventory_.located[i])) {
+      inventory_.examined[i] = Wrong{Fault::distribution, Wrong::kGradient};
     }
+    if (std::holds_alternative<Wrong>(inventory_.examined[i])) refuse(inventory_, reader_, i);
     const Streams* const streams = streams_of(inventory_.examined[i]);
     if (streams == nullptr || !streams->strided) continue;
     Segment& segment = inventory_.segments[i];

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/inventory.h"
+#include "bindings/local_tensors.h"
 #include "bindings/python_reader.h"
 #include "bindings/runner.h"
 #include "bindings/shared_memory.h"
@@ -58,6 +59,7 @@ class StepPlan {
   const Backends backends_;
   Inventory inventory_;
   PythonReader reader_;
+  LocalTensors local_tensors_;
   SharedMemorySearch search_;
   Updates updates_;
   Runner runner_;

@@ -21,6 +21,7 @@ namespace dracopt {
 struct Places {
   uint64_t tensor;                        // of the at::Tensor in a Python object; it is a pointer to a TensorImpl
   uint64_t keys;                          // of the key set in a TensorImpl
+  uint64_t object;                        // of the Python object in a TensorImpl
   uint64_t storage, autograd, version;    // of pointers in a TensorImpl
   uint64_t deleter, grad, count;          // in what these point to
   uint64_t lazy_deleter;                  // the deleter of lazy clones
@@ -37,23 +38,16 @@ inline Places places;
 // Gives a module the function that sets the places.
 inline void define_places(pybind11::module_& m) {
   m.def("set_places", [](const pybind11::dict& found) {
-    constexpr std::pair<const char*, uint64_t Places::*> numbers[] = {{"tensor", &Places::tensor},
-                                                                      {"keys", &Places::keys},
-                                                                      {"storage", &Places::storage},
-                                                                      {"autograd", &Places::autograd},
-                                                                      {"version", &Places::version},
-                                                                      {"deleter", &Places::deleter},
-                                                                      {"grad", &Places::grad},
-                                                                      {"count", &Places::count},
-                                                                      {"lazy_deleter", &Places::lazy_deleter},
-                                                                      {"undefined", &Places::undefined},
-                                                                      {"cpu", &Places::cpu},
-                                                                      {"cpu_keys", &Places::cpu_keys},
-                                                                      {"gpu", &Places::gpu},
-                                                                      {"gpu_keys", &Places::gpu_keys},
-                                                                      {"python", &Places::python},
-                                                                      {"conjugated", &Places::conjugated},
-                                                                      {"in_place", &Places::in_place}};
+    constexpr std::pair<const char*, uint64_t Places::*> numbers[] = {
+        {"tensor", &Places::tensor},         {"keys", &Places::keys},
+        {"object", &Places::object},         {"storage", &Places::storage},
+        {"autograd", &Places::autograd},     {"version", &Places::version},
+        {"deleter", &Places::deleter},       {"grad", &Places::grad},
+        {"count", &Places::count},           {"lazy_deleter", &Places::lazy_deleter},
+        {"undefined", &Places::undefined},   {"cpu", &Places::cpu},
+        {"cpu_keys", &Places::cpu_keys},     {"gpu", &Places::gpu},
+        {"gpu_keys", &Places::gpu_keys},     {"python", &Places::python},
+        {"conjugated", &Places::conjugated}, {"in_place", &Places::in_place}};
     constexpr std::pair<const char*, PyObject * Places::*> objects[] = {
         {"type", &Places::type},
         {"parameter", &Places::parameter},
@@ -106,6 +100,12 @@ class Tensor {
   }
 
   bool is_python_subclass() const { return (key_set() & places.python) != 0; }
+
+  PyObject* python_object() const {
+    constexpr uint64_t kMark = 1;  // some versions of torch mark an object that only the tensor keeps alive
+    return reinterpret_cast<PyObject*>(any_torch::at<uint64_t>(impl(), places.object) & ~kMark);
+  }
+
   bool is_plain_on_cpu() const { return has_only(places.cpu, places.cpu_keys); }
   bool is_plain_on_gpu() const { return has_only(places.gpu, places.gpu_keys); }
 

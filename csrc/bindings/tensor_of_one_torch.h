@@ -54,6 +54,14 @@ class Tensor {
   // Says whether Python may decide a tensor's shape, device or layout. No parallel region can ask for these.
   bool is_python_subclass() const { return tensor_->key_set().has(c10::DispatchKey::Python); }
 
+  // Returns the object of a Python subclass, borrowed.
+  PyObject* python_object() const {
+    const at::Tensor held(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(tensor_));
+    PyObject* const object = THPVariable_Wrap(held);
+    Py_DECREF(object);  // the tensor keeps its object
+    return object;
+  }
+
   bool is_plain_on_cpu() const { return has_only(kCpu, kCpuKeys); }
   bool is_plain_on_gpu() const { return has_only(kGpu, kGpuKeys); }
 

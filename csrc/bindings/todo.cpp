@@ -105,6 +105,7 @@ py::tuple make_todo(const Inventory& inventory, double grad_scale, bool host_dec
     const Located& located = inventory.located[i];
     places.push_back(i);
     objects.push_back(py::reinterpret_borrow<py::object>(located.parameter));
+    objects.push_back(py::reinterpret_borrow<py::object>(located.local));
     for (PyObject* value : located.values) {
       if (value != nullptr) objects.push_back(py::reinterpret_borrow<py::object>(value));
     }

@@ -221,4 +221,6 @@ def describe(groups: Any, group_index: int, index: int) -> str:
     """Names a parameter for errors."""
     group = groups[group_index]
     name = f"{group['param_names'][index]!r}, " if group.get("param_names") else ""
-    return f"parameter {index} of group {group_index} ({name}shape {list(group['params'][index].shape)})"
+    p = group["params"][index]
+    where = f" over {p.device_mesh} by {p.placements}" if hasattr(p, "device_mesh") else ""
+    return f"parameter {index} of group {group_index} ({name}shape {list(p.shape)}{where})"
