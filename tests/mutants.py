@@ -58,6 +58,7 @@ PLAN, READER, EXAMINE, UPDATES, RUNNER, TODO, REFUSALS, SEARCH, LAUNCHES = (
     )
 )
 KEYS, FACTS, OVERLAP = (f"csrc/bindings/{name}.h" for name in ("key_reader", "tensor_facts", "written_memory"))
+LOCAL_TENSORS = "csrc/bindings/local_tensors.cpp"
 DISPATCH = "csrc/cpu/dispatch.cpp"
 LAUNCH, GPU_TILE, GPU_UPDATE = (f"csrc/cuda/{name}.h" for name in ("launch", "tile", "update"))
 FAST_MATH, FAST = "csrc/cuda/fast_math.h", "test_core::test_fast_math"
@@ -1012,6 +1013,125 @@ MUTANTS = [
         "  counts_steps_ = false;\n  found_inf_ = grad_scale_ = {};",
         "  counts_steps_ = false;",
         "test_gpu::test_a_step_that_failed_leaves_no_scaler_behind",
+    ),
+    Mutant(
+        "a partial parameter is taken for a whole one",
+        LOCAL_TENSORS,
+        "== whole_placements_.end()) return true;",
+        "== whole_placements_.end()) return false;",
+        "test_distributed::test_what_torch_steps",
+    ),
+    Mutant(
+        "other placements are taken for the same",
+        LOCAL_TENSORS,
+        "    if (!same_places) distribution.unsupported = kRedistributed;\n",
+        "",
+        "test_distributed::test_new_specs_at_the_place_of_old_ones",
+    ),
+    Mutant(
+        "the order of shards is not compared",
+        LOCAL_TENSORS,
+        "are_equal(of_param.order, spec.order) != Answer::no",
+        "true",
+        "test_distributed::test_another_order_of_shards",
+    ),
+    Mutant(
+        "specs that were alike are not held",
+        LOCAL_TENSORS,
+        "are_alike ? py::reinterpret_borrow<py::object>(specs[k]) : py::object();",
+        "are_alike ? py::reinterpret_steal<py::object>(specs[k]) : py::object();",
+        "test_distributed::test_new_specs_at_the_place_of_old_ones",
+    ),
+    Mutant(
+        "meshes are not compared",
+        LOCAL_TENSORS,
+        "becomes_partial || are_equal(of_param.mesh, spec.mesh) == Answer::no",
+        "becomes_partial",
+        "test_distributed::test_other_placements",
+    ),
+    Mutant(
+        "a moment becomes partial",
+        LOCAL_TENSORS,
+        "!same_places && k != kGrad && is_partial(spec)",
+        "false",
+        "test_distributed::test_other_placements",
+    ),
+    Mutant(
+        "whole shapes are not compared",
+        LOCAL_TENSORS,
+        "} else if (!same_shape(",
+        "} else if (false && !same_shape(",
+        "test_distributed::test_a_gradient_of_another_whole_shape",
+    ),
+    Mutant(
+        "local subclasses are taken for plain tensors",
+        LOCAL_TENSORS,
+        "local != nullptr && is_exact_tensor(local)",
+        "local != nullptr && is_tensor(local)",
+        "test_distributed::test_what_torch_steps",
+    ),
+    Mutant(
+        "a plain gradient of a distributed parameter goes to torch",
+        LOCAL_TENSORS,
+        "    distribution.wrong = {Fault::distribution, Wrong::kGradient};",
+        "    distribution.unsupported = kSubclasses;",
+        "test_distributed::test_other_placements",
+    ),
+    Mutant(
+        "equal meshes are never forgotten",
+        LOCAL_TENSORS,
+        "if (known_.size() > kPairs * parameters)",
+        "if (false)",
+        "test_distributed::test_what_is_remembered_of_new_meshes_in_each_step",
+    ),
+    Mutant(
+        "what other code did in a comparison is not read",
+        PLAN,
+        "} while (!local_tensors_.unwrap(inventory_));",
+        "} while (!local_tensors_.unwrap(inventory_) && false);",
+        "test_distributed::test_what_a_comparison_of_meshes_may_do",
+    ),
+    Mutant(
+        "a distributed gradient of a plain parameter goes to torch",
+        PLAN,
+        "LocalTensors::is_mixed(inventory_, inventory_.located[i])",
+        "false",
+        "test_distributed::test_a_plain_parameter_with_distributed_tensors",
+    ),
+    Mutant(
+        "a distributed moment of a plain parameter goes to torch",
+        EXAMINE,
+        "      if (inventory.is_distributed(located.values[k])) return wrong(Fault::distribution, k);\n",
+        "",
+        "test_distributed::test_a_plain_parameter_with_distributed_tensors",
+    ),
+    Mutant(
+        "versions of distributed parameters are not counted",
+        RUNNER,
+        "if (located.parameter != located.local) Tensor::in(located.parameter).bump_version();",
+        "",
+        "test_distributed::test_versions",
+    ),
+    Mutant(
+        "versions of distributed moments are not counted",
+        RUNNER,
+        "if (state != nullptr) Tensor::in(state).bump_version();",
+        "(void)state;",
+        "test_distributed::test_versions",
+    ),
+    Mutant(
+        "Triton: shards are not held during a launch",
+        RUNNER,
+        "    hold(located.local);\n",
+        "",
+        "test_gpu::test_what_other_code_may_take_away_of_distributed_tensors",
+    ),
+    Mutant(
+        "Triton: distributed moments are not held during a launch",
+        RUNNER,
+        "      if (state != nullptr) hold(state);\n",
+        "      (void)state;\n",
+        "test_gpu::test_what_other_code_may_take_away_of_distributed_tensors",
     ),
     Mutant(
         "Triton: states are not held during a launch",

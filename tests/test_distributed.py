@@ -18,7 +18,12 @@ from torch.distributed.checkpoint import state_dict as checkpoints
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import dracopt_ext
@@ -125,6 +130,18 @@ def hybrid() -> nn.Module:
     model = made(Network)
     fully_shard(model, mesh=mesh_of(2, dist.get_world_size() // 2))
     return model  # type: ignore[no-any-return]
+
+
+class Sequences(nn.Module):
+    """Has a norm and an embedding, whose gradients are placed in another way than the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm, self.last = nn.Embedding(8, 4), nn.LayerNorm(4), nn.Linear(4, 6)
+
+    def forward(self, words: Tensor) -> Tensor:
+        found: Tensor = self.last(self.norm(self.words(words)))
+        return found
 
 
 def tensor_parallel(mesh: DeviceMesh | None = None) -> nn.Module:
@@ -327,6 +344,40 @@ def lack_gradients_on_one_rank() -> None:
     raise_on_all(errors)
 
 
+def redistribute_gradients() -> None:
+    """docs/distributed.md describes what torch steps here, and how to let the kernels step it."""
+    shards = {"output_layouts": Shard(1)}
+    plan = {
+        "words": RowwiseParallel(input_layouts=Replicate(), **shards),
+        "norm": SequenceParallel(),
+        "last": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    weights = []
+    for make, redistributes in ((torch.optim.AdamW, False), (dracopt_ext.AdamW, False), (dracopt_ext.AdamW, True)):
+        model = parallelize_module(made(Sequences), mesh_of(2), plan)
+        params: list[Any] = list(model.parameters())
+        optimizer = make(params, lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.arange(step, step + 4).view(2, 2)).square().mean().backward()
+            assert [p.grad.placements == p.placements for p in params] == [False, False, False, True, True]
+            for p in params if redistributes else []:
+                p.grad = p.grad.redistribute(placements=p.placements)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+        if redistributes:
+            assert optimizer.last_backend == NATIVE
+        elif make is dracopt_ext.AdamW:
+            assert optimizer.last_backend == {"cpu": frozenset({"native", "torch"})}
+        weights.append([whole(p) for p in params])
+    theirs, *ours = weights
+    for found in ours:
+        raise_on_all(
+            [f"{p} is not {q}" for p, q in zip(found, theirs, strict=True) if not torch.allclose(p, q, rtol=1e-5)]
+        )
+
+
 def share_states_by_zero() -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -347,7 +398,14 @@ def share_states_by_zero() -> None:
 
 @pytest.mark.parametrize(
     "program",
-    [keep_moments_in_fp32, overflow_on_one_rank, clip_the_norm, lack_gradients_on_one_rank, share_states_by_zero],
+    [
+        keep_moments_in_fp32,
+        overflow_on_one_rank,
+        clip_the_norm,
+        lack_gradients_on_one_rank,
+        redistribute_gradients,
+        share_states_by_zero,
+    ],
     ids=lambda program: program.__name__,
 )
 def test_options(program: Callable[[], None], tmp_path: Path) -> None:
@@ -619,15 +677,18 @@ def as_type(kind: type, tensor: DTensor) -> Any:
 
 
 @left_to_torch
-@pytest.mark.parametrize("kind", ["subclass", "local subclass", "subclass as gradient", "partial"])
+@pytest.mark.parametrize(
+    "kind", ["subclass", "local subclass", "subclass as gradient", "local subclass as gradient", "partial"]
+)
 def test_what_torch_steps(kind: str, mesh: DeviceMesh) -> None:
-    made_of = torch.ones(3, 4).as_subclass(LocalSubclass) if kind == "local subclass" else torch.ones(3, 4)
     placement = Partial() if kind == "partial" else Shard(0)
-    value = DTensor.from_local(made_of, mesh, [placement], run_check=False)
+    value = DTensor.from_local(torch.ones(3, 4), mesh, [placement], run_check=False)
     p: Any = as_type(Subclass, value).requires_grad_() if kind == "subclass" else nn.Parameter(value)
     if kind == "local subclass":
-        p._local_tensor = made_of
+        p._local_tensor = torch.ones(3, 4).as_subclass(LocalSubclass)
     grad = DTensor.from_local(torch.ones(3, 4), mesh, [placement], run_check=False)
+    if kind == "local subclass as gradient":
+        grad._local_tensor = torch.ones(3, 4).as_subclass(LocalSubclass)
     p.grad = as_type(Subclass, grad) if kind == "subclass as gradient" else grad
     optimizer = dracopt_ext.SGD([p], lr=0.25)
     optimizer.step()
@@ -635,6 +696,23 @@ def test_what_torch_steps(kind: str, mesh: DeviceMesh) -> None:
     assert (local(p) == 0.75).all()
     optimizer.backend = "native"
     with pytest.raises(RuntimeError, match="does not serve"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("mesh")
+def test_another_order_of_shards() -> None:
+    """A dimension that is sharded twice may be split along the second dimension of the mesh first."""
+    both = init_device_mesh("cpu", (1, 1))
+    placements = [Shard(0), Shard(0)]
+    p = nn.Parameter(DTensor.from_local(torch.ones(3, 4), both, placements, run_check=False))
+    optimizer = dracopt_ext.SGD([p], backend="native")
+    p.grad = DTensor.from_local(torch.ones(3, 4), both, placements, run_check=False)
+    optimizer.step()
+    spec = copy.copy(p._spec)
+    (entry,) = spec.shard_order
+    spec.shard_order = (entry._replace(mesh_dims=(1, 0)),)
+    p.grad = DTensor(torch.ones(3, 4), spec, requires_grad=False)
+    with pytest.raises(RuntimeError, match="does not serve distributed tensors with a gradient or state of other pl"):
         optimizer.step()
 
 

@@ -35,10 +35,24 @@ def test_every_page_can_be_found() -> None:
     assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
 
 
+def programs_in(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_programs_of_the_readme_run(number: int, tmp_path: Path) -> None:
-    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
+    program = programs_in("README.md")[number]
     command = [sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert number == 1 or run.stdout == "{'cpu': frozenset({'native'})}\n"
+
+
+def test_distributed_program_runs(tmp_path: Path) -> None:
+    """``torchrun`` starts it in two processes."""
+    program = programs_in("docs/distributed.md")[0]
+    (tmp_path / "train.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    run = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("{'cpu': frozenset({'native'})}") == 2
