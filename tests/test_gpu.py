@@ -767,7 +767,8 @@ def test_what_other_code_may_take_away_of_distributed_tensors(
             p.grad = distributed(gpu(torch.ones(1000)), mesh)
         if not optimizer.state:
             optimizer.step()
-    memory = [p._local_tensor.data for p in params]
+    memory = [p._local_tensor.detach() for p in params]
+    versions = [result._version for result in memory]
     rubbish: list[Any] = []
     launch = launcher.Launcher.__call__
 
@@ -790,6 +791,7 @@ def test_what_other_code_may_take_away_of_distributed_tensors(
     for _ in range(2):
         q.grad = torch.ones(1000)
         theirs.step()
+    assert [result._version - 1 for result in memory] == versions
     for result in memory:
         torch.testing.assert_close(result.cpu(), q.detach(), rtol=1e-5, atol=0)
 

@@ -502,10 +502,38 @@ void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 """
 
+# Define how parameters are made.
+PLAIN = """
+import torch
+
+count = 1000
+
+def wrap(tensor):
+    return tensor
+
+def local(tensor):
+    return tensor.detach()
+"""
+DISTRIBUTED = """
+import torch
+from torch.distributed import device_mesh, init_process_group
+from torch.distributed.tensor import DTensor, Shard
+
+init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mesh = device_mesh.init_device_mesh("cpu", (1,))
+count = 300
+
+def wrap(tensor):
+    return DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
+
+def local(tensor):
+    return tensor._local_tensor.detach()
+"""
+
 STARVED = """
 import ctypes
-import torch
 import dracopt_ext
+
 fail_allocation = ctypes.CDLL(None).fail_allocation
 torch.set_num_threads(1)
 for moved in (False, True):
@@ -513,31 +541,33 @@ for moved in (False, True):
     number = 0
     while failed:
         number += 1
-        params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(1000)]
+        params = [torch.nn.Parameter(wrap(torch.zeros(1))) for _ in range(count)]
         optimizer = dracopt_ext.AdamW(params, lr=1.0, weight_decay=0.0, eps=0.0)
         for p in params[:10]:
-            p.grad = torch.ones(1)
+            p.grad = wrap(torch.ones(1))
         optimizer.step()
         for p in params:
-            optimizer.state[p] = {key: torch.zeros_like(t) for key, t in optimizer.state[params[0]].items()}
+            state = optimizer.state[p] = {"step": torch.tensor(0.0)}
+            state.update((key, wrap(torch.zeros(1))) for key in ("exp_avg", "exp_avg_sq"))
             if moved or p.grad is None:
-                p.grad = torch.ones(1)
-            p.data.zero_()
+                p.grad = wrap(torch.ones(1))
+            local(p).zero_()
         fail_allocation(number)
         try:
             optimizer.step()
             failed = False
         except MemoryError:
             assert fail_allocation(0) == 0
-            assert all(p.detach().item() == 0 for p in params), (number, "half done")
+            assert all(local(p).item() == 0 for p in params), (number, "half done")
             optimizer.step()
         fail_allocation(0)
-        assert all(abs(p.detach().item() + 1) < 1e-5 for p in params), (number, "wrong")
+        assert all(abs(local(p).item() + 1) < 1e-5 for p in params), (number, "wrong")
     print(number - 1)
 """
 
 
-def test_memory_runs_out_and_is_there_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [PLAIN, DISTRIBUTED], ids=["plain", "distributed"])
+def test_memory_runs_out_and_is_there_again(kind: str, tmp_path: Path) -> None:
     """Each larger allocation of a step fails in turn. Nothing has changed then, and the next step works.
 
     The plan's work grows with the number of gradients, and it allocates memory at several places.
@@ -546,7 +576,7 @@ def test_memory_runs_out_and_is_there_again(tmp_path: Path) -> None:
     source.write_text(FAILING_ALLOCATIONS)
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    run = in_new_process(STARVED, LD_PRELOAD=f"{library}:{os.environ.get('LD_PRELOAD', '')}")
+    run = in_new_process(kind + STARVED, LD_PRELOAD=f"{library}:{os.environ.get('LD_PRELOAD', '')}")
     assert run.returncode == 0, run.stderr
     assert [int(number) >= 3 for number in run.stdout.split()] == [True, True], run.stdout
 

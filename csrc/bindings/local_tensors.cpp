@@ -3,7 +3,6 @@
 #include <structmember.h>
 
 #include <algorithm>
-#include <iterator>
 
 #include "bindings/examine.h"
 
@@ -81,6 +80,7 @@ void LocalTensors::prepare() {
 }
 
 bool LocalTensors::unwrap(Inventory& inventory) {
+  unknown_.clear();
   inventory.distributions.clear();
   inventory.distributed_type = tensor_type_;
   for (size_t i = 0; i < inventory.size() && tensor_type_ != nullptr; ++i) {
@@ -102,10 +102,9 @@ void LocalTensors::unwrap_one(Inventory& inventory, size_t i) {
   const auto take = [&](int stream, int8_t culprit, PyObject* tensor) -> PyObject* {
     const auto k = static_cast<size_t>(stream);
     if (!inventory.is_distributed(tensor)) {
-      if (Tensor::in(tensor).is_python_subclass())
-        distribution.unsupported = kSubclasses;
-      else
-        distribution.wrong = {Fault::distribution, culprit};
+      const bool is_subclass = Tensor::in(tensor).is_python_subclass();  // which torch asks what to do
+      if (is_subclass) distribution.unsupported = kSubclasses;
+      if (!is_subclass) distribution.wrong = {Fault::distribution, culprit};
       return tensor;
     }
     tensors[k] = tensor;
@@ -134,10 +133,9 @@ void LocalTensors::unwrap_one(Inventory& inventory, size_t i) {
   if (are_known) return;
   compare(tensors, specs, scalars, distribution);
   const bool are_alike = distribution.unsupported == nullptr && !distribution.wrong.has_value() && unknown_.empty();
-  for (size_t k = 0; k < kMaxStreams; ++k) {
-    py::object known = are_alike ? py::reinterpret_borrow<py::object>(specs[k]) : py::object();
-    forgotten_.push_back(std::exchange(alike[k], std::move(known)));
-  }
+  Held& row = forgotten_.emplace_back();
+  for (size_t k = 0; k < kMaxStreams && are_alike; ++k) row[k] = py::reinterpret_borrow<py::object>(specs[k]);
+  row.swap(alike);
 }
 
 // Compares the specs of a gradient and of moments with the parameter's.
@@ -218,17 +216,17 @@ void LocalTensors::compare_unknown(size_t parameters) {
   }
   // A step asks about at most three objects for each tensor. A program whose steps make new ones must not fill memory.
   constexpr size_t kPairs = 2 * 3 * kMaxStreams;
+  std::vector<py::object> forgotten;
   if (known_.size() > kPairs * parameters) {
     known_.clear();
-    std::move(held_.begin(), held_.end(), std::back_inserter(forgotten_));
-    held_.clear();
+    forgotten.swap(held_);
   }
-  for (auto& [a, b] : pairs) {
+  for (const auto& [a, b] : pairs) {
     const int equal = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
     if (equal < 0) throw py::error_already_set();
-    if (!known_.emplace(Pair(a.ptr(), b.ptr()), equal == 1).second) continue;
-    held_.push_back(std::move(a));
-    held_.push_back(std::move(b));
+    held_.push_back(a);
+    held_.push_back(b);
+    known_.emplace(Pair(a.ptr(), b.ptr()), equal == 1);
   }
 }
 

@@ -4,8 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <optional>
-#include <unordered_map>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -40,6 +39,7 @@ class LocalTensors {
 
   // By stream, and null if missing.
   using Objects = std::array<PyObject*, kMaxStreams>;
+  using Held = std::array<pybind11::object, kMaxStreams>;
 
   // What a DTensorSpec says of where elements lie. It keeps these objects.
   struct Spec {
@@ -64,20 +64,15 @@ class LocalTensors {
   PyObject *module_name_, *mesh_, *placements_, *order_;  // strings
 
   // The specs that were found to be alike, by a parameter's place in the step and by stream. torch hashes specs, so
-  // they never change. A comparison reads eight objects a tensor, which takes three times as long as the rest.
-  std::vector<std::array<pybind11::object, kMaxStreams>> alike_;
+  // they never change. Comparing them again takes four times as long as all else that a DTensor needs.
+  std::vector<Held> alike_;
+  std::vector<Held> forgotten_;  // until nothing is borrowed, because an object's end may run other code
 
-  struct PairHash {
-    size_t operator()(const Pair& pair) const {
-      return reinterpret_cast<size_t>(pair.first) / 16 * 31 + reinterpret_cast<size_t>(pair.second) / 16;
-    }
-  };
   // What Python said of pairs of meshes and placements, which never change. These objects are held, because the address
   // of another one might be the same later.
-  std::unordered_map<Pair, bool, PairHash> known_;
+  std::map<Pair, bool> known_;
   std::vector<pybind11::object> held_;
   std::vector<Pair> unknown_;
-  std::vector<pybind11::object> forgotten_;  // until nothing is borrowed, because an object's end may run other code
 };
 
 }  // namespace dracopt
