@@ -1047,14 +1047,14 @@ MUTANTS = [
         LOCAL_TENSORS,
         "becomes_partial || are_equal(of_param.mesh, spec.mesh) == Answer::no",
         "becomes_partial",
-        "test_distributed::test_other_placements",
+        "test_distributed_training::test_other_placements",
     ),
     Mutant(
         "a moment becomes partial",
         LOCAL_TENSORS,
         "!same_places && k != kGrad && is_partial(spec)",
         "false",
-        "test_distributed::test_other_placements",
+        "test_distributed_training::test_other_placements",
     ),
     Mutant(
         "whole shapes are not compared",
@@ -1075,7 +1075,7 @@ MUTANTS = [
         LOCAL_TENSORS,
         "    distribution.wrong = {Fault::distribution, Wrong::kGradient};",
         "    distribution.unsupported = kSubclasses;",
-        "test_distributed::test_other_placements",
+        "test_distributed_training::test_other_placements",
     ),
     Mutant(
         "equal meshes are never forgotten",

@@ -35,7 +35,7 @@ def test_what_holds_for_the_native_backend() -> None:
 
 @pytest.mark.long
 def test_what_holds_for_other_peoples_code() -> None:
-    run_with_any_torch("bits other_peoples_code hostile_programs any_torch", "-k", "not what_holds")
+    run_with_any_torch("bits distributed other_peoples_code hostile_programs any_torch", "-k", "not what_holds")
 
 
 @pytest.mark.long
