@@ -26,8 +26,8 @@ SPARSE = 4
 FUSABLE = 8
 """torch's fused CPU kernels, which ignore strides and sizes, are right for the parameter's tensors.
 
-All tensors are contiguous and have one shape and one dtype. Their memory suffices, and no other tensor shares it. The
-state scalars are in fp32.
+All tensors are plain ones, contiguous, and have one shape and one dtype. Their memory suffices, and no other tensor
+shares it. The state scalars are in fp32.
 """
 
 
@@ -79,26 +79,19 @@ def form_of(
 
 
 def _is_fusable(p: Tensor, grad: Tensor, state_scalars: Sequence[Any], moments: Sequence[Any]) -> bool:
-    tensors = [_local_of(tensor) for tensor in (p, grad, *moments) if tensor is not None]
-    scalars = [_local_of(scalar) for scalar in state_scalars if scalar is not None]
+    tensors = [tensor for tensor in (p, grad, *moments) if tensor is not None]
+    scalars = [scalar for scalar in state_scalars if scalar is not None]
     return all(map(_lies_simply, (*tensors, *scalars))) and (
         all(tensor.shape == tensors[0].shape for tensor in tensors)
         and all(scalar.dtype == torch.float32 and scalar.numel() == 1 for scalar in scalars)
     )
 
 
-def _local_of(tensor: Any) -> Any:
-    """Returns the tensor that holds the elements: a distributed tensor's shard, or itself; None for other wrappers."""
-    if not isinstance(tensor, Tensor):
-        return None
-    if type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
-        return tensor
-    return getattr(tensor, "_local_tensor", None)
-
-
 def _lies_simply(tensor: Any) -> bool:
-    """Says whether a tensor lies contiguously in the host's memory and its storage is large enough."""
+    """Says whether a tensor, and no wrapper, lies contiguously in the host's memory and its storage is large enough."""
     if not isinstance(tensor, Tensor) or not tensor.is_cpu or not tensor.is_contiguous():
+        return False
+    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         return False
     end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
     return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()

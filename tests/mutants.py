@@ -896,7 +896,7 @@ MUTANTS = [
     Mutant(
         "torch's fused kernels for shapes that differ",
         TODO,
-        "!lies_simply(grad) || !has_its_shape(grad)",
+        "!lies_simply(grad) || !same_shape(grad, param)",
         "!lies_simply(grad)",
         "test_other_peoples_code::test_shapes_that_torchs_fused_kernels_would_not_look_at",
     ),
@@ -1038,8 +1038,8 @@ MUTANTS = [
     Mutant(
         "specs that were alike are not held",
         LOCAL_TENSORS,
-        "are_alike ? py::reinterpret_borrow<py::object>(specs[k]) : py::object();",
-        "are_alike ? py::reinterpret_steal<py::object>(specs[k]) : py::object();",
+        "row[k] = py::reinterpret_borrow<py::object>(specs[k]);",
+        "row[k] = py::reinterpret_steal<py::object>(specs[k]);",
         "test_distributed::test_new_specs_at_the_place_of_old_ones",
     ),
     Mutant(
@@ -1073,8 +1073,8 @@ MUTANTS = [
     Mutant(
         "a plain gradient of a distributed parameter goes to torch",
         LOCAL_TENSORS,
-        "    distribution.wrong = {Fault::distribution, Wrong::kGradient};",
-        "    distribution.unsupported = kSubclasses;",
+        "if (is_subclass || inventory.may_mix(tensor)) {",
+        "if (true) {",
         "test_distributed_training::test_other_placements",
     ),
     Mutant(
@@ -1101,9 +1101,51 @@ MUTANTS = [
     Mutant(
         "a distributed moment of a plain parameter goes to torch",
         EXAMINE,
-        "      if (inventory.is_distributed(located.values[k])) return wrong(Fault::distribution, k);\n",
-        "",
+        "if (is_mixed && !inventory.may_mix(p)) return wrong(Fault::distribution, k);",
+        "(void)is_mixed;",
         "test_distributed::test_a_plain_parameter_with_distributed_tensors",
+    ),
+    Mutant(
+        "one-element tensors beside distributed ones are refused",
+        "csrc/bindings/inventory.h",
+        "return replicates || plain.numel() == 1;",
+        "return replicates;",
+        "test_distributed::test_plain_tensors_that_torch_replicates",
+    ),
+    Mutant(
+        "plain tensors are refused where torch replicates them",
+        "csrc/bindings/inventory.h",
+        "return replicates || plain.numel() == 1;",
+        "return plain.numel() == 1;",
+        "test_distributed::test_plain_tensors_that_torch_replicates",
+    ),
+    Mutant(
+        "a parameter of another dtype than its local tensor is updated",
+        LOCAL_TENSORS,
+        "if (parameter.dtype() != located.param().dtype() || ",
+        "if (",
+        "test_distributed::test_a_parameter_that_differs_from_its_local_tensor",
+    ),
+    Mutant(
+        "an inference tensor around another tensor is updated",
+        LOCAL_TENSORS,
+        "parameter.is_inference() != located.param().is_inference()",
+        "false",
+        "test_distributed::test_a_parameter_that_differs_from_its_local_tensor",
+    ),
+    Mutant(
+        "objects are not held while they are described",
+        REFUSALS,
+        "    held.push_back(py::reinterpret_borrow<py::object>(object));\n",
+        "    (void)object;\n",
+        "test_distributed::test_what_the_name_of_a_mesh_may_do",
+    ),
+    Mutant(
+        "torch's fused kernels for distributed tensors",
+        TODO,
+        "const Tensor param = Tensor::in(located.parameter);",
+        "const Tensor param = located.param();",
+        "test_distributed_training::test_fused_where_placements_differ",
     ),
     Mutant(
         "versions of distributed parameters are not counted",

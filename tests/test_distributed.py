@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
 
 import dracopt_ext
 
@@ -145,6 +147,114 @@ def test_a_plain_parameter_with_distributed_tensors(mesh: DeviceMesh) -> None:
     with pytest.raises(ValueError, match=r"the gradient of parameter 0 of group 0 .* is distributed over"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before)
+
+
+@left_to_torch
+@pytest.mark.filterwarnings("ignore:Found a non-scalar tensor:UserWarning")
+@pytest.mark.parametrize("kind", ["gradient of one element", "implicit replication", "step", "step of a plain one"])
+def test_plain_tensors_that_torch_replicates(kind: str, mesh: DeviceMesh) -> None:
+    """torch mixes these with distributed tensors, so a step may, too."""
+    results = []
+    for make in (dracopt_ext.AdamW, torch.optim.AdamW):
+        value = torch.ones(()) if kind == "gradient of one element" else torch.ones(3, 4)
+        placed = DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+        p = nn.Parameter(value.clone() if kind == "step of a plain one" else placed)
+        optimizer: Any = make([p], lr=0.1)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        if kind.startswith("step"):
+            step = optimizer.state[p]["step"]
+            optimizer.state[p]["step"] = DTensor.from_local(step, mesh, [Replicate()], run_check=False)
+        else:
+            p.grad = torch.ones_like(value)
+        with implicit_replication() if kind == "implicit replication" else nullcontext():
+            optimizer.step()
+        results.append(local(p.detach()))
+        if make is dracopt_ext.AdamW:
+            assert optimizer.last_backend == TORCH
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+    assert (results[0] < 0.85).all()
+
+
+@left_to_torch
+def test_a_parameter_that_differs_from_its_local_tensor(mesh: DeviceMesh) -> None:
+    """torch refuses both, and changes nothing."""
+    of_another_dtype, made_in_inference_mode = params_of(optimizer_of(mesh))
+    of_another_dtype.data = shard(torch.ones(3, 4), mesh, torch.bfloat16)
+    ones = torch.ones(3, 4)
+    with torch.inference_mode():
+        made_in_inference_mode = DTensor(ones, made_in_inference_mode._spec, requires_grad=False)
+    for p in (of_another_dtype, made_in_inference_mode):
+        optimizer = dracopt_ext.SGD([p], lr=0.5, backend="native")
+        p.grad_dtype = None
+        p.grad = shard(torch.ones(3, 4), mesh, p.dtype)
+        before = p._local_tensor.clone()
+        with pytest.raises(RuntimeError, match="does not serve distributed tensors that differ from their local"):
+            optimizer.step()
+        assert torch.equal(p._local_tensor, before)
+
+
+def test_a_local_tensor_of_another_shape(mesh: DeviceMesh) -> None:
+    optimizer = optimizer_of(mesh)
+    p = params_of(optimizer)[1]
+    p.grad._local_tensor = torch.ones(2, 4)
+    with pytest.raises(
+        ValueError, match=r"parameter 1 .* has a local tensor of another shape, \[2, 4\] beside \[3, 4\]"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["plain", "other mesh"])
+def test_the_reference_refuses_mixtures(kind: str, mesh: DeviceMesh) -> None:
+    optimizer = optimizer_of(mesh, backend="reference")
+    before = {key: local(tensor).clone() for key, tensor in snapshot(optimizer).items()}
+    p = params_of(optimizer)[1]
+    other = init_device_mesh("cpu", (1, 1))
+    both = DTensor.from_local(torch.ones(3, 4), other, [Shard(0), Replicate()], run_check=False)
+    p.grad = torch.ones(3, 4) if kind == "plain" else both
+    with pytest.raises(ValueError, match="the gradient of parameter 1 of group 0"):
+        optimizer.step()
+    assert_same_bits({key: local(tensor) for key, tensor in snapshot(optimizer).items()}, before)
+
+
+def test_an_attribute_that_only_looks_like_a_mesh() -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.device_mesh = "mine"  # type: ignore[assignment]
+    optimizer = dracopt_ext.SGD([p], backend="native")
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match=r"does not serve sparse tensors: parameter 0 of group 0 \(shape \[3\]\)"):
+        optimizer.step()
+
+
+def test_what_the_name_of_a_mesh_may_do(mesh: DeviceMesh) -> None:
+    """An error names the meshes, which may run other code."""
+    optimizer = optimizer_of(mesh)
+
+    class Named(DeviceMesh):
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+        __hash__ = DeviceMesh.__hash__
+
+        def __repr__(self) -> str:
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["params"].clear()
+                group.clear()
+            optimizer.param_groups.clear()
+            gc.collect()
+            rubbish.extend(torch.ones(7) for _ in range(1000))
+            return "a mesh of mine"
+
+    rubbish: list[Tensor] = []
+    other = copy.copy(mesh)
+    other.__class__ = Named
+    params_of(optimizer)[1].grad = shard(torch.ones(3, 4), other)
+    with pytest.raises(
+        ValueError, match=r"parameter 1 of group 0 \(shape \[3, 4\] over .* is distributed over a mesh of m"
+    ):
+        optimizer.step()
+    assert rubbish
 
 
 def test_a_gradient_of_another_whole_shape(mesh: DeviceMesh) -> None:

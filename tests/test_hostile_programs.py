@@ -301,48 +301,49 @@ def test_a_step_within_a_step_is_refused() -> None:
     assert optimizer.last_backend == NATIVE
 
 
-class Shard(Tensor):
-    """A tensor like torch.distributed's, around a local one. Access to the local one runs the user's code."""
+class Wrapper(Tensor):
+    """A tensor around another one. A look at its layout runs the user's code."""
 
     act: Callable[[], object] = staticmethod(lambda: None)
     held: Tensor
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Any:
-        shard = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
-        shard.held = held
-        return shard
-
-    @property
-    def _local_tensor(self) -> Tensor:
-        Shard.act()
-        return self.held
+        wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.shape, dtype=held.dtype, dispatch_layout=True
+        )
+        wrapper.held = held
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def local(value: Any) -> Any:
-            return value.held if isinstance(value, Shard) else value
+        if func is torch.ops.prim.layout.default:
+            Wrapper.act()
+            return args[0].held.layout
 
-        def shard(value: Any) -> Any:
-            return Shard(value) if isinstance(value, Tensor) else value
+        def unwrap(value: Any) -> Any:
+            return value.held if isinstance(value, Wrapper) else value
 
-        found = func(*tree_map(local, args), **tree_map(local, kwargs or {}))
+        def wrap(value: Any) -> Any:
+            return Wrapper(value) if isinstance(value, Tensor) else value
+
+        found = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
         in_place = found is not None and func._schema.name[-1] == "_"
-        return args[0] if in_place else tree_map(shard, found)
+        return args[0] if in_place else tree_map(wrap, found)
 
 
 @left_to_torch
 @pytest.mark.parametrize("kind", [*EDITS, "takes the gradient away", "looks at all objects"])
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_edits_while_a_shard_is_looked_at(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_while_a_wrapper_is_looked_at(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = make(name, fused=True)
     for group in optimizer.param_groups:
-        group["params"] = [nn.Parameter(Shard(p.detach())) for p in group["params"]]
+        group["params"] = [nn.Parameter(Wrapper(p.detach())) for p in group["params"]]
     optimizer.state.clear()
 
     def give() -> None:
         for p in params_of(optimizer):
-            p.grad = Shard(torch.ones(33))
+            p.grad = Wrapper(torch.ones(33))
 
     more = {
         "takes the gradient away": lambda o: [setattr(p, "grad", None) for p in params_of(o)],
@@ -352,7 +353,7 @@ def test_edits_while_a_shard_is_looked_at(name: str, kind: str, monkeypatch: pyt
     optimizer.step()
     give()
     act = Once(lambda: {**EDITS, **more}[kind](optimizer))
-    monkeypatch.setattr(Shard, "act", staticmethod(act))
+    monkeypatch.setattr(Wrapper, "act", staticmethod(act))
     with suppress(TypeError, KeyError, RuntimeError, IndexError, AttributeError):
         optimizer.step()
     assert act.acted

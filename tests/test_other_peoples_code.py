@@ -1048,7 +1048,7 @@ def test_fused_sgd_of_torch_is_not_used(dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
 def test_distributed_tensors_with_fused(name: str, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch steps shards whose gradients are partial, with its fused kernel if that is right."""
+    """torch steps shards whose gradients are partial, and not with its fused kernel."""
     from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
     kernel = torch._fused_adamw_ if name == "AdamW" else torch._fused_adam_
@@ -1058,7 +1058,7 @@ def test_distributed_tensors_with_fused(name: str, mesh: Any, monkeypatch: pytes
     params = [nn.Parameter(distribute_tensor(value.view(8, -1), mesh, [Shard(0)])) for value in values]
     optimizer = ours(name)(params, **options_of(name), fused=True)
     plain = [nn.Parameter(value.view(8, -1).clone()) for value in values]
-    other = torchs(name)(plain, **options_of(name), fused=None if name == "SGD" else True)
+    other = torchs(name)(plain, **options_of(name))
     for of_step in gradients:
         for p, q, grad in zip(params, plain, of_step, strict=True):
             q.grad = grad.view(8, -1)
@@ -1067,19 +1067,8 @@ def test_distributed_tensors_with_fused(name: str, mesh: Any, monkeypatch: pytes
         other.step()
     assert optimizer.last_backend == TORCH
     for p, q in zip(params, plain, strict=True):
-        assert torch.equal(p.to_local(), q)
-    assert len(calls) == (0 if name == "SGD" else 6)
-    if name == "SGD":
-        return
-    # torch's fused kernel would take a shard with gaps for one without.
-    calls.clear()
-    p = params[0]
-    p.grad = DTensor.from_local(torch.ones(8, 2 * p.shape[1])[:, ::2], mesh, [Partial()], run_check=False)
-    optimizer.param_groups[0]["params"] = [p]
-    before = p.to_local().detach().clone()
-    optimizer.step()
+        torch.testing.assert_close(p.to_local(), q, rtol=1e-5, atol=1e-6)
     assert not calls
-    assert (p.to_local() != before).all()
 
 
 # Lookups by type or by module

@@ -95,7 +95,8 @@ Otherwise examine_state(const Inventory& inventory, const Located& located, int 
   for (int k = 0; k < wanted; ++k) {
     if (!is_exact_tensor(located.values[k])) {
       if (!is_tensor(located.values[k])) return wrong(Fault::no_tensor, k);
-      if (inventory.is_distributed(located.values[k])) return wrong(Fault::distribution, k);
+      const bool is_mixed = inventory.is_distributed(located.values[k]) && k >= inventory.rule.state_scalars;
+      if (is_mixed && !inventory.may_mix(p)) return wrong(Fault::distribution, k);
       return unsupported("states that are tensor subclasses");
     }
     const Tensor s = Tensor::in(located.values[k]);

@@ -114,6 +114,7 @@ struct Inventory {
   std::vector<Located> located;
   std::vector<Distribution> distributions;   // one for each located parameter; empty if none is distributed
   PyTypeObject* distributed_type = nullptr;  // of distributed tensors; null if there can be none
+  bool replicates = false;                   // torch takes plain tensors for replicated ones
   // One for each located parameter. Entries beyond these are from an earlier step.
   std::vector<Examined> examined;
   std::vector<Segment> segments;
@@ -133,6 +134,9 @@ struct Inventory {
   }
 
   bool is_distributed(const PyObject* object) const { return Py_TYPE(object) == distributed_type; }
+
+  // Says whether torch takes a plain tensor where it has distributed ones.
+  bool may_mix(Tensor plain) const { return replicates || plain.numel() == 1; }
 
   // Returns how many scalars and tensors the state of a group's parameters must have.
   int wanted_values(const Group& group) const { return rule.state_scalars + group.states; }

@@ -13,6 +13,8 @@ namespace {
 
 constexpr char kRedistributed[] = "distributed tensors with a gradient or state of other placements";
 constexpr char kPartial[] = "distributed tensors of partial placements";
+constexpr char kPlainBeside[] = "plain tensors beside distributed ones";
+constexpr char kDisagrees[] = "distributed tensors that differ from their local tensors";
 constexpr char kLocalSubclass[] = "distributed tensors whose local tensors are subclasses";
 
 PyObject* interned(const char* name) {
@@ -56,6 +58,7 @@ LocalTensors::LocalTensors()
 
 void LocalTensors::prepare() {
   forgotten_.clear();
+  if (replicates_) is_replicating_ = replicates_().cast<bool>();
   if (has_looked_) return;
   // The program may be importing the module now.
   const auto module =
@@ -75,6 +78,9 @@ void LocalTensors::prepare() {
     py::object found = attribute(placements, name);
     if (found && PyType_Check(found.ptr())) whole_placements_.push_back(lasting_type(std::move(found)));
   }
+  replicates_ = attribute(py::module_::import("torch._C"), "_get_dtensor_allow_implicit_replication");
+  if (!replicates_) return;
+  is_replicating_ = replicates_().cast<bool>();
   tensor_type_ = lasting_type(type);
   spec_type_ = lasting_type(spec_type);
 }
@@ -83,6 +89,7 @@ bool LocalTensors::unwrap(Inventory& inventory) {
   unknown_.clear();
   inventory.distributions.clear();
   inventory.distributed_type = tensor_type_;
+  inventory.replicates = is_replicating_;
   for (size_t i = 0; i < inventory.size() && tensor_type_ != nullptr; ++i) {
     if (!inventory.is_distributed(inventory.located[i].parameter)) continue;
     inventory.distributions.resize(inventory.size());
@@ -99,12 +106,18 @@ void LocalTensors::unwrap_one(Inventory& inventory, size_t i) {
   Distribution& distribution = inventory.distributions[i];
   const int scalars = inventory.rule.state_scalars;
   Objects tensors{}, specs{};
+  const auto take_plain = [&](Tensor tensor, int8_t culprit) {
+    const bool is_subclass = tensor.is_python_subclass();
+    if (is_subclass || inventory.may_mix(tensor)) {
+      distribution.unsupported = is_subclass ? kSubclasses : kPlainBeside;
+    } else {
+      distribution.wrong = {Fault::distribution, culprit};
+    }
+  };
   const auto take = [&](int stream, int8_t culprit, PyObject* tensor) -> PyObject* {
     const auto k = static_cast<size_t>(stream);
     if (!inventory.is_distributed(tensor)) {
-      const bool is_subclass = Tensor::in(tensor).is_python_subclass();  // which torch asks what to do
-      if (is_subclass) distribution.unsupported = kSubclasses;
-      if (!is_subclass) distribution.wrong = {Fault::distribution, culprit};
+      take_plain(Tensor::in(tensor), culprit);
       return tensor;
     }
     tensors[k] = tensor;
@@ -115,10 +128,14 @@ void LocalTensors::unwrap_one(Inventory& inventory, size_t i) {
     return tensor;
   };
   located.local = take(kParam, Wrong::kParameter, located.parameter);
+  const Tensor parameter = Tensor::in(located.parameter);
+  if (parameter.dtype() != located.param().dtype() || parameter.is_inference() != located.param().is_inference()) {
+    distribution.unsupported = kDisagrees;
+  }
   if (located.grad.is_python_subclass()) {
     located.grad = Tensor::in(take(kGrad, Wrong::kGradient, located.grad.python_object()));
   } else {
-    distribution.wrong = {Fault::distribution, Wrong::kGradient};
+    take_plain(located.grad, Wrong::kGradient);
   }
   for (int k = scalars; k < kMaxStateKeys; ++k) {
     PyObject* const value = located.values[k];

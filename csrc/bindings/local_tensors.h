@@ -30,7 +30,7 @@ class LocalTensors {
   // Says whether a plain parameter has a distributed gradient, which torch refuses in the middle of a step.
   static bool is_mixed(const Inventory& inventory, const Located& located) {
     return is_exact_tensor(located.parameter) && located.grad.is_python_subclass() &&
-           inventory.is_distributed(located.grad.python_object());
+           inventory.is_distributed(located.grad.python_object()) && !inventory.may_mix(located.param());
   }
 
  private:
@@ -62,6 +62,8 @@ class LocalTensors {
   Py_ssize_t local_at_ = 0, spec_at_ = 0;        // of a tensor's slots in the object, in bytes
   bool has_looked_ = false;
   PyObject *module_name_, *mesh_, *placements_, *order_;  // strings
+  pybind11::object replicates_;                           // says whether torch takes plain tensors for replicated ones
+  bool is_replicating_ = false;
 
   // The specs that were found to be alike, by a parameter's place in the step and by stream. torch hashes specs, so
   // they never change. Comparing them again takes four times as long as all else that a DTensor needs.

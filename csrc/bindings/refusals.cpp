@@ -35,7 +35,6 @@ std::string describe_fault(const Inventory& inventory, size_t i, const Wrong& wr
            std::to_string(local_culprit(located, wrong).storage_bytes()) + " bytes: it was freed or resized";
   }
   if (wrong.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
-  // Other code may run from here on, so the object is held.
   const auto parameter = py::reinterpret_borrow<py::object>(located.parameter);
   const py::object culprit = value != nullptr                    ? py::reinterpret_borrow<py::object>(value)
                              : wrong.culprit == Wrong::kGradient ? py::object(parameter.attr("grad"))
@@ -52,8 +51,12 @@ std::string describe_fault(const Inventory& inventory, size_t i, const Wrong& wr
       const std::string where = describe_distribution(culprit.ptr());
       return where.empty() ? "is not distributed" : "is distributed" + where;
     }
-    default:
-      return "has another shape, " + shape_of(Tensor::in(culprit.ptr()));
+    default: {
+      const Tensor tensor = Tensor::in(culprit.ptr());
+      if (!same_shape(tensor, Tensor::in(located.parameter))) return "has another shape, " + shape_of(tensor);
+      return "has a local tensor of another shape, " + shape_of(local_culprit(located, wrong)) + " beside " +
+             shape_of(located.param());
+    }
   }
 }
 
@@ -61,9 +64,18 @@ std::string describe_fault(const Inventory& inventory, size_t i, const Wrong& wr
 
 void refuse(const Inventory& inventory, const PythonReader& keys, size_t i) {
   const Wrong wrong = std::get<Wrong>(inventory.examined[i]);
+  const Located& located = inventory.located[i];
+  // The __repr__ of a mesh or of a name may run any code.
+  std::vector<py::object> held;
+  for (PyObject* object : {inventory.group_of(i).dict, located.parameter, located.local}) {
+    held.push_back(py::reinterpret_borrow<py::object>(object));
+  }
+  for (int k = 0; k < kMaxStateKeys; ++k) {
+    held.push_back(py::reinterpret_borrow<py::object>(located.values[k]));
+    held.push_back(py::reinterpret_borrow<py::object>(inventory.state_object(i, k)));
+  }
   const std::string fault = describe_fault(inventory, i, wrong);
   const std::string state = wrong.culprit >= 0 ? quoted(keys.key_of_state(static_cast<size_t>(wrong.culprit))) : "";
-  // The parameter is described last, because the __repr__ of a name may change the inventory's objects.
   const std::string parameter = describe(inventory, i);
   if (wrong.fault == Fault::missing) {
     throw py::key_error("the state of " + parameter + " has no " + state +

@@ -9,46 +9,30 @@ namespace {
 
 enum Form { kNew = 1, kMixed = 2, kSparse = 4, kFusable = 8 };  // see dracopt_ext/todo.py
 
-// Returns the tensor that holds a tensor's elements: a distributed tensor's shard, or itself. Returns null for other
-// wrappers.
-py::object local_of(PyObject* object) {
-  if (!Tensor::in(object).is_python_subclass()) return py::reinterpret_borrow<py::object>(object);
-  auto local = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object, "_local_tensor"));
-  if (!local) {
-    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
-    PyErr_Clear();
-  }
-  return local && is_tensor(local.ptr()) ? local : py::object();
-}
-
 // Says whether a tensor lies contiguously in the host's memory and its storage is large enough.
-bool lies_simply(const py::object& object) {
-  if (!object) return false;
-  const Tensor tensor = Tensor::in(object.ptr());
+bool lies_simply(Tensor tensor) {
   return tensor.is_plain_on_cpu() && tensor.is_contiguous() && !lacks_memory(tensor, tensor.numel(), tensor.itemsize());
 }
 
 bool is_absent(PyObject* value) { return value == nullptr || value == Py_None; }
 
-// Says whether torch's fused kernels for the CPU are right for these tensors. They ignore strides and sizes.
-bool is_fusable(const Inventory& inventory, const Group& group, const Located& located, PyObject* grad_object) {
-  const Format& format = format_of(located.param());
+// Says whether torch's fused kernels for the CPU are right for these tensors. They ignore strides and sizes. They are
+// not for distributed tensors: they lose what they write into a moment of other placements, and the processes would
+// have to agree on the kernel.
+bool is_fusable(const Inventory& inventory, const Group& group, const Located& located, Tensor grad) {
+  const Tensor param = Tensor::in(located.parameter);
+  if (!lies_simply(param) || !lies_simply(grad) || !same_shape(grad, param)) return false;
+  const Format& format = format_of(param);
   if (!format.is_native || format.is_complex) return false;
-  const py::object param = local_of(located.parameter), grad = local_of(grad_object);
-  const auto has_its_shape = [&](const py::object& object) {
-    return same_shape(Tensor::in(object.ptr()), Tensor::in(param.ptr()));
-  };
-  if (!lies_simply(param) || !lies_simply(grad) || !has_its_shape(grad)) return false;
   for (int k = 0; k < inventory.wanted_values(group); ++k) {
     if (is_absent(located.values[k])) continue;  // torch creates the value
     if (!is_tensor(located.values[k])) return false;
-    const py::object object = local_of(located.values[k]);
-    if (!lies_simply(object)) return false;
-    const Tensor state = Tensor::in(object.ptr());
+    const Tensor state = Tensor::in(located.values[k]);
+    if (!lies_simply(state)) return false;
     const Format& stored = format_of(state);
     const bool is_fp32 = stored.is_native && !stored.is_complex && stored.dtype == Dtype::fp32;
     const bool is_scalar = k < inventory.rule.state_scalars;
-    if (!(is_scalar ? is_fp32 && state.numel() == 1 : has_its_shape(object))) return false;
+    if (!(is_scalar ? is_fp32 && state.numel() == 1 : same_shape(state, param))) return false;
   }
   return true;
 }
@@ -73,7 +57,7 @@ int form_of(const Inventory& inventory, size_t i, PyObject* grad_object, double 
   }
   if (mixed) return form | kMixed;
   const bool may_fuse = group.fused && std::get_if<Unsupported>(&inventory.examined[i])->reason != kSharesMemory;
-  return may_fuse && is_fusable(inventory, group, located, grad_object) ? form | kFusable : form;
+  return may_fuse && is_fusable(inventory, group, located, grad) ? form | kFusable : form;
 }
 
 std::vector<Run> runs_of_missing(const Inventory& inventory) {

@@ -93,4 +93,14 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
         tensor = grad if name == "the gradient" else state.get(name)
         if tensor is not None and tensor.shape != p.shape:
             raise ValueError(f"{name} of {step.describe(p)} has another shape, {list(tensor.shape)}")
+        mesh = getattr(tensor, "device_mesh", None)
+        if isinstance(tensor, Tensor) and mesh != getattr(p, "device_mesh", None) and not _may_mix(p, tensor):
+            where = "not distributed" if mesh is None else f"distributed over {mesh}"
+            raise ValueError(f"{name} of {step.describe(p)} is {where}")
     return state
+
+
+def _may_mix(p: Tensor, tensor: Tensor) -> bool:
+    """Says whether torch takes one of these for a replicated tensor, because it is a plain one."""
+    one = next((t for t in (p, tensor) if not hasattr(t, "device_mesh")), None)
+    return one is not None and (one.numel() == 1 or torch._C._get_dtensor_allow_implicit_replication())

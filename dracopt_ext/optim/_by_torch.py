@@ -123,8 +123,9 @@ def _sort_for_torch(
             (as_it_is if kind.keeps_fused else unfused).append(p)
         else:
             _device_dtype_check_for_fused(p)
-            # On the CPU torch's fused kernels are wrong for some dtypes and strides; torch's other code is not.
-            (unfused if p.device.type == "cpu" else as_it_is).append(p)
+            # torch's fused kernels are wrong for some dtypes and strides on the CPU, and lose what they write into a
+            # distributed moment of other placements. torch's other code is right.
+            (unfused if p.device.type == "cpu" or hasattr(p, "device_mesh") else as_it_is).append(p)
     return as_it_is, unfused, mixed
 
 

@@ -222,5 +222,6 @@ def describe(groups: Any, group_index: int, index: int) -> str:
     group = groups[group_index]
     name = f"{group['param_names'][index]!r}, " if group.get("param_names") else ""
     p = group["params"][index]
-    where = f" over {p.device_mesh} by {p.placements}" if hasattr(p, "device_mesh") else ""
+    is_distributed = hasattr(p, "device_mesh") and hasattr(p, "placements")
+    where = f" over {p.device_mesh} by {p.placements}" if is_distributed else ""
     return f"parameter {index} of group {group_index} ({name}shape {list(p.shape)}{where})"
