@@ -1141,13 +1141,6 @@ MUTANTS = [
         "test_distributed::test_what_the_name_of_a_mesh_may_do",
     ),
     Mutant(
-        "torch's fused kernels for distributed tensors",
-        TODO,
-        "const Tensor param = Tensor::in(located.parameter);",
-        "const Tensor param = located.param();",
-        "test_distributed_training::test_fused_where_placements_differ",
-    ),
-    Mutant(
         "versions of distributed parameters are not counted",
         RUNNER,
         "if (located.parameter != located.local) Tensor::in(located.parameter).bump_version();",
