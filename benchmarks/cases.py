@@ -206,6 +206,12 @@ SUITES = {
         cases=[
             adamw("AdamW, 1000 tensors of 1", [(1,)] * 1000),
             adamw("AdamW, 1000 of 1, a group each", [(1,)] * 1000, groups=1000),
+            adamw(
+                "AdamW, 1000 DTensors of 1",
+                [(1,)] * 1000,
+                storage=DISTRIBUTED,
+                peers=["dracopt", "dracopt plain", "torch fused"],
+            ),
         ],
         peers=["dracopt", "torch fused"],
         interleaved=False,
