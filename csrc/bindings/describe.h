@@ -37,8 +37,8 @@ inline PyObject* names_in(PyObject* group) {
   return nullptr;
 }
 
-// Returns, for example, " over DeviceMesh((2,), 'cpu', stride=(1,)) by (Shard(dim=0),)"; nothing for other tensors than
-// torch's distributed ones.
+// Returns, for example, " over DeviceMesh((2,), 'cpu', stride=(1,)) by (Shard(dim=0),)". The text is empty for tensors
+// that are not distributed.
 inline std::string describe_distribution(PyObject* tensor) {
   if (!Tensor::in(tensor).is_python_subclass()) return "";
   const auto held = pybind11::reinterpret_borrow<pybind11::object>(tensor);

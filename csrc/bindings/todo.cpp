@@ -16,9 +16,9 @@ bool lies_simply(Tensor tensor) {
 
 bool is_absent(PyObject* value) { return value == nullptr || value == Py_None; }
 
-// Says whether torch's fused kernels for the CPU are right for these tensors. They ignore strides and sizes. They are
-// not for distributed tensors: they lose what they write into a moment of other placements, and the processes would
-// have to agree on the kernel.
+// Says whether torch's fused kernels for the CPU are right for these tensors. They ignore strides and sizes.
+// Distributed tensors are left out, because these kernels lose what they write into a moment of other placements, and
+// because all processes must agree on the kernel.
 bool is_fusable(const Inventory& inventory, const Group& group, const Located& located, Tensor grad) {
   const Tensor param = Tensor::in(located.parameter);
   if (!lies_simply(param) || !lies_simply(grad) || !same_shape(grad, param)) return false;
