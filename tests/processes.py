@@ -86,7 +86,6 @@ def _run(
         )
         result = function(*args)
         dist.barrier()
-        dist.destroy_process_group()
-        sender.send((True, result))
+        sender.send((True, result))  # the process is then ended from outside
     except BaseException:
         sender.send((False, traceback.format_exc()))
