@@ -93,7 +93,7 @@ struct Stepped {};
 
 using Examined = std::variant<Stepped, Ready, MissingState, Unsupported, Wrong>;
 
-// What is known of a distributed parameter; nothing of others.
+// A distribution says what is known of a distributed parameter. It is empty for any other parameter.
 struct Distribution {
   const char* unsupported;          // why kernels cannot update the local tensors; null if they can
   std::optional<Wrong> wrong;       // which tensor cannot be right

@@ -17,6 +17,13 @@ inline PyObject* lookup(PyObject* dict, PyObject* key) {
   return value;
 }
 
+// Returns a string that is interned and never freed.
+inline PyObject* interned(const char* name) {
+  PyObject* const string = PyUnicode_InternFromString(name);
+  if (string == nullptr) throw pybind11::error_already_set();
+  return string;
+}
+
 // Brings the entries of a dict into the cache.
 inline void prefetch_entries(PyObject* dict) {
   if (!PyDict_Check(dict)) return;
@@ -26,11 +33,7 @@ inline void prefetch_entries(PyObject* dict) {
 
 class KeyReader {
  public:
-  // Appends a name, whose string is interned and never freed.
-  void append(const char* name) {
-    keys_.push_back(PyUnicode_InternFromString(name));
-    if (keys_.back() == nullptr) throw pybind11::error_already_set();
-  }
+  void append(const char* name) { keys_.push_back(interned(name)); }
 
   // Appends a null-terminated list of names.
   void append(const char* const* names) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "bindings/examine.h"
+#include "bindings/key_reader.h"
 
 namespace py = pybind11;
 
@@ -16,12 +17,6 @@ constexpr char kPartial[] = "distributed tensors of partial placements";
 constexpr char kPlainBeside[] = "plain tensors beside distributed ones";
 constexpr char kDisagrees[] = "distributed tensors that differ from their local tensors";
 constexpr char kLocalSubclass[] = "distributed tensors whose local tensors are subclasses";
-
-PyObject* interned(const char* name) {
-  PyObject* const string = PyUnicode_InternFromString(name);
-  if (string == nullptr) throw py::error_already_set();
-  return string;
-}
 
 // Returns an attribute, or null if it is missing.
 py::object attribute(py::handle object, const char* name) {

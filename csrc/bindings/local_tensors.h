@@ -41,7 +41,7 @@ class LocalTensors {
   using Objects = std::array<PyObject*, kMaxStreams>;
   using Held = std::array<pybind11::object, kMaxStreams>;
 
-  // What a DTensorSpec says of where elements lie. It keeps these objects.
+  // These parts of a DTensorSpec say where elements lie. The DTensorSpec keeps them alive.
   struct Spec {
     PyObject *mesh, *placements, *order;
   };
@@ -70,8 +70,8 @@ class LocalTensors {
   std::vector<Held> alike_;
   std::vector<Held> forgotten_;  // until nothing is borrowed, because an object's end may run other code
 
-  // What Python said of pairs of meshes and placements, which never change. These objects are held, because the address
-  // of another one might be the same later.
+  // Pairs of meshes and of placements, with Python's answer whether they are equal. They never change. They are held,
+  // because the address of another object might be the same later.
   std::map<Pair, bool> known_;
   std::vector<pybind11::object> held_;
   std::vector<Pair> unknown_;
