@@ -8,7 +8,7 @@ class Triton:
 
     def __init__(
         self,
-        make_launcher: Callable[[str, tuple[str, ...], str], Callable[..., None]],
+        make_launcher: Callable[[str, tuple[str, ...], str], Any],
         is_capturing: Callable[[], bool] | None,
         tile: int,
         on_cpu: bool,
@@ -25,6 +25,8 @@ class StepPlan:
         state: Any,
         grad_scale: float = 1.0,
         scaler: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        coefficient: float | torch.Tensor = 1.0,
+        clipping: tuple[float, torch.Tensor, bool, bool] | None = None,
         created: list[tuple[int, int, int]] | None = None,
         stepped: list[tuple[int, int]] | None = None,
         only_looks: bool = False,
@@ -34,7 +36,7 @@ class StepPlan:
         """How many parameters the last call updated, by the device's type and the backend's name."""
     @property
     def launches(self) -> int:
-        """How many launches of the update kernel the last call made."""
+        """How many kernels the last call launched, except those that write tables."""
 
 class Rule(NamedTuple):
     """Describes an update rule."""
@@ -62,3 +64,25 @@ def cuda_unavailable(device: int) -> str | None:
 
 def cuda_architectures() -> list[int]:
     """Lists the architectures of the CUDA kernels in ascending order: 900 is sm_90. Empty without CUDA kernels."""
+
+def sum_of_squares(
+    gradients: list[torch.Tensor], of_parameters: bool
+) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
+    """Adds the squares of those gradients that the CPU's kernels serve. The list holds gradients, or their parameters.
+
+    Returns the sum, items that have among them every dtype that was served, and the items that were not served.
+    """
+
+def multiply_gradients(gradients: list[torch.Tensor], number: float, of_parameters: bool) -> list[torch.Tensor]:
+    """Multiplies the gradients that the CPU's kernels serve, in place. Returns the other items of the list."""
+
+def limit_gradients(gradients: list[torch.Tensor], number: float, of_parameters: bool) -> list[torch.Tensor]:
+    """Limits the same gradients to [-number, number]. Returns the other items of the list."""
+
+def zero_gradients(gradients: list[torch.Tensor], number: float, of_parameters: bool) -> list[torch.Tensor]:
+    """Fills the same gradients with zeros. Returns the other items of the list. ``number`` means nothing."""
+
+def measure_on_gpu(
+    gradients: list[torch.Tensor], norm: torch.Tensor, grad_scale: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Finds the norm of gradients on the GPU of ``norm``, divided by the scale. Returns all other gradients."""

@@ -18,6 +18,11 @@ from torch.optim import swa_utils as swa_utils
 
 from .backend import backends as backends
 from .backend import notice as _notice
+from .clip_grad import clip_grad_norm_ as clip_grad_norm_
+from .clip_grad import clip_grad_value_ as clip_grad_value_
+from .clip_grad import clip_grads_with_norm_ as clip_grads_with_norm_
+from .clip_grad import get_total_norm as get_total_norm
+from .grad_scaler import GradScaler as GradScaler
 from .optim import SGD as SGD
 from .optim import Adam as Adam
 from .optim import AdamW as AdamW
@@ -42,7 +47,15 @@ if TYPE_CHECKING:  # the names that __getattr__ passes on
 
 __version__ = "0.1.0"
 
-__all__ = [*torch.optim.__all__, "backends"]
+__all__ = [
+    *torch.optim.__all__,
+    "GradScaler",
+    "backends",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+]
 
 
 def _with_our_classes(module: ModuleType) -> ModuleType:

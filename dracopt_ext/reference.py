@@ -13,6 +13,7 @@ place, and returns the new parameter. :func:`update` does what all rules share.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -288,6 +289,7 @@ def update(
     *,
     maximize: bool = False,
     grad_scale: float = 1.0,
+    coefficient: float = 1.0,
     first: bool = False,
 ) -> None:
     """Updates one parameter and its state in place, by one step.
@@ -295,8 +297,8 @@ def update(
     Args:
         rule: a name in :data:`RULES`.
         param: a real or complex tensor; a complex number counts as two real ones.
-        grad: has the same shape and is not modified. The rule gets it divided by ``grad_scale`` and, with
-            ``maximize``, negated.
+        grad: has the same shape and is not modified. The rule gets it divided by ``grad_scale``, multiplied by
+            ``coefficient`` and, with ``maximize``, negated.
         state: the parameter's complete state. Its moments have the parameter's shape, and any dtype and strides.
         group: the parameter group, which holds the rule's hyperparameters: numbers or tensors of one element.
         first: whether the moments hold nothing yet. The rule then does not see them.
@@ -313,6 +315,8 @@ def update(
     g = widened(grad.resolve_conj())
     if grad_scale != 1:
         g = g / torch.tensor(grad_scale, dtype=dtype, device=g.device)
+    if coefficient != 1:
+        g = g * torch.tensor(coefficient, dtype=dtype, device=g.device)
     of_rule = {name: state[name].clone() for name in STATE_SCALARS if name in state}
     if not first:
         of_rule.update({name: widened(value) for name, value in moments.items()})
@@ -325,3 +329,22 @@ def update(
     for name, moment in moments.items():
         if name in of_rule:
             real(moment).copy_(of_rule[name])
+
+
+def sum_of_squares(tensors: Iterable[Tensor]) -> float:
+    """Returns the sum of the squares of all elements, from which the global norm follows.
+
+    The order of the additions is fixed. A chunk of 4096 elements lies in rows of 512; each lane adds its squares in
+    fp64, row after row, and then neighbours are added in pairs. The sums of the chunks are added exactly.
+    """
+    sums: list[float] = []
+    for tensor in tensors:
+        real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        chunks = torch.nn.functional.pad(real.detach().double().flatten(), (0, -real.numel() % 4096)).view(-1, 8, 512)
+        lanes = chunks[:, 0].square()
+        for row in range(1, 8):
+            lanes = _fma(chunks[:, row], chunks[:, row], lanes)
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, 0::2] + lanes[:, 1::2]
+        sums += lanes.flatten().tolist()
+    return math.fsum(sums)

@@ -14,6 +14,8 @@ Run = tuple[int, int, int]
 """Neighbouring parameters: the index of their group, the index of the first one, and the index after the last."""
 Scaler = tuple[Tensor | None, Tensor | None]
 """GradScaler's tensors ``found_inf`` and ``grad_scale``, for the kernels to read."""
+Clipping = tuple[float, Tensor, bool, bool]
+"""How to clip: the largest norm, where the norm is written, and the two flags of csrc/bindings/gpu_launches.h."""
 Unsupported = tuple[int, int, str, int]
 """An unsupported parameter: its group's index, its own index, the reason, and its form, a sum of the flags below."""
 
@@ -56,11 +58,12 @@ def form_of(
     *,
     new: bool,
     may_fuse: bool,
-    grad_scale: float,
+    adjusts: bool,
 ) -> int:
     """Returns the form of a parameter with a gradient, as csrc/bindings/todo.cpp does.
 
-    ``state_scalars`` and ``moments`` are the scalars and tensors of its state, or None if they have yet to be created.
+    ``adjusts`` says whether the gradient is divided or multiplied first. ``state_scalars`` and ``moments`` are the
+    scalars and tensors of the parameter's state, or None if they have yet to be created.
     """
     form = NEW if new else 0
     if grad.is_sparse:
@@ -68,7 +71,7 @@ def form_of(
     if grad.layout is not torch.strided:
         return form
     dtype = p.dtype
-    mixed = grad.dtype is not dtype or grad.is_conj() or (grad_scale != 1 and dtype in _SHORT)
+    mixed = grad.dtype is not dtype or grad.is_conj() or (adjusts and dtype in _SHORT)
     for moment in moments:
         mixed = mixed or (isinstance(moment, Tensor) and moment.dtype is not dtype)
     if mixed:

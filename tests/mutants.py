@@ -104,12 +104,12 @@ MUTANTS = [
     Mutant("momentum of this step for the next", NADAM, "mu_next = momentum(step + 1, h)", "mu_next = mu", BITS),
     # The loop and its tiles
     Mutant("lost tail", KERNELS, "i < words; ++i)", "i < (words & ~7); ++i)", BITS),
-    Mutant("maximize ignored", KERNELS, "segment.update->maximize ? T(-1) : T(1)", "T(1)", BITS),
+    Mutant("maximize ignored", KERNELS, "update.maximize ? -reciprocal : reciprocal", "reciprocal", BITS),
     Mutant(
         "grad_scale ignored",
         KERNELS,
-        "if (grad_scale != 1)",
-        "if (false)",
+        "if (divides(*segment.update, T())) {",
+        "if (false) {",
         "test_dtypes::test_grad_scale_is_divided_by",
     ),
     Mutant(
@@ -426,7 +426,7 @@ MUTANTS = [
     Mutant(
         "maximize only where gradients are divided, too",
         GPU_UPDATE,
-        "adjusts = number != T(1) || maximize;",
+        "adjusts = number != T(1) || coefficient != T(1);",
         "adjusts = number != T(1);",
         "test_gpu::test_bits_of_the_cpu",
     ),
@@ -740,8 +740,8 @@ MUTANTS = [
     Mutant(
         "Triton: maximize is ignored",
         TRITON_KERNEL,
-        "tl.int8) != 0, -1.0, 1.0)",
-        "tl.int8) != 0, 1.0, 1.0)",
+        "tl.int8) != 0, -coefficient, coefficient)",
+        "tl.int8) != 0, coefficient, coefficient)",
         "test_triton::test_on_the_cpu_in_the_interpreter",
     ),
     Mutant(
@@ -1010,7 +1010,7 @@ MUTANTS = [
     Mutant(
         "a scaler of an earlier step",
         LAUNCHES,
-        "  counts_steps_ = false;\n  found_inf_ = grad_scale_ = {};",
+        "  counts_steps_ = false;\n  found_inf_ = grad_scale_ = coefficient_ = {};",
         "  counts_steps_ = false;",
         "test_gpu::test_a_step_that_failed_leaves_no_scaler_behind",
     ),
@@ -1178,14 +1178,14 @@ MUTANTS = [
     Mutant(
         "Triton: arguments of a capture given back",
         TRITON_LAUNCHES,
-        "if (is_capturing()) keep(std::move(there));",
+        "if (is_capturing()) keep(std::move(sent));",
         "",
         "test_gpu::test_captured_memory_outlives_the_capture",
     ),
     Mutant(
         "Triton: a capture loads a kernel",
         TRITON_LAUNCHER,
-        "if capturing and not self._is_loaded:",
+        "if capturing and kernel not in self._loaded:",
         "if False:",
         "test_gpu::test_a_capture_needs_a_kernel_that_is_loaded",
     ),

@@ -41,15 +41,18 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "containers": {"reference"},
     "devices": set(),
     "todo": set(),
-    "optim": {"backend", "containers", "devices", "todo", "reference"},
-    "__init__": {"optim", "backend"},
+    "clip_grad": {"backend", "devices"},
+    "grad_scaler": {"optim"},
+    "optim": {"backend", "clip_grad", "containers", "devices", "todo", "reference"},
+    "__init__": {"optim", "backend", "clip_grad", "grad_scaler"},
     "__main__": {"backend"},
     "_build_info": set(),
     # modules of triton_kernels, which backend imports when they are needed
     "arithmetic": set(),
     "rules": {"arithmetic"},
     "kernel": {"arithmetic"},
-    "launcher": {"kernel", "rules"},
+    "squares": {"arithmetic", "kernel"},
+    "launcher": {"kernel", "rules", "squares"},
 }
 
 

@@ -91,7 +91,7 @@ static std::vector<Range> ranges;
 static void update(const Segment& s, int64_t begin, int64_t end) { ranges.push_back({&s, begin, end}); }
 int main() {
   long faults = 0;
-  const Update recording{update, nullptr, 1, false};
+  const Update recording{update, nullptr, 1, 1, false};
   const int64_t large = int64_t(1) << 31;
   const std::vector<std::vector<int64_t>> lists = {
       {large + 77}, {0, large * 512, 0, 1}, {5, large, large - 1, large + 1, 0, 63, 64, 65}, {0}, {1, 1, 1}};
@@ -309,8 +309,8 @@ int main() {
   fill({large + 3, 0, large << 9, 5, large << 11, large << 11, 0}, 5, 7);
   std::printf("%zu", fill(std::vector<int64_t>(465, 3), 5, 1));            // a group each
   std::printf(" %zu", fill(std::vector<int64_t>(3900, 3), 5, 130));        // 30 groups
-  std::printf(" %zu", fill(std::vector<int64_t>(4087 - 5, 3), 5, 10000));  // just fits
-  std::printf(" %zu", fill(std::vector<int64_t>(4087 - 4, 3), 5, 10000));  // just does not
+  std::printf(" %zu", fill(std::vector<int64_t>(kArgumentWords - 5, 3), 5, 10000));  // just fits
+  std::printf(" %zu", fill(std::vector<int64_t>(kArgumentWords - 4, 3), 5, 10000));  // just does not
   std::printf(" %zu", fill(std::vector<int64_t>(10000, 3), 5, 100));
   std::printf(" %zu", fill(std::vector<int64_t>(10000, 3), 5, 1));         // 681 of 6 words each, and one word left
   std::printf(" %zu", fill({large << 11, large << 11, 1}, 5, 10));         // more blocks than a launch can have

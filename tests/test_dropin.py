@@ -58,13 +58,15 @@ def test_submodules_are_torchs() -> None:
 
 
 @every_class
-def test_signature_is_torchs_and_our_two_options(name: str) -> None:
+def test_signature_is_torchs_and_our_options(name: str) -> None:
     ours = inspect.signature(getattr(dracopt_ext, name)).parameters
     theirs = inspect.signature(getattr(torch.optim, name)).parameters
     assert [(p.name, p.default, p.kind) for p in ours.values()] == [
         *((p.name, p.default, p.kind) for p in theirs.values()),
         ("backend", None, inspect.Parameter.KEYWORD_ONLY),
         ("state_dtype", None, inspect.Parameter.KEYWORD_ONLY),
+        ("max_grad_norm", None, inspect.Parameter.KEYWORD_ONLY),
+        ("error_if_nonfinite", False, inspect.Parameter.KEYWORD_ONLY),
     ]
 
 

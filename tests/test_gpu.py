@@ -35,7 +35,7 @@ from .test_layouts import LAYOUTS, Buffers, given
 from .test_properties import Trained, programs
 
 TILE = 4096
-ARGUMENT_WORDS = (32764 - 64) // 8
+ARGUMENT_WORDS = (32764 - 112) // 8
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -181,13 +181,13 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         interpreted.set_up(monkeypatch)
         serve_gpus_by_triton(monkeypatch)
         monkeypatch.setattr(backend_module, "_capture_query", lambda: lambda: simulation.read("capturing") == 1)
-        there, launch = Interpreted(simulation), launcher.Launcher.__call__
+        there, launch = Interpreted(simulation), launcher.Launcher.update
 
         def launch_and_record(self: Any, programs: int, *addresses: Any) -> None:
             there.record(addresses[0], addresses[3])
             launch(self, programs, *addresses)
 
-        monkeypatch.setattr(launcher.Launcher, "__call__", launch_and_record)
+        monkeypatch.setattr(launcher.Launcher, "update", launch_and_record)
         yield there
     else:
         yield Simulated(simulation)
@@ -770,7 +770,7 @@ def test_what_other_code_may_take_away_of_distributed_tensors(
     memory = [p._local_tensor.detach() for p in params]
     versions = [result._version for result in memory]
     rubbish: list[Any] = []
-    launch = launcher.Launcher.__call__
+    launch = launcher.Launcher.update
 
     def take_away_and_launch(*arguments: Any) -> None:
         for p in params:
@@ -783,7 +783,7 @@ def test_what_other_code_may_take_away_of_distributed_tensors(
         rubbish.extend(distributed(torch.full((1000,), 1e9), mesh) for _ in range(200))
         launch(*arguments)
 
-    monkeypatch.setattr(launcher.Launcher, "__call__", take_away_and_launch)
+    monkeypatch.setattr(launcher.Launcher, "update", take_away_and_launch)
     optimizer.step()
     assert all((tensor._local_tensor == 1e9).all() for tensor in rubbish)
     q = nn.Parameter(torch.ones(1000))
@@ -818,7 +818,7 @@ def test_what_other_code_may_take_away(gpu: Gpu, make: Any, monkeypatch: pytest.
 
     expected, values = prepare()
     expected.step()
-    launch = launcher.Launcher.__call__
+    launch = launcher.Launcher.update
     rubbish: list[Any] = []
 
     def take_away_and_launch(*arguments: Any) -> None:
@@ -836,7 +836,7 @@ def test_what_other_code_may_take_away(gpu: Gpu, make: Any, monkeypatch: pytest.
         launch(*arguments)
 
     optimizer, ours = prepare()
-    monkeypatch.setattr(launcher.Launcher, "__call__", take_away_and_launch)
+    monkeypatch.setattr(launcher.Launcher, "update", take_away_and_launch)
     optimizer.step()
     assert all((tensor == 1e9).all() for tensor in rubbish)
     q = nn.Parameter(torch.ones(1000))

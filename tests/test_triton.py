@@ -240,7 +240,7 @@ def test_default_device() -> None:
 @pytest.mark.usefixtures("interpreter")
 def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = dracopt_ext.AdamW(parameters(1), backend="triton")
-    launch = launcher.Launcher.__call__
+    launch = launcher.Launcher.update
     refused = []
 
     def step_and_launch(*arguments: Any) -> None:
@@ -249,7 +249,7 @@ def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         refused.append(caught)
         launch(*arguments)
 
-    monkeypatch.setattr(launcher.Launcher, "__call__", step_and_launch)
+    monkeypatch.setattr(launcher.Launcher, "update", step_and_launch)
     optimizer.step()
     assert refused
 
@@ -259,7 +259,7 @@ def test_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*non-leaf Tensor:UserWarning")
 def test_what_other_code_may_do_during_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may run while Python launches. It takes away everything that the step has found."""
-    launch = launcher.Launcher.__call__
+    launch = launcher.Launcher.update
     for case in RULES:
         initial, (first, second) = inputs([1000] * 5, torch.float32, 2)
         expected = train(case.ours, {**case.options, "backend": "native"}, initial, [first, second])
@@ -287,7 +287,7 @@ def test_what_other_code_may_do_during_a_launch(monkeypatch: pytest.MonkeyPatch)
             assert not any(other.any() for other in others)
 
         with monkeypatch.context() as patch:
-            patch.setattr(launcher.Launcher, "__call__", take_away_and_launch)
+            patch.setattr(launcher.Launcher, "update", take_away_and_launch)
             del p
             params.clear()
             optimizer.step()

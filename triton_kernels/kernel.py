@@ -25,6 +25,7 @@ STATE_SCALAR_FP32, MAXIMIZE, HAS_RECIPE = AT["STATE_SCALAR_FP32"], AT["MAXIMIZE"
 LAYOUT_BYTES, DIMS, SIZES = AT["LAYOUT_BYTES"], AT["DIMS"], AT["SIZES"]
 STRIDES, STRIDES_BYTES = AT["STRIDES"], AT["STRIDES_BYTES"]
 FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED = AT["FOUND_INF"], AT["GRAD_SCALE"], AT["DIVISOR"], AT["FINISHED"]
+MULTIPLIER, COEFFICIENT = AT["MULTIPLIER"], AT["COEFFICIENT"]
 COUNT, BLOCKS, WORDS = AT["COUNT"], AT["BLOCKS"], AT["WORDS"]
 FP32_ADDRESS, FP64_ADDRESS, FIRST, NUMBERS = AT["FP32_ADDRESS"], AT["FP64_ADDRESS"], AT["FIRST"], AT["NUMBERS"]
 
@@ -40,6 +41,13 @@ def number_at(address, is_fp32, is_fp64):
     fp32 = tl.load(address.to(tl.pointer_type(tl.float32)), mask=is_fp32, other=0)
     fp64 = tl.load(address.to(tl.pointer_type(tl.float64)), mask=is_fp64, other=0)
     return tl.where(is_fp32, fp32.to(tl.float64), fp64)
+
+
+@triton.jit
+def grad_scale_in(arguments):
+    """Returns what divides the gradients, in fp64."""
+    address = field(arguments, GRAD_SCALE, tl.int64)
+    return tl.where(address != 0, number_at(address, address != 0, False), field(arguments, DIVISOR, tl.float64))
 
 
 @triton.jit
@@ -179,7 +187,7 @@ def update_block(
 
     The function does nothing if ``fast`` is true and the fast arithmetic is not proved for one of the elements.
     """
-    addresses, layout, is_strided, sign, divisor, scalars = tensor
+    addresses, layout, is_strided, divisor, coefficient, scalars = tensor
     at_param, at_grad, at_state0, at_state1, at_state2 = addresses
     states = (at_state0 != 0).to(tl.int32) + (at_state1 != 0).to(tl.int32) + (at_state2 != 0).to(tl.int32)
     mask = elements < limit
@@ -200,7 +208,7 @@ def update_block(
     s2 = load(at_state2, in_state2, mask2, state2, lanes, T)
     if divisor[0] != 1:
         g = quotient_by(g, divisor, fast)
-    p, s0, s1, s2 = update(scalars, p, sign * g, s0, s1, s2, states, fast)
+    p, s0, s1, s2 = update(scalars, p, coefficient * g, s0, s1, s2, states, fast)
     done = True
     if fast:
         done = tl.min((p == p).to(tl.int32), 0) != 0
@@ -276,10 +284,11 @@ def step_kernel(
     numel = field(row, NUMEL, tl.int64)
     begin = (program - field(first_tiles, 4 * index, tl.int32)).to(tl.int64) * TILE
     end = tl.minimum(begin + TILE, numel)
-    sign = tl.where(field(row, MAXIMIZE, tl.int8) != 0, -1.0, 1.0).to(T)
-    grad_scale = field(arguments, GRAD_SCALE, tl.int64)
-    divisor = field(arguments, DIVISOR, tl.float64)
-    divisor = divisor_of(tl.where(grad_scale != 0, number_at(grad_scale, grad_scale != 0, False), divisor).to(T))
+    divisor = divisor_of(grad_scale_in(arguments).to(T))
+    multiplier = field(arguments, MULTIPLIER, tl.int64)
+    coefficient = field(arguments, COEFFICIENT, tl.float64)
+    coefficient = tl.where(multiplier != 0, number_at(multiplier, False, multiplier != 0), coefficient).to(T)
+    coefficient = tl.where(field(row, MAXIMIZE, tl.int8) != 0, -coefficient, coefficient)
     at_param, at_grad = field(row, STREAMS, tl.int64), field(arguments, WORDS + 8 * index, tl.int64)
     at_state0, at_state1 = field(row, STREAMS + 16, tl.int64), field(row, STREAMS + 24, tl.int64)
     at_state2 = field(row, STREAMS + 32, tl.int64)
@@ -291,7 +300,7 @@ def step_kernel(
     misaligned = (at_param | at_grad | at_state0 | at_state1 | at_state2) % VECTOR_BYTES != 0
     in_vectors = tl.where(misaligned | (layout_number >= 0), begin, end - (end - begin) % VECTOR)
     in_vectors = tl.multiple_of(in_vectors, VECTOR)
-    tensor = addresses, layout, layout_number >= 0, sign, divisor, scalars
+    tensor = addresses, layout, layout_number >= 0, divisor, coefficient, scalars
     for i in range(0, TILE, BLOCK):
         if begin + i < in_vectors:
             elements = begin + i + tl.arange(0, BLOCK)

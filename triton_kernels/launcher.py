@@ -15,10 +15,13 @@ from dracopt_ext._C import rules
 from . import kernel
 from .kernel import VECTOR_BYTES, step_kernel
 from .rules import FUNCTIONS
+from .squares import squares_kernel
 
 RULES = rules()
 TILE = kernel.TILE.value
 WARPS = 4
+OPTIONS = {"enable_fp_fusion": False, "num_warps": WARPS}
+"""The compiler's options for all kernels. The results' bits depend on the first."""
 ITEMSIZE = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
 TARGET = "cuda" if torch.version.hip is None else "hip"
 INTERPRETED = not isinstance(step_kernel, triton.runtime.JITFunction)
@@ -61,8 +64,8 @@ def specialization(rule: str, dtypes: tuple[str, ...], target: str = TARGET, fas
 
 
 def options(rule: str, dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
-    """Returns the compiler's options. The results' bits depend on the first option."""
-    chosen: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": WARPS}
+    """Returns the compiler's options for the update kernel."""
+    chosen: dict[str, Any] = dict(OPTIONS)
     if target == "cuda":
         # These limits spill no registers. With 96 registers five programs run at once. NAdam needs a few more, and so
         # does a gradient whose dtype is not the parameter's, which is rare.
@@ -80,11 +83,11 @@ class Launcher:
     def __init__(self, rule: str, dtypes: tuple[str, ...]) -> None:
         self._constants = specialization(rule, dtypes, fast=estimates_well())
         self._options = options(rule, dtypes)
-        self._is_loaded = False
+        grad = dtypes[1]
+        self._for_squares = {"grad": grad, "LANES": VECTOR_BYTES.value // ITEMSIZE[grad]}
+        self._loaded: set[Any] = set()
 
-    def __call__(
-        self, programs: int, rows: int, layouts: int, first_tiles: int, arguments: int, capturing: bool
-    ) -> None:
+    def update(self, programs: int, rows: int, layouts: int, first_tiles: int, arguments: int, capturing: bool) -> None:
         """Updates the tensors of a launch, which csrc/cuda/launch.h describes.
 
         Args:
@@ -92,13 +95,23 @@ class Launcher:
             rows, layouts, first_tiles, arguments: addresses on the device.
             capturing: whether a graph is being captured. The kernel cannot be loaded meanwhile.
         """
-        if capturing and not self._is_loaded:
+        self._check_loaded(step_kernel, capturing)
+        step_kernel[(programs,)](rows, layouts, first_tiles, arguments, **self._constants, **self._options)
+
+    def measure(
+        self, programs: int, rows: int, layouts: int, first_tiles: int, arguments: int, capturing: bool
+    ) -> None:
+        """Adds the squares of a launch's gradients; the arguments are those of :meth:`update`."""
+        self._check_loaded(squares_kernel, capturing)
+        squares_kernel[(programs,)](rows, layouts, first_tiles, arguments, **self._for_squares, **OPTIONS)
+
+    def _check_loaded(self, kernel: Any, capturing: bool) -> None:
+        if capturing and kernel not in self._loaded:
             raise RuntimeError(
                 "step() cannot be captured in a CUDA graph: Triton has yet to compile its kernel. Take a step before "
                 "the capture"
             )
-        step_kernel[(programs,)](rows, layouts, first_tiles, arguments, **self._constants, **self._options)
-        self._is_loaded = True
+        self._loaded.add(kernel)
 
 
 @cache

@@ -51,7 +51,7 @@ class Problem {
     if (table_ != nullptr) memory::release(table_);
   }
 
-  cuda::Arguments arguments{.divisor = 1};
+  cuda::Arguments arguments{.divisor = 1, .coefficient = 1};
 
  private:
   std::vector<cuda::Row> rows_;

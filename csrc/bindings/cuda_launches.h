@@ -11,6 +11,8 @@ class CudaLaunches final : public GpuLaunches {
 
  private:
   void write_table(Memory& table, const std::vector<char>& image) override;
+  static void fill(const Launch& launch, cuda::Arguments& arguments);
+  void run_measure(const Launch& launch, cuda::Arguments& arguments) override;
   void run(const Launch& launch, cuda::Arguments& arguments) override;
 
   const RuleEntry& rule_;

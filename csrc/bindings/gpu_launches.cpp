@@ -4,6 +4,9 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#include "bindings/tensor_facts.h"
 
 namespace dracopt {
 namespace {
@@ -24,7 +27,10 @@ void GpuLaunches::clear() {
   layouts_.clear();
   count_ = 0;
   counts_steps_ = false;
-  found_inf_ = grad_scale_ = {};
+  found_inf_ = grad_scale_ = coefficient_ = {};
+  measurement_ = {};
+  // A step that failed may have left a part of a sum behind.
+  if (std::exchange(is_measuring_, false)) written_.clear();
 }
 
 GpuLaunches::Launch& GpuLaunches::begin_launch() {
@@ -39,7 +45,7 @@ GpuLaunches::Launch& GpuLaunches::begin_launch() {
 }
 
 void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& group, const uint64_t* slot,
-                      size_t slot_words) {
+                      size_t slot_words, const Segment* gradient) {
   Launch& launch = count_ == 0 ? begin_launch() : launches_[count_ - 1];
   const auto is_slot = [&](const Slot& known) {
     return known.words == slot_words && std::memcmp(&launch.slots[known.at], slot, slot_words * sizeof(*slot)) == 0;
@@ -53,7 +59,7 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
   const int64_t first_tile = launch.filled.tiles;
   if (!launch.filled.add(segment.numel, is_new ? slot_words : 0)) {
     begin_launch();
-    return add(segment, ready, group, slot, slot_words);
+    return add(segment, ready, group, slot, slot_words, gradient);
   }
   if (is_new) {
     launch.slots.insert(launch.slots.end(), slot, slot + slot_words);
@@ -61,6 +67,7 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
   }
   launch.gradients.push_back(reinterpret_cast<uint64_t>(segment.data[kGrad]));
   arguments_.divisor = segment.update->grad_scale;
+  arguments_.coefficient = segment.update->coefficient;
 
   rows_.emplace_back();
   cuda::Row& row = rows_.back();
@@ -78,6 +85,8 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
   if (segment.layout != nullptr) {
     row.layout = static_cast<int32_t>(layouts_.size());
     append_layout(*segment.layout, ready.streams.count);
+    if (gradient != nullptr && gradient->layout != nullptr) append_layout(*gradient->layout, kGrad + 1);
+    row.dense |= static_cast<uint8_t>((gradient != nullptr && gradient->layout == nullptr) << cuda::kGradIsSimple);
   }
   row.states = static_cast<uint8_t>(group.states);
   row.maximize = segment.update->maximize;
@@ -95,7 +104,7 @@ void GpuLaunches::append_layout(const Layout& layout, int streams) {
   for (int k = 0; k < streams; ++k) std::copy(layout.strides[k], layout.strides[k] + layout.dims, copy.strides[k]);
 }
 
-void GpuLaunches::upload(const Scaler& scaler, const Backends& backends) {
+void GpuLaunches::upload(const Scaler& scaler, const Backends& backends, bool has_norm) {
   if (count_ == 0) return;
   for (size_t i = 0; i < count_; ++i) {
     const Launch& launch = launches_[i];
@@ -108,6 +117,7 @@ void GpuLaunches::upload(const Scaler& scaler, const Backends& backends) {
   layouts_at_ = append(image_, layouts_);
   first_tiles_at_ = append(image_, first_tiles_);
   finished_at_ = append(image_, std::vector<uint32_t>(count_));
+  norm_at_ = append(image_, std::vector<cuda::Norm>(has_norm ? 1 : 0));
   image_.resize((image_.size() + cuda::kVectorBytes - 1) / cuda::kVectorBytes * cuda::kVectorBytes);
 
   const DeviceGuard guard(key_.device);
@@ -128,25 +138,52 @@ void GpuLaunches::upload(const Scaler& scaler, const Backends& backends) {
   if (capturing_) keep(table_);
   if (scaler.found_inf.is_defined()) found_inf_ = Memory::of(scaler.found_inf, key_.device);
   if (scaler.grad_scale.is_defined()) grad_scale_ = Memory::of(scaler.grad_scale, key_.device);
+  if (scaler.coefficient.is_defined()) coefficient_ = Memory::of(scaler.coefficient, key_.device);
+}
+
+uint32_t GpuLaunches::blocks() const {
+  int64_t blocks = 0;
+  for (size_t i = 0; i < count_; ++i) blocks += launches_[i].filled.tiles;
+  return static_cast<uint32_t>(blocks);
+}
+
+// Completes the arguments of a launch, except for their words.
+cuda::Arguments& GpuLaunches::arguments_of(size_t i) {
+  const Launch& launch = launches_[i];
+  char* const table = table_.data();
+  arguments_.rows = reinterpret_cast<const cuda::Row*>(table) + launch.first_row;
+  arguments_.layouts = reinterpret_cast<const Layout*>(table + layouts_at_);
+  arguments_.first_tiles = reinterpret_cast<const uint32_t*>(table + first_tiles_at_) + launch.first_row;
+  arguments_.finished = counts_steps_ ? reinterpret_cast<uint32_t*>(table + finished_at_) + i : nullptr;
+  arguments_.found_inf = reinterpret_cast<float*>(found_inf_.data());
+  arguments_.grad_scale = reinterpret_cast<const float*>(grad_scale_.data());
+  arguments_.multiplier = reinterpret_cast<const double*>(coefficient_.data());
+  arguments_.norm = measurement_.norm;
+  if (measurement_.norm != nullptr) {
+    arguments_.multiplier = &measurement_.norm->coefficient;
+    arguments_.norm_out = static_cast<double*>(data_of(measurement_.clipping->norm));
+    arguments_.max_norm = measurement_.clipping->max_norm;
+    arguments_.blocks_in_all = measurement_.blocks;
+    arguments_.checks = measurement_.clipping->checks;
+  }
+  arguments_.count = static_cast<uint32_t>(launch.gradients.size());
+  arguments_.blocks = static_cast<uint32_t>(launch.filled.tiles);
+  return arguments_;
+}
+
+void GpuLaunches::measure(const Measurement& measurement) {
+  measurement_ = measurement;
+  is_measuring_ = true;
+  const DeviceGuard guard(key_.device);
+  for (size_t i = 0; i < count_; ++i) run_measure(launches_[i], arguments_of(i));
 }
 
 void GpuLaunches::launch() {
   if (count_ == 0) return;
   const DeviceGuard guard(key_.device);
-  char* const table = table_.data();
-  for (size_t i = 0; i < count_; ++i) {
-    const Launch& launch = launches_[i];
-    arguments_.rows = reinterpret_cast<const cuda::Row*>(table) + launch.first_row;
-    arguments_.layouts = reinterpret_cast<const Layout*>(table + layouts_at_);
-    arguments_.first_tiles = reinterpret_cast<const uint32_t*>(table + first_tiles_at_) + launch.first_row;
-    arguments_.finished = counts_steps_ ? reinterpret_cast<uint32_t*>(table + finished_at_) + i : nullptr;
-    arguments_.found_inf = reinterpret_cast<const float*>(found_inf_.data());
-    arguments_.grad_scale = reinterpret_cast<const float*>(grad_scale_.data());
-    arguments_.count = static_cast<uint32_t>(launch.gradients.size());
-    arguments_.blocks = static_cast<uint32_t>(launch.filled.tiles);
-    run(launch, arguments_);
-  }
-  found_inf_ = grad_scale_ = {};
+  for (size_t i = 0; i < count_; ++i) run(launches_[i], arguments_of(i));
+  is_measuring_ = false;
+  found_inf_ = grad_scale_ = coefficient_ = {};
 }
 
 void GpuLaunches::fail(const char* what, const char* error) const {

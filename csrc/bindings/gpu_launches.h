@@ -9,9 +9,18 @@
 
 namespace dracopt {
 
-// Numbers that torch.amp.GradScaler leaves to the kernels: tensors of one fp32 number each, undefined if missing.
+// Numbers that the kernels read: tensors of one element each, undefined if missing.
 struct Scaler {
-  Tensor found_inf, grad_scale;
+  Tensor found_inf, grad_scale;  // torch.amp.GradScaler's, in fp32
+  Tensor coefficient;            // multiplies the gradients after their division, in fp64
+};
+
+// Says how to clip the gradients of a step by their global norm.
+struct Clipping {
+  double max_norm;
+  Tensor norm;        // takes the norm before clipping, in fp64; lies where all gradients lie
+  bool checks;        // sets Scaler::found_inf, and changes nothing else, if some gradient is not finite
+  bool needs_a_norm;  // changes nothing else if the norm is not finite
 };
 
 // Tensors with equal keys are updated by the same kernel.
@@ -36,16 +45,31 @@ class GpuLaunches {
   void clear();
 
   // Appends a tensor. `slot` holds its scalars, or the recipe for them, which tensors of one group are likely to share.
-  void add(const Segment& segment, const Ready& ready, const Group& group, const uint64_t* slot, size_t slot_words);
+  // `gradient` describes the gradient alone if it will be measured and the segment has a layout, and is null otherwise.
+  void add(const Segment& segment, const Ready& ready, const Group& group, const uint64_t* slot, size_t slot_words,
+           const Segment* gradient);
 
-  // The next two functions throw std::runtime_error if the device refuses. Neither waits for the device.
+  // The next functions throw std::runtime_error if the device refuses. None waits for the device.
 
   // Brings to the device what the launches need. Allocates memory only if the table has changed.
-  void upload(const Scaler& scaler, const Backends& backends);
+  void upload(const Scaler& scaler, const Backends& backends, bool has_norm);
+
+  // Where the launches on one device add what they measure, and what comes of it.
+  struct Measurement {
+    cuda::Norm* norm;
+    const Clipping* clipping;
+    uint32_t blocks;  // of all launches
+  };
+
+  // Measures the gradients, which the launches then clip.
+  void measure(const Measurement& measurement);
 
   void launch();
 
   size_t count() const { return count_; }
+  size_t made() const { return count_ * (measurement_.norm == nullptr ? 1 : 2); }
+  uint32_t blocks() const;
+  cuda::Norm* norm() const { return reinterpret_cast<cuda::Norm*>(table_.data() + norm_at_); }
 
  protected:
   // An `empty` launch says how much a launch may hold.
@@ -72,12 +96,14 @@ class GpuLaunches {
   // Writes the table in the current stream's order.
   virtual void write_table(Memory& table, const std::vector<char>& image) = 0;
 
-  // Makes a launch whose arguments are complete except for their words.
+  // Make a launch whose arguments are complete except for their words. A launch that measures comes first, if at all.
+  virtual void run_measure(const Launch& launch, cuda::Arguments& arguments) = 0;
   virtual void run(const Launch& launch, cuda::Arguments& arguments) = 0;
 
  private:
   Launch& begin_launch();
   void append_layout(const Layout& layout, int streams);
+  cuda::Arguments& arguments_of(size_t i);
 
   const LaunchKey key_;
   const cuda::Filled empty_;
@@ -89,12 +115,14 @@ class GpuLaunches {
   size_t count_ = 0;
   bool counts_steps_ = false;  // some state scalar lies on the device
   cuda::Arguments arguments_;
-  Memory found_inf_, grad_scale_;  // on this device, until the launches are made
+  Memory found_inf_, grad_scale_, coefficient_;  // on this device, until the launches are made
+  Measurement measurement_{};                    // of this step, if there is a norm
+  bool is_measuring_ = false;
   void* cuda_stream_ = nullptr;
   bool capturing_ = false;  // a graph
 
   std::vector<char> image_, written_;  // the table for this step, and the table on the device
-  size_t layouts_at_ = 0, first_tiles_at_ = 0, finished_at_ = 0;
+  size_t layouts_at_ = 0, first_tiles_at_ = 0, finished_at_ = 0, norm_at_ = 0;
   Memory table_;
   int64_t table_stream_ = 0;      // the number of the stream that wrote the table
   std::vector<Memory> captured_;  // memory that graphs refer to

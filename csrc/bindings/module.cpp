@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "bindings/gradients.h"
 #include "bindings/step_plan.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
@@ -18,6 +19,13 @@ Tensor tensor_or_none(const py::object& object) {
   if (object.is_none()) return Tensor();
   if (!is_tensor(object.ptr())) throw py::type_error("scaler must hold tensors or None");
   return Tensor::in(object.ptr());
+}
+
+std::optional<Clipping> clipping_or_none(const py::object& object) {
+  if (object.is_none()) return {};
+  const auto [max_norm, norm, checks, needs_a_norm] = object.cast<std::tuple<double, py::object, bool, bool>>();
+  if (!is_tensor(norm.ptr())) throw py::type_error("clipping must hold a tensor for the norm");
+  return Clipping{max_norm, Tensor::in(norm.ptr()), checks, needs_a_norm};
 }
 
 py::tuple names_in(const char* const* names) {
@@ -51,6 +59,7 @@ py::dict launch_layout() {
   at["NUMEL"] = offsetof(Row, numel);
   at["SLOT"] = offsetof(Row, slot);
   at["LAYOUT"] = offsetof(Row, layout);
+  at["DENSE"] = offsetof(Row, dense);
   at["STATE_SCALAR_FP32"] = offsetof(Row, state_scalar_fp32);
   at["MAXIMIZE"] = offsetof(Row, maximize);
   at["HAS_RECIPE"] = offsetof(Row, has_recipe);
@@ -62,10 +71,22 @@ py::dict launch_layout() {
   at["FINISHED"] = offsetof(Arguments, finished);
   at["FOUND_INF"] = offsetof(Arguments, found_inf);
   at["GRAD_SCALE"] = offsetof(Arguments, grad_scale);
+  at["MULTIPLIER"] = offsetof(Arguments, multiplier);
   at["DIVISOR"] = offsetof(Arguments, divisor);
+  at["COEFFICIENT"] = offsetof(Arguments, coefficient);
+  at["NORM"] = offsetof(Arguments, norm);
+  at["NORM_OUT"] = offsetof(Arguments, norm_out);
+  at["MAX_NORM"] = offsetof(Arguments, max_norm);
+  at["BLOCKS_IN_ALL"] = offsetof(Arguments, blocks_in_all);
+  at["CHECKS"] = offsetof(Arguments, checks);
   at["COUNT"] = offsetof(Arguments, count);
   at["BLOCKS"] = offsetof(Arguments, blocks);
   at["WORDS"] = offsetof(Arguments, words);
+  at["SUM_BYTES"] = sizeof(ExactSum);
+  at["SUMS"] = Norm::kSums;
+  at["DIGITS"] = ExactSum::kDigits;
+  at["NORM_COEFFICIENT"] = offsetof(Norm, coefficient);
+  at["NORM_FINISHED"] = offsetof(Norm, finished);
   at["FP32_ADDRESS"] = offsetof(Recipe, fp32_address);
   at["FP64_ADDRESS"] = offsetof(Recipe, fp64_address);
   at["FIRST"] = offsetof(Recipe, first);
@@ -90,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
   }
   cpu::kernels();  // a wrong DRACOPT_ISA must fail the import, not the first step
   define_places(m);
+  define_gradients(m);
   m.def("isa", [] { return cpu::kernels().isa; });
   m.def("cuda_unavailable", &cuda::unavailable, py::arg("device"));
   m.def("cuda_architectures", &cuda::architectures);
@@ -107,18 +129,24 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "step",
           [](StepPlan& plan, py::handle param_groups, py::handle state, double grad_scale,
-             const std::pair<py::object, py::object>& scaler, std::optional<std::vector<Run>> created,
-             std::optional<std::vector<Index>> stepped, bool only_looks) -> py::object {
+             const std::pair<py::object, py::object>& scaler, const py::object& coefficient, const py::object& clipping,
+             std::optional<std::vector<Run>> created, std::optional<std::vector<Index>> stepped,
+             bool only_looks) -> py::object {
+            const bool on_gpu = is_tensor(coefficient.ptr());
             return plan.step(param_groups, state,
                              {.grad_scale = grad_scale,
-                              .scaler = {tensor_or_none(scaler.first), tensor_or_none(scaler.second)},
+                              .coefficient = on_gpu ? 1 : coefficient.cast<double>(),
+                              .scaler = {tensor_or_none(scaler.first), tensor_or_none(scaler.second),
+                                         on_gpu ? Tensor::in(coefficient.ptr()) : Tensor()},
+                              .clipping = clipping_or_none(clipping),
                               .created = std::move(created),
                               .stepped = std::move(stepped).value_or(std::vector<Index>()),
                               .only_looks = only_looks});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
-          py::arg("scaler") = py::make_tuple(py::none(), py::none()), py::arg("created") = py::none(),
-          py::arg("stepped") = py::none(), py::arg("only_looks") = false)
+          py::arg("scaler") = py::make_tuple(py::none(), py::none()), py::arg("coefficient") = 1.0,
+          py::arg("clipping") = py::none(), py::arg("created") = py::none(), py::arg("stepped") = py::none(),
+          py::arg("only_looks") = false)
       .def_property_readonly("updated", &StepPlan::updated)
       .def_property_readonly("launches", &StepPlan::launches);
 }

@@ -7,7 +7,9 @@
 #include <stdexcept>
 
 #include "bindings/cuda_launches.h"
+#include "bindings/gradients.h"
 #include "bindings/triton_launches.h"
+#include "core/squares.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -115,6 +117,32 @@ class Alive {
   std::vector<py::object> objects_;
 };
 
+// Finds the norm, and gives the updates their coefficient. Returns false if the step must change nothing.
+bool clip_on_cpu(const Inventory& inventory, Updates& updates, const Scaler& scaler, const Clipping& clipping,
+                 bool holds_gil) {
+  std::vector<Segment> gradients(inventory.segments.begin(),
+                                 inventory.segments.begin() + static_cast<int64_t>(inventory.size()));
+  std::deque<Layout> layouts;
+  for (size_t i = 0; i < inventory.size(); ++i) {
+    if (gradients[i].layout != nullptr) gradients[i] = segment_of_gradient(inventory.located[i].grad, layouts);
+  }
+  cpu::Squares squares;
+  {
+    std::optional<py::gil_scoped_release> released;
+    if (!holds_gil) released.emplace();
+    squares = sum_of_squares(gradients);
+  }
+  const auto clip = Clip::of(squares.sum, updates.grad_scale(), clipping.max_norm);
+  *static_cast<double*>(data_of(clipping.norm)) = clip.norm;
+  if (clipping.checks && !squares.finite) {
+    *static_cast<float*>(data_of(scaler.found_inf)) = 1;
+    return false;
+  }
+  if (clipping.needs_a_norm && !all_finite(clip.norm)) return false;
+  updates.set_coefficient(clip.coefficient);
+  return true;
+}
+
 }  // namespace
 
 void in_parallel(int64_t count, int64_t grain, cpu::ParallelFunc function, void* context) {
@@ -130,11 +158,12 @@ void Runner::clear() {
 
 size_t Runner::launches() const {
   size_t count = 0;
-  for (const auto& launches : launches_) count += launches->count();
+  for (const auto& launches : launches_) count += launches->made();
   return count;
 }
 
-void Runner::run(Inventory& inventory, const Updates& updates, const Scaler& scaler, const Backends& backends) {
+void Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, const std::optional<Clipping>& clipping,
+                 const Backends& backends) {
   int64_t units = 0;
   size_t counts[kBackends][2] = {};  // on the CPU, and on GPUs
   for (size_t i = 0; i < inventory.size(); ++i) {
@@ -178,8 +207,13 @@ void Runner::run(Inventory& inventory, const Updates& updates, const Scaler& sca
       places_.push_back(static_cast<uint32_t>(i));
     }
   }
+  const bool on_host = clipping.has_value() && clipping->norm.device().is_cpu();
+  if (on_host && !clip_on_cpu(inventory, updates, scaler, *clipping, holds_gil)) {
+    updated_.clear();
+    return;
+  }
   // Nothing can fail from here on, except on a GPU.
-  run_launches(inventory, updates, scaler, backends);
+  run_launches(inventory, updates, scaler, clipping.has_value() && !on_host ? &*clipping : nullptr, backends);
   if (on_cpu > 0) run_on_cpu(inventory, updates, holds_gil);
 }
 
@@ -192,7 +226,7 @@ GpuLaunches& Runner::launches_for(const LaunchKey& key, const RuleEntry& rule, c
 }
 
 void Runner::run_launches(const Inventory& inventory, const Updates& updates, const Scaler& scaler,
-                          const Backends& backends) {
+                          const Clipping* clipping, const Backends& backends) {
   const auto is_launched = [&](size_t i) {
     const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     return ready != nullptr && ready->streams.backend != Backend::cpu ? ready : nullptr;
@@ -210,10 +244,26 @@ void Runner::run_launches(const Inventory& inventory, const Updates& updates, co
     const bool by_triton = ready->streams.backend == Backend::triton;
     const LaunchKey key{inventory.located[i].param().device(), ready->streams.backend, ready->arithmetic,
                         by_triton ? dtypes_for_triton(rule, segment, ready->streams.count) : uint16_t(0)};
-    launches_for(key, rule, backends).add(segment, *ready, inventory.group_of(i), slot, words);
+    Segment gradient;
+    std::deque<Layout> own;
+    const bool is_odd = clipping != nullptr && segment.layout != nullptr;
+    if (is_odd) gradient = segment_of_gradient(inventory.located[i].grad, own);
+    launches_for(key, rule, backends)
+        .add(segment, *ready, inventory.group_of(i), slot, words, is_odd ? &gradient : nullptr);
     last = ready;
   }
-  for (const auto& launches : launches_) launches->upload(scaler, backends);
+  GpuLaunches* owner = nullptr;  // of the norm
+  GpuLaunches::Measurement measurement{nullptr, clipping, 0};
+  for (const auto& launches : launches_) {
+    const bool is_first = clipping != nullptr && owner == nullptr && launches->count() > 0;
+    if (is_first) owner = launches.get();
+    launches->upload(scaler, backends, is_first);
+    measurement.blocks += launches->blocks();
+  }
+  if (owner != nullptr) measurement.norm = owner->norm();
+  for (const auto& launches : launches_) {
+    if (owner != nullptr) launches->measure(measurement);
+  }
   for (const auto& launches : launches_) launches->launch();
   for (size_t i = 0; i < inventory.size(); ++i) {
     if (is_launched(i) != nullptr) record(inventory, updates, i);

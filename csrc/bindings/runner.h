@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -22,8 +23,10 @@ class Runner {
   // Forgets the step before.
   void clear();
 
-  // Updates every ready parameter. Once tensors change, nothing can fail unless a GPU refuses memory or a launch.
-  void run(Inventory& inventory, const Updates& updates, const Scaler& scaler, const Backends& backends);
+  // Updates every ready parameter, with its gradient clipped if there is a `clipping`. Once tensors change, nothing can
+  // fail unless a GPU refuses memory or a launch.
+  void run(Inventory& inventory, Updates& updates, const Scaler& scaler, const std::optional<Clipping>& clipping,
+           const Backends& backends);
 
   // The type of a device, and the name of a backend.
   using Where = std::pair<std::string, std::string>;
@@ -32,7 +35,8 @@ class Runner {
   size_t launches() const;
 
  private:
-  void run_launches(const Inventory& inventory, const Updates& updates, const Scaler& scaler, const Backends& backends);
+  void run_launches(const Inventory& inventory, const Updates& updates, const Scaler& scaler, const Clipping* clipping,
+                    const Backends& backends);
   void run_on_cpu(Inventory& inventory, const Updates& updates, bool holds_gil);
   GpuLaunches& launches_for(const LaunchKey& key, const RuleEntry& rule, const Backends& backends);
 

@@ -57,17 +57,21 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
   if (under_mode) set_aside_all(kUnderMode);
   check_capture(inventory_, reader_, backends_, optimizer_);
 
-  const bool waits = host_decides(options.scaler);
+  const bool finds_overflow =
+      options.clipping.has_value() && options.clipping->checks && options.scaler.found_inf.is_plain_on_cpu();
+  const bool waits = host_decides(options.scaler, finds_overflow) ||
+                     (options.scaler.coefficient.is_defined() && !all_on_gpus()) ||
+                     (options.clipping.has_value() && norm_is_elsewhere(*options.clipping));
   const bool is_blocked = waits || has_todo();
   if (is_blocked && !options.created.has_value()) {
-    return make_todo(inventory_, options.grad_scale, waits);
+    return make_todo(inventory_, options.grad_scale != 1 || options.coefficient != 1, waits);
   }
   if (is_blocked) throw std::runtime_error("parameters or states have changed while step() was creating states");
   std::vector<Run> created = std::move(options.created).value_or(std::vector<Run>());
   std::sort(created.begin(), created.end());
-  updates_.prepare(inventory_, reader_, created, options.grad_scale);
-  if (options.only_looks) return make_todo(inventory_, options.grad_scale, waits);
-  runner_.run(inventory_, updates_, options.scaler, backends_);
+  updates_.prepare(inventory_, reader_, created, options.grad_scale, options.coefficient);
+  if (options.only_looks) return make_todo(inventory_, options.grad_scale != 1 || options.coefficient != 1, waits);
+  runner_.run(inventory_, updates_, options.scaler, options.clipping, backends_);
   return py::none();
 }
 
@@ -138,15 +142,26 @@ bool StepPlan::has_todo() const {
                      });
 }
 
+// Says whether kernels on GPUs update all parameters.
+bool StepPlan::all_on_gpus() const {
+  for (size_t i = 0; i < inventory_.size(); ++i) {
+    const Streams* const streams = streams_of(inventory_.examined[i]);
+    if (!(streams != nullptr && streams->on_gpu)) return false;
+  }
+  return true;
+}
+
 // Says whether the host must read the scaler's numbers. After an overflow a step must do nothing. A kernel ensures this
-// for its own work, but the host also counts steps, creates states that a first step fills, and updates on the CPU.
-bool StepPlan::host_decides(const Scaler& scaler) const {
+// for its own work, but the host also counts steps, creates states that a first step fills, and updates on the CPU,
+// except where this step itself finds the overflow.
+bool StepPlan::host_decides(const Scaler& scaler, bool finds_overflow) const {
   if (!scaler.found_inf.is_defined() && !scaler.grad_scale.is_defined()) return false;
   const RuleEntry& rule = inventory_.rule;
   for (size_t i = 0; i < inventory_.size(); ++i) {
     const Examined& examined = inventory_.examined[i];
     const Streams* const streams = streams_of(examined);
     if (streams == nullptr && !std::holds_alternative<Unsupported>(examined)) continue;
+    if (finds_overflow && streams != nullptr && !streams->on_gpu && std::holds_alternative<Ready>(examined)) continue;
     if (streams == nullptr || !streams->on_gpu) return true;
     if (const auto* ready = std::get_if<Ready>(&examined)) {
       for (int k = 0; k < rule.state_scalars; ++k) {
@@ -157,6 +172,20 @@ bool StepPlan::host_decides(const Scaler& scaler) const {
       const Group& group = inventory_.group_of(i);
       if (rule.state_scalars == 0 || (!group.fused && !group.capturable)) return true;
     }
+  }
+  return false;
+}
+
+// Says whether this step cannot find the norm by itself: not all gradients lie where the norm is wanted, other
+// processes have a part of them, or states must not be created before the norm is known.
+bool StepPlan::norm_is_elsewhere(const Clipping& clipping) const {
+  if (!inventory_.distributions.empty()) return true;
+  const Device device = clipping.norm.device();
+  if (device.is_gpu() && (clipping.needs_a_norm || inventory_.size() == 0)) return true;
+  for (size_t i = 0; i < inventory_.size(); ++i) {
+    if (streams_of(inventory_.examined[i]) == nullptr) return true;
+    if (clipping.needs_a_norm && std::holds_alternative<MissingState>(inventory_.examined[i])) return true;
+    if (inventory_.located[i].param().device() != device) return true;
   }
   return false;
 }

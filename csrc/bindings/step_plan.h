@@ -26,8 +26,10 @@ class StepPlan {
   StepPlan(const std::string& rule, std::string optimizer, Backends backends);
 
   struct Options {
-    double grad_scale = 1;  // divides the gradients where they are read
+    double grad_scale = 1;   // divides the gradients where they are read
+    double coefficient = 1;  // multiplies the quotients
     Scaler scaler;
+    std::optional<Clipping> clipping;
     std::optional<std::vector<Run>> created;  // parameters whose state Python has created: they take their first step
     std::vector<Index> stepped;               // parameters that torch has stepped, which are passed over
     bool only_looks = false;                  // changes nothing and returns what must be done, even if that is nothing
@@ -35,8 +37,8 @@ class StepPlan {
 
   // Steps every parameter that has a gradient and returns None. If Python must do something first, changes nothing and
   // returns a tuple, which todo.h describes. Python then does this and calls again with `created` and `stepped`. If the
-  // host must read `scaler` first, Python calls again with a `grad_scale`, or makes no step. Bad input raises before
-  // anything changes.
+  // host must read `scaler` first, or find the norm of the gradients, Python calls again with a `grad_scale`, or makes
+  // no step. Bad input raises before anything changes.
   //
   // Containers other than exact lists and dicts (for `state` also defaultdict, for decay rates also tuples) may have
   // methods of their own, and so may numbers, flags and keys that are no strings. The plan calls none of these methods,
@@ -53,7 +55,9 @@ class StepPlan {
   void classify(std::vector<Index>& stepped);
   void set_aside_all(const char* reason);
   bool has_todo() const;
-  bool host_decides(const Scaler& scaler) const;
+  bool host_decides(const Scaler& scaler, bool finds_overflow) const;
+  bool all_on_gpus() const;
+  bool norm_is_elsewhere(const Clipping& clipping) const;
 
   const std::string optimizer_;
   const Backends backends_;

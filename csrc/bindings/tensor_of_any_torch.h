@@ -206,7 +206,7 @@ class Memory {
     Memory memory;
     memory.data_ = reinterpret_cast<char*>(number.address());
     if (number.device() == device) return memory;
-    memory = Memory(1, aoti_torch_dtype_float32(), device, aoti_torch_empty_strided);
+    memory = Memory(1, number.dtype(), device, aoti_torch_empty_strided);
     any_torch::check(aoti_torch_copy_(memory.handle(), number.handle(), true), "copy a number to a GPU");
     return memory;
   }

@@ -37,7 +37,7 @@ bool is_fusable(const Inventory& inventory, const Group& group, const Located& l
   return true;
 }
 
-int form_of(const Inventory& inventory, size_t i, PyObject* grad_object, double grad_scale) {
+int form_of(const Inventory& inventory, size_t i, PyObject* grad_object, bool adjusts) {
   const Located& located = inventory.located[i];
   const Group& group = inventory.group_of(i);
   const int wanted = inventory.wanted_values(group);
@@ -50,7 +50,7 @@ int form_of(const Inventory& inventory, size_t i, PyObject* grad_object, double 
   if (!grad.is_strided()) return form;
   const int dtype = located.param().dtype();
   const bool is_short = format_of(grad).is_native && format_of(grad).bytes() == 2;
-  bool mixed = grad.dtype() != dtype || grad.is_conjugated() || (grad_scale != 1 && is_short);
+  bool mixed = grad.dtype() != dtype || grad.is_conjugated() || (adjusts && is_short);
   for (int k = inventory.rule.state_scalars; k < wanted; ++k) {
     if (located.values[k] == nullptr || !is_tensor(located.values[k])) continue;
     mixed |= Tensor::in(located.values[k]).dtype() != dtype;
@@ -77,7 +77,7 @@ std::vector<Run> runs_of_missing(const Inventory& inventory) {
 
 }  // namespace
 
-py::tuple make_todo(const Inventory& inventory, double grad_scale, bool host_decides) {
+py::tuple make_todo(const Inventory& inventory, bool adjusts, bool host_decides) {
   // Other code may run from here on, such as a tensor subclass's properties and finalizers. Objects that are looked at
   // are held.
   std::vector<py::object> objects;
@@ -98,7 +98,7 @@ py::tuple make_todo(const Inventory& inventory, double grad_scale, bool host_dec
   for (size_t i : places) {
     const py::object grad = py::handle(inventory.located[i].parameter).attr("grad");
     // Code that ran meanwhile may have taken the gradient away, and then torch passes over the parameter.
-    forms.push_back(is_tensor(grad.ptr()) ? form_of(inventory, i, grad.ptr(), grad_scale) : 0);
+    forms.push_back(is_tensor(grad.ptr()) ? form_of(inventory, i, grad.ptr(), adjusts) : 0);
   }
   // No other code sees the list before it is full.
   py::list unsupported(places.size());

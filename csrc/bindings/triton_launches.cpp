@@ -51,7 +51,8 @@ void TritonLaunches::write_table(Memory& table, const std::vector<char>& image) 
   copy_to_device(table, source);
 }
 
-void TritonLaunches::run(const Launch& launch, cuda::Arguments& arguments) {
+// Brings the arguments of a launch to the device.
+Memory TritonLaunches::send(const Launch& launch, const cuda::Arguments& arguments) {
   const size_t of_gradients = launch.gradients.size() * sizeof(uint64_t);
   const size_t of_slots = launch.slots.size() * sizeof(uint64_t);
   const size_t size = cuda::kHeaderBytes + of_gradients + of_slots;
@@ -60,10 +61,25 @@ void TritonLaunches::run(const Launch& launch, cuda::Arguments& arguments) {
   std::memcpy(source.data() + cuda::kHeaderBytes, launch.gradients.data(), of_gradients);
   std::memcpy(source.data() + cuda::kHeaderBytes + of_gradients, launch.slots.data(), of_slots);
   copy_to_device(there, source);
+  return there;
+}
+
+void TritonLaunches::call(const char* launcher, const cuda::Arguments& arguments, Memory& sent) {
   const auto number = [](const void* address) { return reinterpret_cast<uintptr_t>(address); };
-  launcher_(arguments.blocks, number(arguments.rows), number(arguments.layouts), number(arguments.first_tiles),
-            number(there.data()), is_capturing());
-  if (is_capturing()) keep(std::move(there));
+  launcher_.attr(launcher)(arguments.blocks, number(arguments.rows), number(arguments.layouts),
+                           number(arguments.first_tiles), number(sent.data()), is_capturing());
+}
+
+void TritonLaunches::run_measure(const Launch& launch, cuda::Arguments& arguments) {
+  Memory& sent = sent_[&launch] = send(launch, arguments);
+  call("measure", arguments, sent);
+}
+
+void TritonLaunches::run(const Launch& launch, cuda::Arguments& arguments) {
+  auto node = sent_.extract(&launch);
+  Memory sent = node.empty() ? send(launch, arguments) : std::move(node.mapped());
+  call("update", arguments, sent);
+  if (is_capturing()) keep(std::move(sent));
 }
 
 }  // namespace dracopt

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <map>
+
 #include "bindings/gpu_launches.h"
 
 namespace dracopt {
@@ -13,10 +15,14 @@ class TritonLaunches final : public GpuLaunches {
 
  private:
   void write_table(Memory& table, const std::vector<char>& image) override;
+  void run_measure(const Launch& launch, cuda::Arguments& arguments) override;
   void run(const Launch& launch, cuda::Arguments& arguments) override;
   void copy_to_device(Memory& to, Memory& from);
+  Memory send(const Launch& launch, const cuda::Arguments& arguments);
+  void call(const char* launcher, const cuda::Arguments& arguments, Memory& sent);
 
   const pybind11::object launcher_;
+  std::map<const Launch*, Memory> sent_;  // arguments that a launch that measures has left on the device
 };
 
 // Returns the dtypes of a parameter's streams for a LaunchKey. One kernel serves parameters with and without the rule's

@@ -3,6 +3,7 @@
 #include "bindings/cuda_launches.cpp"
 #include "bindings/examine.cpp"
 #include "bindings/gpu_launches.cpp"
+#include "bindings/gradients.cpp"
 #include "bindings/local_tensors.cpp"
 #include "bindings/module.cpp"
 #include "bindings/python_reader.cpp"

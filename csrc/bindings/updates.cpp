@@ -19,13 +19,14 @@ bool is_in(const std::vector<Run>& runs, const Located& located) {
 }  // namespace
 
 void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std::vector<Run>& created,
-                      double grad_scale) {
+                      double grad_scale, double coefficient) {
   const RuleEntry& rule = inventory.rule;
   PowerMemo powers{};
   const Ready* last = nullptr;  // neighbours nearly always have the same scalars
   uint32_t last_group = 0;
   StateScalar scalars[kMaxStateScalars], last_scalars[kMaxStateScalars];
   count_ = 0;
+  grad_scale_ = grad_scale;
   for (size_t i = 0; i < inventory.size(); ++i) {
     auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) continue;
@@ -47,13 +48,18 @@ void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std:
       const bool finite = rule.prepare[arithmetic](prepared.state_scalars, ready->first, group.hyperparameters, powers,
                                                    &prepared.scalars);
       if (!finite && !ready->has_recipe) refuse_scalars(inventory, keys, i);
-      prepared.update = {rule.update[arithmetic][group.states], &prepared.scalars, grad_scale, group.maximize};
+      prepared.update = {rule.update[arithmetic][group.states], &prepared.scalars, grad_scale, coefficient,
+                         group.maximize};
       last = ready;
       last_group = located.group;
     }
     ready->update = static_cast<uint32_t>(count_ - 1);
     inventory.segments[i].update = &prepared_[count_ - 1].update;
   }
+}
+
+void Updates::set_coefficient(double coefficient) {
+  for (size_t i = 0; i < count_; ++i) prepared_[i].update.coefficient = coefficient;
 }
 
 }  // namespace dracopt

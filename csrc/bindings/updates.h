@@ -19,13 +19,20 @@ class Updates {
  public:
   // Gives every ready parameter its update. Parameters in `created`, which is sorted, take their first step.
   // Throws if a scalar is infinite.
-  void prepare(Inventory& inventory, const PythonReader& keys, const std::vector<Run>& created, double grad_scale);
+  void prepare(Inventory& inventory, const PythonReader& keys, const std::vector<Run>& created, double grad_scale,
+               double coefficient);
+
+  double grad_scale() const { return grad_scale_; }
+
+  // Multiplies the gradients of all updates, after their division.
+  void set_coefficient(double coefficient);
 
   const PreparedUpdate& operator[](uint32_t number) const { return prepared_[number]; }
 
  private:
   std::deque<PreparedUpdate> prepared_;  // entries beyond count_ are from an earlier step
   size_t count_ = 0;
+  double grad_scale_ = 1;  // of all updates
 };
 
 }  // namespace dracopt

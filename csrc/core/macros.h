@@ -7,6 +7,13 @@
 #define DRACOPT_HD inline __attribute__((always_inline))
 #endif
 
+// Marks a function of which one copy suffices for all callers, because each call does much.
+#if defined(__clang__)
+#define DRACOPT_APART __attribute__((noinline))
+#else
+#define DRACOPT_APART __attribute__((noinline, noclone))
+#endif
+
 // Every translation unit that is compiled for an instruction set of its own names the set here. The name becomes an
 // inline namespace, so that the linker never merges an inline function compiled for AVX-512 into the baseline code.
 #if !defined(DRACOPT_ISA)

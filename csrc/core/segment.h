@@ -26,6 +26,7 @@ struct Update {
   UpdateFn function;
   const void* scalars;  // prepared by the rule
   double grad_scale;    // divides the gradient
+  double coefficient;   // multiplies the quotient, because the gradients are clipped
   bool maximize;
 };
 

@@ -9,10 +9,19 @@
 namespace dracopt {
 namespace cpu {
 
+// The sum of the squares in a chunk of a gradient (see core/squares.h), and whether all its elements are finite.
+struct Squares {
+  double sum;
+  bool finite;
+};
+
 struct Kernels {
   const char* isa;
   const RuleEntry* rules;
   size_t rule_count;
+  Squares (*squares)(const Segment& segment, int64_t chunk);
+  // Changes of gradients in place, by arithmetic. An Update's scalars are one double.
+  UpdateFn multiply[2], limit[2], zero[2];
 };
 
 // Returns the best kernels for this machine, or those that the environment variable DRACOPT_ISA names. Chooses at the

@@ -75,7 +75,7 @@ void scatter(const T* from, int64_t count, Stored* to, int64_t stride) {
 }
 
 template <typename T>
-void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
+DRACOPT_APART void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
   as_stored(static_cast<const void*>(segment.data[stream]), segment.dtypes[stream], [&](const auto* data) {
     if (segment.dense[stream]) return gather(data + from, 1, count, staged);
     for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
@@ -97,7 +97,7 @@ DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t cou
 
 // Writes the staged elements back.
 template <typename T>
-void store(const Segment& segment, int stream, int64_t from, int64_t count, const T* staged) {
+DRACOPT_APART void store(const Segment& segment, int stream, int64_t from, int64_t count, const T* staged) {
   as_stored(segment.data[stream], segment.dtypes[stream], [&](auto* data) {
     if (segment.dense[stream]) return scatter(staged, count, data + from, 1);
     for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
@@ -105,6 +105,20 @@ void store(const Segment& segment, int stream, int64_t from, int64_t count, cons
       staged += n;
     });
   });
+}
+
+// Says whether gradients must be divided. If the divisor is a power of two, its reciprocal is exact, and multiplying by
+// it gives the same bits sooner.
+inline bool divides(const Update& update, float) {
+  const auto bits = bits_of(static_cast<float>(update.grad_scale));
+  const uint32_t exponent = bits >> 23;
+  return (bits & 0x7fffff) != 0 || exponent == 0 || exponent > 252;
+}
+
+inline bool divides(const Update& update, double) {
+  const auto bits = __builtin_bit_cast(uint64_t, update.grad_scale);
+  const uint64_t exponent = bits >> 52;
+  return (bits & 0xfffffffffffff) != 0 || exponent == 0 || exponent > 2044;
 }
 
 template <typename T>

@@ -12,6 +12,7 @@ const std::vector<int>& architectures() {
 }
 
 const char* launch(int, Arithmetic, const Arguments&, void*) { return unavailable(0); }
+const char* measure(const Arguments&, void*) { return unavailable(0); }
 const char* write_table(void*, const void*, size_t, void*) { return unavailable(0); }
 const char* is_capturing(void*, bool& answer) { return answer = false, nullptr; }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/squares.h"
 #include "cuda/update.h"
 #include "rules/all.h"
 
@@ -47,6 +48,55 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
   __syncthreads();
   if (!last) return;
   for (uint32_t i = threadIdx.x; i < arguments.count; i += kThreads) advance<Rule>(arguments, arguments.rows[i]);
+}
+
+// Adds what all threads of a block hold. Each gets the sum.
+__device__ double sum_of_block(double sum) {
+  constexpr int lanes = 32, warps = kThreads / lanes;
+  __shared__ double of_warps[warps];
+  for (int distance = 1; distance < lanes; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  if (threadIdx.x % lanes == 0) of_warps[threadIdx.x / lanes] = sum;
+  __syncthreads();
+  double sums[warps];
+  DRACOPT_UNROLL
+  for (int warp = 0; warp < warps; ++warp) sums[warp] = of_warps[warp];
+  return sum_of_pairs(sums, warps);
+}
+
+// Measures the gradients. The last block of all launches derives what the update kernel needs.
+__global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ Arguments arguments) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const Tile tile = tile_of(arguments, blockIdx.x,
+                            [](const auto& holds) -> uint32_t { return __syncthreads_count(holds(threadIdx.x)); });
+  const Part mine = squares_of_thread(arguments, tile, thread);
+  const bool finite = __syncthreads_and(mine.finite) != 0;
+  const double sum = sum_of_block(mine.sum);
+  Norm& norm = *arguments.norm;
+  __shared__ bool last;
+  if (thread == 0) {
+    int64_t* const words = norm.sums[blockIdx.x % Norm::kSums].words;
+    const auto add = [&](int word, int64_t value) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(words + word), static_cast<unsigned long long>(value));
+    };
+    ExactSum::take_apart(sum, add);
+    if (!finite) add(ExactSum::kOther, 1);
+    __threadfence();
+    last = atomicInc(&norm.finished, arguments.blocks_in_all - 1) == arguments.blocks_in_all - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  __shared__ ExactSum total;
+  for (int k = thread; k < ExactSum::kWords; k += kThreads) {
+    int64_t word = 0;
+    for (ExactSum& part : norm.sums) {
+      word += *static_cast<volatile int64_t*>(part.words + k);
+      part.words[k] = 0;  // for the next step
+    }
+    total.words[k] = word;
+  }
+  __syncthreads();
+  if (thread == 0) finish(arguments, total);
 }
 
 // The kernels, by the rule's index and the arithmetic.
@@ -122,6 +172,11 @@ const std::vector<int>& architectures() {
 
 const char* launch(int rule, Arithmetic arithmetic, const Arguments& arguments, void* stream) {
   return launch_kernel(kKernels[rule][static_cast<int>(arithmetic)], arguments.blocks, arguments, stream);
+}
+
+const char* measure(const Arguments& arguments, void* stream) {
+  if constexpr (kMeasures) return launch_kernel(squares_kernel, arguments.blocks, arguments, stream);
+  return name_of(cudaErrorNotSupported);
 }
 
 const char* write_table(void* to, const void* from, size_t bytes, void* stream) {

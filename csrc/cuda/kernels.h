@@ -24,6 +24,9 @@ DRACOPT_EXPORT const std::vector<int>& architectures();
 // Updates the tensors that the arguments describe, by the rule with the index `rule`.
 DRACOPT_EXPORT const char* launch(int rule, Arithmetic arithmetic, const Arguments& arguments, void* stream);
 
+// Adds the squares of the gradients that the arguments describe, and derives the norm when all launches have been made.
+DRACOPT_EXPORT const char* measure(const Arguments& arguments, void* stream);
+
 // Writes to the device's memory, in the stream's order and without a copy that a graph could not capture. The address
 // and the size are multiples of 16.
 DRACOPT_EXPORT const char* write_table(void* to, const void* from, size_t bytes, void* stream);

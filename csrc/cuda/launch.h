@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/exact_sum.h"
 #include "core/layout.h"
 #include "core/rule_entry.h"
 #include "core/segment.h"
@@ -43,7 +44,7 @@ struct alignas(16) Row {
   uint32_t slot;              // the place of its scalars, or of their recipe, in Arguments::words
   int32_t layout;             // number of its layout; kDense if every stream is dense
   uint16_t dtypes;            // built by dtype_at
-  uint8_t dense;              // bit k: stream k is dense
+  uint8_t dense;              // bit k: stream k is dense; bit kGradIsSimple: the gradient alone has no gaps
   uint8_t state_scalar_fp32;  // bit k: state scalar k is in fp32, otherwise in fp64
   uint8_t states;
   bool misaligned;  // some stream other than the gradient begins within a vector
@@ -60,6 +61,10 @@ struct alignas(16) Row {
 };
 constexpr int32_t kDense = -1;
 
+// The norm takes a gradient's elements in the order of the gradient's own memory. If a row has a layout, either this bit
+// of Row::dense says that the gradient lies without gaps, or the next layout is the gradient's own.
+constexpr int kGradIsSimple = kMaxStreams;
+
 // A recipe lists the numbers that scalars are prepared from, if some of them lie on the device: the hyperparameters,
 // then the state scalars.
 struct Recipe {
@@ -74,8 +79,17 @@ struct Recipe {
 static_assert(offsetof(Recipe, words) == Recipe::header_words * sizeof(uint64_t));
 static_assert(Recipe::kMaxWords <= 16);
 
+// What the blocks that measure the gradients share. Zero between steps, except for the coefficient.
+struct Norm {
+  static constexpr int kSums = 8;  // blocks add to one of several sums, because additions at one place wait in line
+
+  ExactSum sums[kSums];
+  double coefficient;  // multiplies the gradients
+  uint32_t finished;   // counts blocks
+};
+
 constexpr size_t kArgumentBytes = 32764;  // the most that CUDA passes by value
-constexpr size_t kHeaderBytes = 64;
+constexpr size_t kHeaderBytes = 112;
 constexpr size_t kArgumentWords = (kArgumentBytes - kHeaderBytes) / sizeof(uint64_t);
 
 struct Arguments {
@@ -83,9 +97,17 @@ struct Arguments {
   const Layout* layouts;
   const uint32_t* first_tiles;  // the first tile of each row; ascending
   uint32_t* finished;           // counts finished blocks if some state scalars lie on the device; otherwise null
-  const float* found_inf;       // the kernel does nothing unless the number there is zero; may be null
+  float* found_inf;             // the update kernel does nothing unless the number there is zero; may be null
   const float* grad_scale;      // points to the gradients' divisor; null if `divisor` holds it
-  double divisor;
+  const double* multiplier;     // points to what multiplies the quotients; null if `coefficient` holds it
+  double divisor, coefficient;
+  // The following are for the kernel that measures the gradients.
+  Norm* norm;
+  double* norm_out;
+  double max_norm;
+  uint32_t blocks_in_all;  // of all launches that measure
+  uint32_t checks;         // whether to set `found_inf` if some gradient is not finite
+
   uint32_t count;  // the number of rows
   uint32_t blocks;
   uint64_t words[kArgumentWords];  // the gradients' addresses, then the slots

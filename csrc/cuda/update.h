@@ -55,10 +55,10 @@ struct ThreadUpdate {
 
   RuleScalars scalars;
   Divisor<T> divisor;
+  T coefficient;  // multiplies the quotient; negative if the objective is maximized
   const Layout* layout;
   uint32_t dense;  // bit k: stream k is dense
-  bool adjusts;    // the gradient is divided or negated
-  bool maximize;
+  bool adjusts;    // the gradient is divided or multiplied
   char* data[kStreams];
   uint32_t forms;  // the dtypes by dtype_at; bit kAligned + k: stream k's vectors begin where the tensor's do
   Range range;     // the tile's elements
@@ -69,13 +69,14 @@ struct ThreadUpdate {
   DRACOPT_HD ThreadUpdate(const Arguments& arguments, const Tile& tile, const RuleScalars& prepared)
       : scalars(prepared) {
     const Row& row = arguments.rows[tile.row];
-    maximize = row.maximize;
     dense = row.dense;
     forms = row.dtypes | kAllAligned;
     layout = row.layout == kDense ? nullptr : arguments.layouts + row.layout;
     const auto number = static_cast<T>(arguments.grad_scale == nullptr ? arguments.divisor : *arguments.grad_scale);
     divisor = Divisor<T>::of(number);
-    adjusts = number != T(1) || maximize;
+    const auto factor = static_cast<T>(arguments.multiplier == nullptr ? arguments.coefficient : *arguments.multiplier);
+    coefficient = row.maximize ? -factor : factor;
+    adjusts = number != T(1) || coefficient != T(1);
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       data[k] = k == kGrad ? reinterpret_cast<char*>(arguments.words[tile.row]) : static_cast<char*>(row.streams[k]);
@@ -340,11 +341,10 @@ struct ThreadUpdate {
 
   DRACOPT_HD int64_t place_of(int k, int i) const { return is_dense(k) ? i : offset_of(*layout, k, range.begin + i); }
 
-  // Divides a gradient by the scale of the loss, and negates the gradient if the objective is maximized.
+  // Divides a gradient by the scale of the loss and multiplies the quotient.
   template <typename Math>
   DRACOPT_HD void adjust(T& grad, Math& math) const {
-    const T quotient = math.quotient(grad, divisor);
-    grad = maximize ? -quotient : quotient;
+    grad = math.quotient(grad, divisor) * coefficient;
   }
 };
 

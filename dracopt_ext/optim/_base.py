@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from .. import backend as backend_module
 from ..containers import Group
 from ._checkpoints import check_state_dtype, take_over
-from ._engine import STATE_DTYPES, Engine, engine_of
+from ._engine import STATE_DTYPES, Engine, checked_norm, engine_of
 from ._kind import Kind
 from ._step import Step
 
@@ -25,7 +25,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     can, otherwise torch's own implementation.
 
     Our names must not clash with those of users' subclasses. Every name that is not torch's begins with ``_dracopt``,
-    except ``backend``, ``state_dtype`` and ``last_backend``.
+    except ``backend``, ``state_dtype``, ``last_backend``, ``max_grad_norm``, ``error_if_nonfinite`` and ``grad_norm``.
     """
 
     _dracopt_kind: ClassVar[Kind]
@@ -68,6 +68,36 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.__dict__.pop("state_dtype", None)
         else:
             self.__dict__["state_dtype"] = value
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The largest global L2 norm of the gradients; None clips nothing. It may change between steps."""
+        return engine_of(self).max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        engine_of(self).max_grad_norm = checked_norm(value)
+
+    @property
+    def error_if_nonfinite(self) -> bool:
+        """Whether a step that clips raises if the norm of the gradients is not finite."""
+        return engine_of(self).error_if_nonfinite
+
+    @error_if_nonfinite.setter
+    def error_if_nonfinite(self, value: bool) -> None:
+        engine_of(self).error_if_nonfinite = bool(value)
+
+    @property
+    def grad_norm(self) -> Any:
+        """The global L2 norm of the gradients before the last step clipped them; None before such a step.
+
+        A number in fp64 on the device of the first parameter. Reading its value waits for a GPU; the step did not.
+        """
+        return self.__dict__.get("grad_norm", engine_of(self).grad_norm)
+
+    @grad_norm.setter
+    def grad_norm(self, value: Any) -> None:
+        self.__dict__["grad_norm"] = value  # a subclass may keep a norm of its own
 
     @property
     def last_backend(self) -> dict[str, frozenset[str]]:

@@ -26,7 +26,7 @@ def step_overridden(step: Step, method: str) -> None:
     """Steps a subclass that has overridden a method which torch's step calls and ours does not."""
     optimizer = step.optimizer
     name = type(optimizer).__name__
-    for option in ("backend", "state_dtype"):
+    for option in ("backend", "state_dtype", "max_grad_norm"):
         value = getattr(step.engine, option)
         if value is not None:
             raise RuntimeError(
@@ -62,7 +62,8 @@ def update_all(step: Step, grad_scale: float) -> None:
                 scalars = [entries[name] for name in reference.STATE_SCALARS if name in entries]
                 moments = [entries[name] for name in reference.MOMENTS if name in entries]
                 new = step.kind.lacks_state(entries, group)
-                form = form_of(p, p.grad, scalars, moments, new=new, may_fuse=fused, grad_scale=grad_scale)
+                adjusts = grad_scale != 1 or float(step.coefficient) != 1
+                form = form_of(p, p.grad, scalars, moments, new=new, may_fuse=fused, adjusts=adjusts)
                 all_of_them.append((g, i, "", form))
     with step.restored_on_error(step.select([(g, i, i + 1) for g, i, _, form in all_of_them if form & NEW])):
         uses_reference = update(step, all_of_them, grad_scale)
@@ -88,7 +89,7 @@ def update(step: Step, parameters: list[Unsupported], grad_scale: float) -> bool
             by_reference += [{**group, "params": mixed}] if mixed else []
     _by_reference.check(step, by_reference)
     if by_torch:
-        with _unscaled(by_torch, grad_scale):
+        with _adjusted(by_torch, grad_scale, float(step.coefficient)):
             call_torch(step, by_torch)
         step.note("torch", devices)
     _by_reference.update(step, by_reference, grad_scale)
@@ -142,17 +143,18 @@ def call_torch(step: Step, groups: list[Group], *, scaled: bool = False) -> None
 
 
 @contextmanager
-def _unscaled(groups: list[Group], grad_scale: float) -> Iterator[None]:
-    """Divides the gradients of these parameters by ``grad_scale`` until the block ends."""
-    if grad_scale == 1:
+def _adjusted(groups: list[Group], grad_scale: float, coefficient: float) -> Iterator[None]:
+    """Divides the gradients of these parameters by the scale and multiplies the quotients, until the block ends."""
+    if grad_scale == coefficient == 1:
         yield
         return
     params = [p for group in groups for p in group["params"]]
-    scaled = [p.grad for p in params]
+    as_they_are = [p.grad for p in params]
     try:
         for p in params:
-            p.grad = p.grad / grad_scale
+            quotient = p.grad if grad_scale == 1 else p.grad / grad_scale
+            p.grad = quotient if coefficient == 1 else quotient * coefficient
         yield
     finally:
-        for p, grad in zip(params, scaled, strict=True):
+        for p, grad in zip(params, as_they_are, strict=True):
             p.grad = grad

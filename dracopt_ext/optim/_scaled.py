@@ -18,14 +18,15 @@ def update_scaled(step: Step, found_inf: Tensor | None, grad_scale: Tensor | Non
     """Updates every parameter that has a gradient, unless there was an overflow."""
     engine = step.engine
     kernels_serve_none = True
-    if engine.backend != "reference" and _all_on_gpu(found_inf, grad_scale):
+    if engine.backend != "reference" and are_on_gpu(found_inf, grad_scale):
         todo = step.update_by_kernels(scaler=(found_inf, grad_scale))
         if todo is None:
             return  # the kernels have read both, and the host does not wait
         kernels_serve_none = todo.nothing_left
     groups = step.with_gradients()
     params = [p for group in groups for p in group["params"]]
-    torch_may = engine.backend is None and engine.state_dtype is None and kernels_serve_none
+    torch_may = engine.backend is None and engine.state_dtype is None and engine.max_grad_norm is None
+    torch_may &= kernels_serve_none
     if torch_may and params and all(p.device.type != "cpu" for p in params):
         _by_torch.call_torch(step, groups, scaled=True)  # torch's fused kernels read both as well
         step.note("torch", {p.device for p in params})
@@ -33,7 +34,7 @@ def update_scaled(step: Step, found_inf: Tensor | None, grad_scale: Tensor | Non
         step.update(1.0 if grad_scale is None else grad_scale.item())
 
 
-def _all_on_gpu(*numbers: Tensor | None) -> bool:
+def are_on_gpu(*numbers: Tensor | None) -> bool:
     """Says whether a kernel can read the numbers that are not None, which must be fp32 scalars on a GPU."""
     return all(
         x is None or (x.device.type == devices.GPU and x.dtype == torch.float32 and x.numel() == 1) for x in numbers

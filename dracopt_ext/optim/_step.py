@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import backend as backend_module
 from .. import reference
 from ..containers import Group, plain_groups, plain_state, restore
-from ..todo import NEW, Index, Run, Scaler, Todo
-from . import _by_reference, _by_torch, _scaled
+from ..todo import NEW, Clipping, Index, Run, Scaler, Todo
+from . import _by_reference, _by_torch, _clipped, _scaled
 from ._engine import engine_of
 
 if TYPE_CHECKING:
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 class Step:
     """One step. The kernels update what they serve; torch's own implementation, or the reference, updates the rest."""
 
-    __slots__ = ("are_plain", "engine", "groups", "is_odd", "kind", "optimizer")
+    __slots__ = ("are_plain", "coefficient", "engine", "groups", "is_odd", "kind", "optimizer")
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
         self.kind = optimizer._dracopt_kind
         self.engine = engine_of(optimizer)
         self.groups: list[Group] = optimizer.param_groups
+        self.coefficient: float | Tensor = 1.0  # multiplies the gradients after their division by the scale
         self.are_plain = False  # whether a plan is known to read these groups
         self.is_odd = False  # whether the state is known to be one that no plan reads
 
@@ -57,34 +58,45 @@ class Step:
             return
         found_inf = getattr(self.optimizer, "found_inf", None)
         grad_scale = getattr(self.optimizer, "grad_scale", None)
-        if found_inf is None and grad_scale is None:
+        max_norm = self.engine.max_grad_norm
+        if max_norm is not None:
+            _clipped.update_clipped(self, max_norm, found_inf, grad_scale)
+        elif found_inf is None and grad_scale is None:
             self.update()
         else:
             _scaled.update_scaled(self, found_inf, grad_scale)
 
     def update(self, grad_scale: float = 1.0) -> None:
         """Updates every parameter that has a gradient, which is divided by ``grad_scale``."""
+        self.coefficient = float(self.coefficient)
         if self.engine.backend == "reference":
             _by_reference.update_all(self, grad_scale)
         elif self.update_by_kernels(grad_scale) is not None:
             _by_torch.update_all(self, grad_scale)
 
-    def update_by_kernels(self, grad_scale: float = 1.0, scaler: Scaler = (None, None)) -> Todo | None:
+    def update_by_kernels(
+        self, grad_scale: float = 1.0, scaler: Scaler = (None, None), clipping: Clipping | None = None
+    ) -> Todo | None:
         """Updates every parameter that has a gradient, by kernels if they serve it. Kernels also read ``scaler``.
 
-        Returns None when all is done. If there are no kernels, or the host must read ``scaler`` first, does nothing and
-        returns what must be done.
+        Returns None when all is done. If there are no kernels, or the host must read ``scaler`` or find the norm first,
+        does nothing and returns what must be done.
         """
         plan = self._plan()
         if plan is None:
             return Todo([], [], host_decides=True, nothing_left=True)
-        todo = self._run(plan, grad_scale, scaler)
+        options: dict[str, Any] = {"coefficient": self.coefficient}
+        if clipping is not None:
+            options["clipping"] = clipping
+        todo = self._run(plan, grad_scale, scaler, **options)
         if todo is None or todo.host_decides:
             return todo
-        self._update_in_turn(plan, todo, grad_scale, scaler)
+        self._update_in_turn(plan, todo, grad_scale, scaler, options)
         return None
 
-    def _update_in_turn(self, plan: StepPlan, todo: Todo, grad_scale: float, scaler: Scaler) -> None:
+    def _update_in_turn(
+        self, plan: StepPlan, todo: Todo, grad_scale: float, scaler: Scaler, options: dict[str, Any]
+    ) -> None:
         """Creates the missing states, lets torch step what is unsupported, and then the plan what is left."""
         unsupported = todo.unsupported
         if self.engine.backend is not None:
@@ -96,7 +108,7 @@ class Step:
                 )
         created = self.select(todo.missing)
         new = self.select([(g, i, i + 1) for g, i, _, form in unsupported if form & NEW])
-        options = {"created": todo.missing, "stepped": [parameter[:2] for parameter in unsupported]}
+        options = {**options, "created": todo.missing, "stepped": [parameter[:2] for parameter in unsupported]}
         with self.restored_on_error(created + new):
             with torch.no_grad():
                 for group in created:

@@ -33,6 +33,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
         state_dtype: dtype of the moments: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It is not
             part of the state dict, and what is loaded is converted to it.
+        max_grad_norm: largest global L2 norm of all gradients; larger ones are scaled down as by
+            :func:`torch.nn.utils.clip_grad_norm_`, but are not written. None (default) clips nothing. ``grad_norm`` is
+            the norm before clipping.
+        error_if_nonfinite: raise RuntimeError, before anything changes, if that norm is not finite (default False).
+            An overflow that a GradScaler handles is no error.
 
     The formula is documented with :func:`dracopt_ext.reference.adam`.
     """
@@ -56,8 +61,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        give_engine(self, backend, state_dtype)
+        give_engine(self, backend, state_dtype, max_grad_norm, error_if_nonfinite)
         # torch's AdamW is passed over if it stands between, because it takes fewer arguments.
         passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
         torchs: Any = super(passed, self)
@@ -101,8 +108,10 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        give_engine(self, backend, state_dtype)
+        give_engine(self, backend, state_dtype, max_grad_norm, error_if_nonfinite)
         super(FusedOptimizer, self).__init__(
             params,
             lr,

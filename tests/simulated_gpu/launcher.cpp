@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/squares.h"
 #include "cuda/update.h"
 #include "device.h"
 #include "rules/all.h"
@@ -21,16 +22,20 @@ const char* fails(const char* function) {
   return std::strcmp(simulated_failure, function) == 0 ? "cudaErrorLaunchFailure" : nullptr;
 }
 
+Tile tile_for(const Arguments& arguments, uint32_t block) {
+  return tile_of(arguments, block, [](const auto& holds) {
+    uint32_t count = 0;
+    for (uint32_t thread = 0; thread < kThreads; ++thread) count += holds(thread);
+    return count;
+  });
+}
+
 template <typename Rule, typename T>
 void step_kernel(const Arguments& arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
   if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
   for (uint32_t block = 0; block < arguments.blocks; ++block) {
-    const Tile tile = tile_of(arguments, block, [](const auto& holds) {
-      uint32_t count = 0;
-      for (uint32_t thread = 0; thread < kThreads; ++thread) count += holds(thread);
-      return count;
-    });
+    const Tile tile = tile_for(arguments, block);
     const Row& row = arguments.rows[tile.row];
     const RuleScalars scalars = row.has_recipe ? scalars_from_recipe<Rule, T>(arguments, row)
                                                : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
@@ -59,6 +64,35 @@ const char* launch(int rule, Arithmetic arithmetic, const Arguments& arguments, 
   simulated_table = arguments.rows;
   simulated_last_stream = static_cast<int>(reinterpret_cast<intptr_t>(stream));
   kSteps[rule][static_cast<int>(arithmetic)](arguments);
+  return nullptr;
+}
+
+const char* measure(const Arguments& arguments, void* stream) {
+  if (const char* error = fails("measure")) return error;
+  ++simulated_launches;
+  simulated_last_stream = static_cast<int>(reinterpret_cast<intptr_t>(stream));
+  Norm& norm = *arguments.norm;
+  for (uint32_t block = 0; block < arguments.blocks; ++block) {
+    const Tile tile = tile_for(arguments, block);
+    double sums[kThreads];
+    bool finite = true;
+    for (int thread = 0; thread < kThreads; ++thread) {
+      const Part part = squares_of_thread(arguments, tile, thread);
+      sums[thread] = part.sum;
+      finite &= part.finite;
+    }
+    ExactSum& sum = norm.sums[block % Norm::kSums];
+    sum.add(sum_of_pairs(sums, kThreads));
+    sum.words[ExactSum::kOther] += !finite;
+    if (++norm.finished < arguments.blocks_in_all) continue;
+    norm.finished = 0;
+    ExactSum total{};
+    for (ExactSum& part : norm.sums) {
+      for (int k = 0; k < ExactSum::kWords; ++k) total.words[k] += part.words[k];
+      part = {};
+    }
+    finish(arguments, total);
+  }
   return nullptr;
 }
 
