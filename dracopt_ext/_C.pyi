@@ -26,7 +26,7 @@ class StepPlan:
         grad_scale: float = 1.0,
         scaler: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         coefficient: float | torch.Tensor = 1.0,
-        clipping: tuple[float, torch.Tensor, bool, bool] | None = None,
+        clipping: Any = None,
         created: list[tuple[int, int, int]] | None = None,
         stepped: list[tuple[int, int]] | None = None,
         only_looks: bool = False,

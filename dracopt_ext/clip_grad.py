@@ -123,12 +123,25 @@ class _Others:
         by_mesh: dict[Any, list[Tensor]] = {}
         for gradients in self.by_spec.values():
             wholes = list(map(_without_partial, gradients))
-            mesh = wholes[0].device_mesh
+            mesh, placements = wholes[0].device_mesh, wholes[0].placements
             local = by_mesh.setdefault(mesh, [])
-            if _counts_here(mesh, wholes[0].placements):
+            if _counts_here(mesh, sum(placement.is_replicate() << d for d, placement in enumerate(placements))):
                 local += [whole._local_tensor for whole in wholes]
         sums += [_add_over(mesh, global_norm(local).square().to(mesh.device_type)) for mesh, local in by_mesh.items()]
         return sums
+
+
+def add_over_meshes(parts: list[tuple[Any, int, float]]) -> float:
+    """Returns a sum over all processes.
+
+    Args:
+        parts: meshes, along which of their dimensions the processes hold equal numbers (bit d: dimension d), and sums
+            of numbers in this process.
+    """
+    by_mesh: dict[Any, float] = {}
+    for mesh, replicated, part in parts:
+        by_mesh[mesh] = by_mesh.get(mesh, 0.0) + (part if _counts_here(mesh, replicated) else 0.0)
+    return sum(_add_over(mesh, torch.tensor(part, dtype=torch.float64)).item() for mesh, part in by_mesh.items())
 
 
 def _norm_by_torch(gradients: list[Tensor]) -> Tensor:
@@ -151,12 +164,10 @@ def _without_partial(gradient: Any) -> Any:
     return gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in placements])
 
 
-def _counts_here(mesh: Any, placements: Any) -> bool:
-    """Says whether this process counts its part. Of processes with the same part, the first ones of their rows do."""
+def _counts_here(mesh: Any, replicated: int) -> bool:
+    """Says whether this process counts its part. Of processes with equal parts, the first ones of their rows do."""
     coordinate = mesh.get_coordinate()
-    return coordinate is not None and all(
-        at == 0 or not placement.is_replicate() for at, placement in zip(coordinate, placements, strict=True)
-    )
+    return coordinate is not None and not any(at > 0 and replicated >> d & 1 for d, at in enumerate(coordinate))
 
 
 def _add_over(mesh: Any, part: Tensor) -> Tensor:

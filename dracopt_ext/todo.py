@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ Run = tuple[int, int, int]
 """Neighbouring parameters: the index of their group, the index of the first one, and the index after the last."""
 Scaler = tuple[Tensor | None, Tensor | None]
 """GradScaler's tensors ``found_inf`` and ``grad_scale``, for the kernels to read."""
-Clipping = tuple[float, Tensor, bool, bool]
-"""How to clip: the largest norm, where the norm is written, and the two flags of csrc/bindings/gpu_launches.h."""
+Clipping = tuple[float, Tensor, bool, bool, Callable[[list[tuple[Any, int, float]]], float]]
+"""How to clip, as csrc/bindings/gpu_launches.h says: the largest norm, where the norm is written, two flags, and what
+adds sums over processes."""
 Unsupported = tuple[int, int, str, int]
 """An unsupported parameter: its group's index, its own index, the reason, and its form, a sum of the flags below."""
 

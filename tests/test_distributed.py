@@ -431,3 +431,63 @@ def test_classes_of_another_form(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("torch.distributed.tensor.DTensor", type("DTensor", (Tensor,), {}))
     optimizer = optimizer_of(mesh)
     assert optimizer.last_backend == TORCH
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_clipping(case: Case, mesh: DeviceMesh) -> None:
+    """Parameters of one process have the bits of plain ones, beside plain ones, too."""
+    given = inputs([0, 1, 17, 5000], torch.float32, 3)
+    options = {**case.options, "max_grad_norm": 3.0}
+    expected = train(case.ours, options, *given)
+    count = iter(range(1000))
+    for every in (1, 2):
+        found = train(
+            case.ours,
+            options,
+            *given,
+            place=lambda tensor, every=every: shard(tensor, mesh) if next(count) % every == 0 else tensor.clone(),  # type: ignore[misc]
+            place_grad=None,
+        )
+        assert_same_bits({key: local(tensor) for key, tensor in found.items()}, expected)
+    for fault in FAULTS:
+        found = train(fault(case.ours), options, *given, place=lambda tensor: shard(tensor, mesh))
+        with pytest.raises(AssertionError, match="differ"):
+            assert_same_bits({key: local(tensor) for key, tensor in found.items()}, expected)
+
+
+def test_clipping_that_cannot_communicate(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the collective leaves everything as before."""
+    optimizer = optimizer_of(mesh, max_grad_norm=1.0)
+    before = {key: local(tensor).clone() for key, tensor in snapshot(optimizer).items()}
+
+    def fail(*_: Any) -> float:
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr("dracopt_ext.clip_grad.add_over_meshes", fail)
+    with pytest.raises(RuntimeError, match="no connection"):
+        optimizer.step()
+    assert_same_bits({key: local(tensor) for key, tensor in snapshot(optimizer).items()}, before)
+    monkeypatch.undo()
+    optimizer.step()
+    assert optimizer.last_backend == NATIVE
+
+
+def test_what_may_happen_while_processes_communicate(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other code takes everything away meanwhile, and the step updates what it has found."""
+    expected, optimizer = (optimizer_of(mesh, max_grad_norm=1.0) for _ in range(2))
+    expected.step()
+    params = optimizer.param_groups[0]["params"]
+    kept = [local(p.detach()) for p in params]
+
+    def take_away(parts: list[tuple[Any, int, float]]) -> float:
+        for p in params:
+            p.grad = None
+            optimizer.state.pop(p)
+        params.clear()
+        gc.collect()
+        return sum(part for _, _, part in parts)
+
+    monkeypatch.setattr("dracopt_ext.clip_grad.add_over_meshes", take_away)
+    optimizer.step()
+    for tensor, p in zip(kept, expected.param_groups[0]["params"], strict=True):
+        assert torch.equal(tensor, local(p.detach()))

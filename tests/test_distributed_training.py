@@ -553,3 +553,137 @@ def step_where_placements_differ() -> None:
 
 def test_fused_where_placements_differ(tmp_path: Path) -> None:
     in_processes(4, tmp_path, step_where_placements_differ)
+
+
+def clip_in_the_step(name: str) -> None:
+    """The norm is that of whole gradients, the same on all ranks, and each rank clips its part by it."""
+    for case in RULES:
+        follow_clipped(name, case, case.ours)
+    for fault in [*FAULTS, SkipsARank, ClipsByItself]:
+        with pytest.raises(AssertionError, match="is not"):
+            follow_clipped(name, RULES[0], fault(RULES[0].ours))
+
+
+class ClipsByItself(NoOp):
+    """A fault that the test must notice: one process uses another norm."""
+
+    def __call__(self, params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+        factor = 1 - 0.01 * (dist.get_rank() == 1)
+        return self.make(params, **{**options, "max_grad_norm": factor * options["max_grad_norm"]})
+
+
+def follow_clipped(name: str, case: Case, make: Any) -> None:
+    model = MODELS[name][0]()
+    params = list(model.parameters())
+    plain = [nn.Parameter(whole(p)) for p in params]
+    largest = 0.05
+    optimizer = make(params, **case.options, max_grad_norm=largest)
+    other = case.torchs(plain, **case.options)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    errors: list[str] = []
+    for step in range(4):
+        optimizer.zero_grad()
+        scale = 1e-4 if step == 2 else 1.0
+        (scale * model(torch.randn(8, 6, generator=generator)).square().mean()).backward()
+        for p, q in zip(params, plain, strict=True):
+            q.grad = None if p.grad is None else whole(p.grad)
+        norm = nn.utils.clip_grad_norm_(plain, largest)
+        assert (norm > largest) == (step != 2), "the test must clip in all steps except one"
+        optimizer.step()
+        other.step()
+        ours = optimizer.grad_norm  # type: ignore[attr-defined]
+        of_all = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_all, ours)
+        errors += [f"{a} is not {ours}" for a in of_all if a != ours]
+        errors += [] if torch.allclose(ours.float(), norm, rtol=1e-6) else [f"{ours} is not {norm}"]
+        for p, q in zip(params, plain, strict=True):
+            if not torch.allclose(whole(p), q.detach(), rtol=1e-5, atol=1e-6):
+                errors.append(f"{whole(p)} is not {q}")
+        if optimizer.last_backend != NATIVE:  # type: ignore[attr-defined]
+            errors.append(f"{optimizer.last_backend} ran")  # type: ignore[attr-defined]
+    raise_on_all(errors)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("FSDP2", 2),
+        ("FSDP2", 4),
+        ("hybrid FSDP2", 4),
+        ("tensor parallelism", 2),
+        ("FSDP2 and tensor parallelism", 4),
+        ("DDP", 2),
+    ],
+)
+def test_clipping_in_the_step(name: str, count: int, tmp_path: Path) -> None:
+    in_processes(count, tmp_path, clip_in_the_step, name)
+
+
+def clip_by_functions() -> None:
+    """Our functions have torch's results, for parts of 2 x 2 meshes and for partial gradients."""
+    mesh = mesh_of(2, 2)
+    generator = torch.Generator().manual_seed(0)
+    for placements in (
+        [Shard(0), Shard(1)],
+        [Replicate(), Shard(0)],
+        [Shard(1), Replicate()],
+        [Replicate(), Partial()],
+    ):
+        found = []
+        for library in (dracopt_ext, nn.utils):
+            generator.manual_seed(1)
+            params = []
+            for _ in range(3):
+                p = nn.Parameter(distribute_tensor(torch.zeros(5, 6), mesh, [Replicate(), Replicate()]))
+                grad = torch.randn(5, 6, generator=generator)
+                if placements[1] == Partial():
+                    p.grad = DTensor.from_local(grad, mesh, placements, run_check=False)
+                else:
+                    p.grad = distribute_tensor(grad, mesh, placements)
+                params.append(p)
+            norm = library.clip_grad_norm_(params, 0.5)
+            assert isinstance(norm, DTensor)
+            total = library.get_total_norm([p.grad for p in params])
+            if placements[1] != Partial():  # torch limits no terms of a sum
+                library.clip_grad_value_(params, 0.05)
+            found.append([whole(norm), whole(total), *(whole(p.grad) for p in params)])
+        raise_on_all([f"{a} is not {b}" for a, b in zip(*found, strict=True) if not torch.allclose(a, b, rtol=1e-5)])
+
+
+def test_clipping_by_functions(tmp_path: Path) -> None:
+    in_processes(4, tmp_path, clip_by_functions)
+
+
+def overflow_while_clipping() -> None:
+    """All ranks notice an overflow on one of them, whoever looks for it, and change nothing."""
+    for scaler_class in (torch.amp.GradScaler, dracopt_ext.GradScaler):
+        for fused in (None, True):
+            model = sharded()
+            optimizer = dracopt_ext.AdamW(model.parameters(), lr=0.1, fused=fused, max_grad_norm=0.5)
+            scaler = scaler_class("cpu", init_scale=4.0)
+            plain = [nn.Parameter(whole(p)) for p in model.parameters()]
+            other = torch.optim.AdamW(plain, lr=0.1)
+            for step in range(4):
+                model.zero_grad()
+                scaler.scale(model(torch.ones(2, 6) + step).sum()).backward()
+                if step in (0, 2) and dist.get_rank() == 1:
+                    local(next(model.parameters()).grad).view(-1)[-1] = float("inf")  # type: ignore[arg-type]
+                for p, q in zip(model.parameters(), plain, strict=True):
+                    q.grad = whole(p.grad) / scaler.get_scale()  # type: ignore[arg-type]
+                scaler.step(optimizer)
+                scaler.update()
+                if step not in (0, 2):
+                    nn.utils.clip_grad_norm_(plain, 0.5)
+                    other.step()
+                errors = [
+                    f"{step}: {whole(p)} is not {q}"
+                    for p, q in zip(model.parameters(), plain, strict=True)
+                    if not torch.allclose(whole(p), q.detach(), rtol=1e-5, atol=1e-6)
+                ]
+                raise_on_all(errors)
+            assert scaler.get_scale() == 1
+            assert optimizer.last_backend == NATIVE
+
+
+def test_overflow_while_clipping(tmp_path: Path) -> None:
+    in_processes(2, tmp_path, overflow_while_clipping)

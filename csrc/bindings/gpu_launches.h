@@ -21,6 +21,9 @@ struct Clipping {
   Tensor norm;        // takes the norm before clipping, in fp64; lies where all gradients lie
   bool checks;        // sets Scaler::found_inf, and changes nothing else, if some gradient is not finite
   bool needs_a_norm;  // changes nothing else if the norm is not finite
+  // Called with (mesh, replicated, sum) for each MeshPart of distributed gradients on the CPU, where `sum` is of the
+  // squares in this process. Returns the sum for all processes.
+  pybind11::object add_over_meshes;
 };
 
 // Tensors with equal keys are updated by the same kernel.

@@ -161,7 +161,7 @@ py::list measure_on_gpu(const py::list& list, const py::object& norm, const py::
     ready.streams.count = kGrad + 1;
     launches.add(segment, ready, group, &no_scalars, 1, segment.layout == nullptr ? nullptr : &segment);
   }
-  const Clipping clipping{0, out, false, false};
+  const Clipping clipping{0, out, false, false, {}};
   if (launches.count() == 0) return others;
   launches.upload({{}, grad_scale.is_none() ? Tensor() : Tensor::in(grad_scale.ptr()), {}}, Backends(true, true, {}),
                   true);

@@ -93,8 +93,17 @@ struct Stepped {};
 
 using Examined = std::variant<Stepped, Ready, MissingState, Unsupported, Wrong>;
 
+// Says of which mesh the processes hold a distributed parameter, and along which dimensions they hold equal parts.
+struct MeshPart {
+  PyObject* mesh;
+  uint32_t replicated;  // bit d: dimension d of the mesh
+
+  bool operator==(const MeshPart&) const = default;
+};
+
 // A distribution says what is known of a distributed parameter. It is empty for any other parameter.
 struct Distribution {
+  MeshPart part;                    // if the kernels can update the local tensors
   const char* unsupported;          // why kernels cannot update the local tensors; null if they can
   std::optional<Wrong> wrong;       // which tensor cannot be right
   PyObject* states[kMaxStateKeys];  // the distributed tensors around Located::values; null where those are plain

@@ -3,6 +3,7 @@
 #include <structmember.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "bindings/examine.h"
 #include "bindings/key_reader.h"
@@ -71,7 +72,9 @@ void LocalTensors::prepare() {
   if (!keeps(spec_type, "mesh") || !keeps(spec_type, "placements") || !keeps(spec_type, "shard_order")) return;
   for (const char* name : {"Shard", "Replicate", "_StridedShard"}) {
     py::object found = attribute(placements, name);
-    if (found && PyType_Check(found.ptr())) whole_placements_.push_back(lasting_type(std::move(found)));
+    if (!found || !PyType_Check(found.ptr())) continue;
+    whole_placements_.push_back(lasting_type(std::move(found)));
+    if (std::strcmp(name, "Replicate") == 0) replicate_ = whole_placements_.back();
   }
   replicates_ = attribute(py::module_::import("torch._C"), "_get_dtensor_allow_implicit_replication");
   if (!replicates_) return;
@@ -88,6 +91,7 @@ bool LocalTensors::unwrap(Inventory& inventory) {
   for (size_t i = 0; i < inventory.size() && tensor_type_ != nullptr; ++i) {
     if (!inventory.is_distributed(inventory.located[i].parameter)) continue;
     inventory.distributions.resize(inventory.size());
+    if (parts_.size() < inventory.size()) parts_.resize(inventory.size());
     if (alike_.size() < inventory.size()) alike_.resize(inventory.size());
     unwrap_one(inventory, i);
   }
@@ -142,12 +146,16 @@ void LocalTensors::unwrap_one(Inventory& inventory, size_t i) {
   auto& alike = alike_[i];
   const bool are_known = std::equal(specs.begin(), specs.end(), alike.begin(),
                                     [](PyObject* spec, const py::object& known) { return known.ptr() == spec; });
-  if (are_known) return;
+  if (are_known) {
+    distribution.part = parts_[i];
+    return;
+  }
   compare(tensors, specs, scalars, distribution);
   const bool are_alike = distribution.unsupported == nullptr && !distribution.wrong.has_value() && unknown_.empty();
   Held& row = forgotten_.emplace_back();
   for (size_t k = 0; k < kMaxStreams && are_alike; ++k) row[k] = py::reinterpret_borrow<py::object>(specs[k]);
   row.swap(alike);
+  parts_[i] = distribution.part;
 }
 
 // Compares the specs of a gradient and of moments with the parameter's.
@@ -158,6 +166,7 @@ void LocalTensors::compare(const Objects& tensors, const Objects& specs, int sca
     return;
   }
   if (is_partial(of_param)) distribution.unsupported = kPartial;
+  distribution.part = mesh_part_of(of_param);
   for (size_t k = kGrad; k < kMaxStreams; ++k) {
     if (tensors[k] == nullptr || specs[k] == specs[kParam]) continue;
     Spec spec{};
@@ -198,6 +207,15 @@ bool LocalTensors::is_partial(const Spec& spec) const {
     if (std::find(whole_placements_.begin(), whole_placements_.end(), type) == whole_placements_.end()) return true;
   }
   return false;
+}
+
+MeshPart LocalTensors::mesh_part_of(const Spec& spec) const {
+  MeshPart part{spec.mesh, 0};
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(spec.placements) && k < 32; ++k) {
+    const bool is_replicated = Py_TYPE(PyTuple_GET_ITEM(spec.placements, k)) == replicate_;
+    part.replicated |= static_cast<uint32_t>(is_replicated) << k;
+  }
+  return part;
 }
 
 // Compares two meshes, placements or orders. Calls no Python.

@@ -53,12 +53,14 @@ class LocalTensors {
   void compare(const Objects& tensors, const Objects& specs, int scalars, Distribution& distribution);
   bool read_spec(PyObject* object, Spec& spec) const;
   bool is_partial(const Spec& spec) const;
+  MeshPart mesh_part_of(const Spec& spec) const;
   Answer are_equal(PyObject* a, PyObject* b);
   void compare_unknown(size_t parameters);
 
   // The classes are null until the program loads them, and if they are not as we know them.
   PyTypeObject *tensor_type_ = nullptr, *spec_type_ = nullptr;
   std::vector<PyTypeObject*> whole_placements_;  // all except the partial ones
+  PyTypeObject* replicate_ = nullptr;            // one of these
   Py_ssize_t local_at_ = 0, spec_at_ = 0;        // of a tensor's slots in the object, in bytes
   bool has_looked_ = false;
   PyObject *module_name_, *mesh_, *placements_, *order_;  // strings
@@ -68,6 +70,7 @@ class LocalTensors {
   // The specs that were found to be alike, by a parameter's place in the step and by stream. torch hashes specs, so
   // they never change. Comparing them again takes four times as long as all else that a DTensor needs.
   std::vector<Held> alike_;
+  std::vector<MeshPart> parts_;  // of these parameters
   std::vector<Held> forgotten_;  // until nothing is borrowed, because an object's end may run other code
 
   // Pairs of meshes and of placements, with Python's answer whether they are equal. They never change. They are held,

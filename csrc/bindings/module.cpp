@@ -23,9 +23,10 @@ Tensor tensor_or_none(const py::object& object) {
 
 std::optional<Clipping> clipping_or_none(const py::object& object) {
   if (object.is_none()) return {};
-  const auto [max_norm, norm, checks, needs_a_norm] = object.cast<std::tuple<double, py::object, bool, bool>>();
+  const auto [max_norm, norm, checks, needs_a_norm, add_over_meshes] =
+      object.cast<std::tuple<double, py::object, bool, bool, py::object>>();
   if (!is_tensor(norm.ptr())) throw py::type_error("clipping must hold a tensor for the norm");
-  return Clipping{max_norm, Tensor::in(norm.ptr()), checks, needs_a_norm};
+  return Clipping{max_norm, Tensor::in(norm.ptr()), checks, needs_a_norm, add_over_meshes};
 }
 
 py::tuple names_in(const char* const* names) {

@@ -117,24 +117,49 @@ class Alive {
   std::vector<py::object> objects_;
 };
 
+// Gradients on the CPU that are the same part of the same mesh.
+struct OfMesh {
+  MeshPart part;  // empty if the gradients are not distributed
+  std::vector<Segment> gradients;
+};
+
+std::vector<OfMesh> by_mesh(const Inventory& inventory, std::deque<Layout>& layouts) {
+  std::vector<OfMesh> shares(1);
+  for (size_t i = 0; i < inventory.size(); ++i) {
+    const Distribution* const distribution = inventory.distribution_of(i);
+    const MeshPart part = distribution == nullptr ? MeshPart{} : distribution->part;
+    auto share = std::find_if(shares.begin(), shares.end(), [&](const OfMesh& known) { return known.part == part; });
+    if (share == shares.end()) share = shares.insert(share, {part, {}});
+    const Segment& segment = inventory.segments[i];
+    share->gradients.push_back(segment.layout == nullptr ? segment
+                                                         : segment_of_gradient(inventory.located[i].grad, layouts));
+  }
+  return shares;
+}
+
 // Finds the norm, and gives the updates their coefficient. Returns false if the step must change nothing.
 bool clip_on_cpu(const Inventory& inventory, Updates& updates, const Scaler& scaler, const Clipping& clipping,
                  bool holds_gil) {
-  std::vector<Segment> gradients(inventory.segments.begin(),
-                                 inventory.segments.begin() + static_cast<int64_t>(inventory.size()));
   std::deque<Layout> layouts;
-  for (size_t i = 0; i < inventory.size(); ++i) {
-    if (gradients[i].layout != nullptr) gradients[i] = segment_of_gradient(inventory.located[i].grad, layouts);
-  }
-  cpu::Squares squares;
+  const std::vector<OfMesh> shares = by_mesh(inventory, layouts);
+  std::vector<cpu::Squares> squares;
   {
     std::optional<py::gil_scoped_release> released;
     if (!holds_gil) released.emplace();
-    squares = sum_of_squares(gradients);
+    for (const OfMesh& share : shares) squares.push_back(sum_of_squares(share.gradients));
   }
-  const auto clip = Clip::of(squares.sum, updates.grad_scale(), clipping.max_norm);
+  auto [sum, finite] = squares.front();
+  if (shares.size() > 1) {
+    py::list parts;
+    for (size_t k = 1; k < shares.size(); ++k) {
+      parts.append(py::make_tuple(py::handle(shares[k].part.mesh), shares[k].part.replicated, squares[k].sum));
+    }
+    sum += clipping.add_over_meshes(parts).cast<double>();
+    finite = all_finite(sum);  // in any process
+  }
+  const auto clip = Clip::of(sum, updates.grad_scale(), clipping.max_norm);
   *static_cast<double*>(data_of(clipping.norm)) = clip.norm;
-  if (clipping.checks && !squares.finite) {
+  if (clipping.checks && !finite) {
     *static_cast<float*>(data_of(scaler.found_inf)) = 1;
     return false;
   }
@@ -180,9 +205,10 @@ void Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, c
   }
   const size_t on_cpu = counts[static_cast<int>(Backend::cpu)][0];
 
-  // Python launches Triton's kernels, and a long step on the CPU lets go of the GIL.
+  // Python launches Triton's kernels and adds over processes, and a long step on the CPU lets go of the GIL.
   const auto& by_triton = counts[static_cast<int>(Backend::triton)];
-  const bool calls_python = by_triton[0] + by_triton[1] > 0, holds_gil = units < kShortStepUnits;
+  const bool adds_over_meshes = clipping.has_value() && !inventory.distributions.empty();
+  const bool calls_python = by_triton[0] + by_triton[1] > 0 || adds_over_meshes, holds_gil = units < kShortStepUnits;
   Alive alive;
   if (calls_python || !holds_gil) alive.reserve(inventory.size());
   if (calls_python) alive.hold_hyperparameters(inventory);

@@ -177,10 +177,10 @@ bool StepPlan::host_decides(const Scaler& scaler, bool finds_overflow) const {
 }
 
 // Says whether this step cannot find the norm by itself: not all gradients lie where the norm is wanted, other
-// processes have a part of them, or states must not be created before the norm is known.
+// processes have a part of those on a GPU, or states must not be created before the norm is known.
 bool StepPlan::norm_is_elsewhere(const Clipping& clipping) const {
-  if (!inventory_.distributions.empty()) return true;
   const Device device = clipping.norm.device();
+  if (!inventory_.distributions.empty() && !device.is_cpu()) return true;
   if (device.is_gpu() && (clipping.needs_a_norm || inventory_.size() == 0)) return true;
   for (size_t i = 0; i < inventory_.size(); ++i) {
     if (streams_of(inventory_.examined[i]) == nullptr) return true;

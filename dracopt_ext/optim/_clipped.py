@@ -24,7 +24,8 @@ def update_clipped(step: Step, max_norm: float, found_inf: Tensor | None, grad_s
     is_done = _update_in_one_go(step, (max_norm, overflow is not None, raises), found_inf, grad_scale)
     if not is_done:
         gradients = [p.grad for group in step.with_gradients() for p in group["params"]]
-        engine.norm_is_elsewhere = any(map(clip_grad.is_distributed, gradients))
+        # The CPU's kernels find the norm of distributed gradients, too.
+        engine.norm_is_elsewhere = any(clip_grad.is_distributed(grad) and not grad.is_cpu for grad in gradients)
         engine.grad_norm = norm = clip_grad.global_norm(gradients, grad_scale)
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1)
         step.coefficient = coefficient.item() if coefficient.is_cpu else coefficient
@@ -55,7 +56,7 @@ def _update_in_one_go(
         scaler = (found_inf if checks else None, None)
     device = next((p.device for group in step.optimizer.param_groups for p in group["params"]), None)
     norm = torch.empty((), dtype=torch.float64, device=device)
-    if step.update_by_kernels(scale, scaler, (max_norm, norm, checks, raises)) is not None:
+    if step.update_by_kernels(scale, scaler, (max_norm, norm, checks, raises, clip_grad.add_over_meshes)) is not None:
         return False
     engine.grad_norm = norm
     return True
