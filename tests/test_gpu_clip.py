@@ -15,7 +15,7 @@ from dracopt_ext.optim._engine import engine_of
 
 from .cases import FAULTS, RULES, STORAGE, Case, NoOp, assert_same_bits, inputs, snapshot, train
 from .test_clip import CHUNKS
-from .test_gpu import Gpu, OnGpu, Simulated, gpu, simulation, with_count  # noqa: F401
+from .test_gpu import Gpu, OnGpu, Simulated, distributed, gpu, simulation, with_count  # noqa: F401
 from .test_layouts import LAYOUTS, given
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -250,3 +250,24 @@ def test_captured(gpu: Simulated, simulation: Any) -> None:  # noqa: F811
     assert gpu.launches(optimizer) == 2
     assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(300), rel=1e-15)
     assert optimizer.state[p]["step"].item() == 2
+
+
+@every_rule
+@counting
+def test_distributed_tensors(gpu: Gpu, case: Case, counts_on: str, mesh: Any) -> None:  # noqa: F811
+    """The norm of shards comes from a launch of its own, and the coefficient stays on the GPU."""
+    initial, steps = inputs([0, 1, 1000, 4099], FP32, 3)
+    options = {**with_count(case, counts_on), "max_grad_norm": 10.0}
+    params = [nn.Parameter(gpu(value) if i == 2 else distributed(gpu(value), mesh)) for i, value in enumerate(initial)]
+    others = [nn.Parameter(value.clone()) for value in initial]
+    ours, plain = case.ours(params, **options), case.ours(others, **case.options, max_grad_norm=10.0)
+    for step in steps:
+        for i, (p, q, grad) in enumerate(zip(params, others, step, strict=True)):
+            p.grad = gpu(grad) if i == 2 else distributed(gpu(grad), mesh)
+            q.grad = grad.clone()
+        ours.step()
+        plain.step()
+        assert ours.grad_norm.item() == pytest.approx(plain.grad_norm.item(), rel=1e-15)
+        assert ours.last_backend == {gpu.type: frozenset({gpu.backend})}
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(getattr(p, "_local_tensor", p).detach().cpu(), q.detach())
