@@ -29,11 +29,15 @@ class StepPlan:
         clipping: Any = None,
         created: list[tuple[int, int, int]] | None = None,
         stepped: list[tuple[int, int]] | None = None,
+        zeroes: bool = False,
         only_looks: bool = False,
     ) -> Any: ...
     @property
     def updated(self) -> dict[tuple[str, str], int]:
         """How many parameters the last call updated, by the device's type and the backend's name."""
+    @property
+    def zeroed(self) -> bool:
+        """Whether the last call was a step that left all gradients zero."""
     @property
     def launches(self) -> int:
         """How many kernels the last call launched, except those that write tables."""

@@ -281,12 +281,21 @@ def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | No
 
 @torch.no_grad()
 def zero_gradients(parameters: list[Tensor]) -> None:
-    """Sets all elements of the gradients to zero, in place."""
+    """Sets all elements of the gradients to zero, in place. Gradients with a graph are detached, as in torch."""
+    for p in parameters:
+        if p.grad is not None and p.grad.requires_grad:
+            p.grad.requires_grad_(False) if p.grad.grad_fn is None else p.grad.detach_()
     others, kernels = parameters, _kernels()
     if kernels is not None:
         others = _changed(kernels.zero_gradients, parameters, 0.0)
-    if others:
-        torch._foreach_zero_(_gradients_of(others))
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in _gradients_of(others):
+        if gradient.is_sparse:
+            gradient.zero_()
+        else:
+            by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for gradients in by_kind.values():
+        torch._foreach_zero_(gradients)
 
 
 def _changed(change: Any, parameters: list[Tensor], number: float) -> list[Tensor]:

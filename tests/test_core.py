@@ -91,7 +91,7 @@ static std::vector<Range> ranges;
 static void update(const Segment& s, int64_t begin, int64_t end) { ranges.push_back({&s, begin, end}); }
 int main() {
   long faults = 0;
-  const Update recording{update, nullptr, 1, 1, false};
+  const Update recording{update, nullptr, 1, 1, false, false};
   const int64_t large = int64_t(1) << 31;
   const std::vector<std::vector<int64_t>> lists = {
       {large + 77}, {0, large * 512, 0, 1}, {5, large, large - 1, large + 1, 0, 63, 64, 65}, {0}, {1, 1, 1}};

@@ -134,9 +134,9 @@ def test_123428_a_scale_of_the_users_own_is_multiplied_in() -> None:
 
 
 @every_class
-def test_step_takes_a_closure_and_nothing_else(name: str) -> None:
+def test_step_takes_no_scaler(name: str) -> None:
     """GradScaler passes itself to a step() that has a parameter ``grad_scaler``."""
-    assert list(inspect.signature(getattr(dracopt_ext, name).step).parameters) == ["self", "closure"]
+    assert list(inspect.signature(getattr(dracopt_ext, name).step).parameters) == ["self", "closure", "zero_grad"]
 
 
 # Sizes and strides

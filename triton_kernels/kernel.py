@@ -25,7 +25,8 @@ STATE_SCALAR_FP32, MAXIMIZE, HAS_RECIPE = AT["STATE_SCALAR_FP32"], AT["MAXIMIZE"
 LAYOUT_BYTES, DIMS, SIZES = AT["LAYOUT_BYTES"], AT["DIMS"], AT["SIZES"]
 STRIDES, STRIDES_BYTES = AT["STRIDES"], AT["STRIDES_BYTES"]
 FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED = AT["FOUND_INF"], AT["GRAD_SCALE"], AT["DIVISOR"], AT["FINISHED"]
-MULTIPLIER, COEFFICIENT = AT["MULTIPLIER"], AT["COEFFICIENT"]
+TABLE, LAYOUTS, FIRST_TILES = AT["ROWS"], AT["LAYOUTS"], AT["FIRST_TILES"]
+MULTIPLIER, COEFFICIENT, ZEROES = AT["MULTIPLIER"], AT["COEFFICIENT"], AT["ZEROES"]
 COUNT, BLOCKS, WORDS = AT["COUNT"], AT["BLOCKS"], AT["WORDS"]
 FP32_ADDRESS, FP64_ADDRESS, FIRST, NUMBERS = AT["FP32_ADDRESS"], AT["FP64_ADDRESS"], AT["FIRST"], AT["NUMBERS"]
 
@@ -41,6 +42,12 @@ def number_at(address, is_fp32, is_fp64):
     fp32 = tl.load(address.to(tl.pointer_type(tl.float32)), mask=is_fp32, other=0)
     fp64 = tl.load(address.to(tl.pointer_type(tl.float64)), mask=is_fp64, other=0)
     return tl.where(is_fp32, fp32.to(tl.float64), fp64)
+
+
+@triton.jit
+def has_overflow(arguments):
+    found_inf = field(arguments, FOUND_INF, tl.int64)
+    return number_at(found_inf, found_inf != 0, False) != 0
 
 
 @triton.jit
@@ -221,6 +228,24 @@ def update_block(
 
 
 @triton.jit
+def zero_tile(arguments, grad: tl.constexpr):
+    """Sets a program's part of the gradient to zero. All is read again, because registers are scarce before."""
+    program = tl.program_id(0)
+    first_tiles = field(arguments, FIRST_TILES, tl.int64)
+    layouts = field(arguments, LAYOUTS, tl.int64)
+    index = tile_of(first_tiles, field(arguments, COUNT, tl.int32), program).to(tl.int64)
+    row = field(arguments, TABLE, tl.int64) + index * ROW_BYTES
+    begin = (program - field(first_tiles, 4 * index, tl.int32)).to(tl.int64) * TILE
+    end = tl.minimum(begin + TILE, field(row, NUMEL, tl.int64))
+    address = field(arguments, WORDS + 8 * index, tl.int64)
+    layout_number = field(row, LAYOUT, tl.int32).to(tl.int64)
+    for i in range(0, TILE, ROWS):
+        elements = begin + i + tl.arange(0, ROWS)
+        at = place(layouts + layout_number * LAYOUT_BYTES, layout_number >= 0, 1, elements, 1)
+        store(address, at, tl.zeros((ROWS,), tl.float32), elements < end, grad, 1)
+
+
+@triton.jit
 def no_power(x, n):
     return x * 0 + 0.5
 
@@ -268,8 +293,8 @@ def step_kernel(
     LANES: tl.constexpr,  # elements in a vector of the widest dtype
     BLOCK: tl.constexpr,  # elements that are updated at once
 ):
-    found_inf = field(arguments, FOUND_INF, tl.int64)
-    if number_at(found_inf, found_inf != 0, False) != 0:
+    skips = has_overflow(arguments)
+    if skips & (field(arguments, ZEROES, tl.int16) == 0):
         return
     program = tl.program_id(0)
     count = field(arguments, COUNT, tl.int32)
@@ -283,7 +308,7 @@ def step_kernel(
 
     numel = field(row, NUMEL, tl.int64)
     begin = (program - field(first_tiles, 4 * index, tl.int32)).to(tl.int64) * TILE
-    end = tl.minimum(begin + TILE, numel)
+    end = tl.minimum(begin + TILE, tl.where(skips, begin, numel))
     divisor = divisor_of(grad_scale_in(arguments).to(T))
     multiplier = field(arguments, MULTIPLIER, tl.int64)
     coefficient = field(arguments, COEFFICIENT, tl.float64)
@@ -313,8 +338,11 @@ def step_kernel(
             elements = in_vectors + i + tl.arange(0, ROWS)
             update_block(tensor, elements, end, update, param, grad, state0, state1, state2, 1, False, T)
 
+    if field(arguments, ZEROES, tl.int16) != 0:
+        tl.debug_barrier()
+        zero_tile(arguments, grad)
     finished = field(arguments, FINISHED, tl.int64)
-    if finished != 0:
+    if (finished != 0) & (has_overflow(arguments) == 0):
         # The last program to come here advances the state scalars, because all others have read them.
         tl.debug_barrier()
         counter = finished.to(tl.pointer_type(tl.int32))

@@ -68,6 +68,7 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
   launch.gradients.push_back(reinterpret_cast<uint64_t>(segment.data[kGrad]));
   arguments_.divisor = segment.update->grad_scale;
   arguments_.coefficient = segment.update->coefficient;
+  arguments_.zeroes = segment.update->zeroes;
 
   rows_.emplace_back();
   cuda::Row& row = rows_.back();

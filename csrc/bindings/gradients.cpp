@@ -34,7 +34,7 @@ class Served {
       const Tensor tensor = of_parameters ? Tensor::in(item.ptr()).grad() : Tensor::in(item.ptr());
       if (!tensor.is_defined()) continue;
       if (under_mode || !tensor.is_plain_on_cpu() || !is_readable(tensor) ||
-          (writes && !may_write(tensor, inference_mode))) {
+          (writes && !is_writable(tensor, inference_mode))) {
         others.append(item);
         continue;
       }
@@ -54,7 +54,7 @@ class Served {
 
   // Changes all gradients by a kernel, whose scalar is `number`.
   void change(const UpdateFn (&kernels)[2], double number) {
-    Update updates[2] = {{kernels[0], &number, 1, 1, false}, {kernels[1], &number, 1, 1, false}};
+    Update updates[2] = {{kernels[0], &number, 1, 1, false, false}, {kernels[1], &number, 1, 1, false, false}};
     for (Segment& segment : segments_) segment.update = &updates[segment.dtypes[kGrad] == Dtype::fp64];
     for (const Tensor tensor : tensors_) tensor.bump_version();
     cpu::Work work{segments_.data(), segments_.size(), number_units(segments_.data(), segments_.size())};
@@ -74,11 +74,6 @@ class Served {
   py::list samples;  // one item for each dtype
 
  private:
-  static bool may_write(Tensor tensor, bool inference_mode) {
-    return !is_expanded(tensor) && !may_overlap_itself(tensor) && !tensor.is_lazily_cloned() &&
-           (!tensor.is_inference() || inference_mode);
-  }
-
   // Threads must not change the same memory. torch takes one tensor after the other.
   void leave_out_shared_memory() {
     WrittenMemory written;
@@ -140,7 +135,7 @@ py::list measure_on_gpu(const py::list& list, const py::object& norm, const py::
   CudaLaunches launches({device, Backend::cuda, Arithmetic::fp32, 0}, cpu::kernels().rules[0]);
   std::deque<Layout> layouts;
   py::list others;
-  const Update update{nullptr, nullptr, 1, 1, false};
+  const Update update{nullptr, nullptr, 1, 1, false, false};
   const Group group{};
   const uint64_t no_scalars = 0;
   for (const py::handle item : list) {

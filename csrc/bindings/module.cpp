@@ -69,6 +69,9 @@ py::dict launch_layout() {
   at["SIZES"] = offsetof(Layout, sizes);
   at["STRIDES"] = offsetof(Layout, strides);
   at["STRIDES_BYTES"] = sizeof(Layout::strides[0]);
+  at["ROWS"] = offsetof(Arguments, rows);
+  at["LAYOUTS"] = offsetof(Arguments, layouts);
+  at["FIRST_TILES"] = offsetof(Arguments, first_tiles);
   at["FINISHED"] = offsetof(Arguments, finished);
   at["FOUND_INF"] = offsetof(Arguments, found_inf);
   at["GRAD_SCALE"] = offsetof(Arguments, grad_scale);
@@ -80,6 +83,7 @@ py::dict launch_layout() {
   at["MAX_NORM"] = offsetof(Arguments, max_norm);
   at["BLOCKS_IN_ALL"] = offsetof(Arguments, blocks_in_all);
   at["CHECKS"] = offsetof(Arguments, checks);
+  at["ZEROES"] = offsetof(Arguments, zeroes);
   at["COUNT"] = offsetof(Arguments, count);
   at["BLOCKS"] = offsetof(Arguments, blocks);
   at["WORDS"] = offsetof(Arguments, words);
@@ -131,7 +135,7 @@ PYBIND11_MODULE(_C, m) {
           "step",
           [](StepPlan& plan, py::handle param_groups, py::handle state, double grad_scale,
              const std::pair<py::object, py::object>& scaler, const py::object& coefficient, const py::object& clipping,
-             std::optional<std::vector<Run>> created, std::optional<std::vector<Index>> stepped,
+             std::optional<std::vector<Run>> created, std::optional<std::vector<Index>> stepped, bool zeroes,
              bool only_looks) -> py::object {
             const bool on_gpu = is_tensor(coefficient.ptr());
             return plan.step(param_groups, state,
@@ -142,12 +146,14 @@ PYBIND11_MODULE(_C, m) {
                               .clipping = clipping_or_none(clipping),
                               .created = std::move(created),
                               .stepped = std::move(stepped).value_or(std::vector<Index>()),
+                              .zeroes = zeroes,
                               .only_looks = only_looks});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
           py::arg("scaler") = py::make_tuple(py::none(), py::none()), py::arg("coefficient") = 1.0,
           py::arg("clipping") = py::none(), py::arg("created") = py::none(), py::arg("stepped") = py::none(),
-          py::arg("only_looks") = false)
+          py::arg("zeroes") = false, py::arg("only_looks") = false)
+      .def_property_readonly("zeroed", &StepPlan::zeroed)
       .def_property_readonly("updated", &StepPlan::updated)
       .def_property_readonly("launches", &StepPlan::launches);
 }

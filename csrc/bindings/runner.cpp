@@ -26,10 +26,13 @@ void record(const Inventory& inventory, const Updates& updates, size_t i) {
   const Ready& ready = *std::get_if<Ready>(&inventory.examined[i]);
   const Located& located = inventory.located[i];
   located.param().bump_version();
+  const bool zeroes = updates[ready.update].update.zeroes;
+  if (zeroes) located.grad.bump_version();
   for (int k = kFirstState; k < ready.streams.count; ++k) inventory.tensor_of(i, k).bump_version();
   if (const Distribution* const distribution = inventory.distribution_of(i)) {
     // Graphs save distributed tensors, or views of local ones.
     if (located.parameter != located.local) Tensor::in(located.parameter).bump_version();
+    if (zeroes && located.parameter != located.local) Tensor::in(located.parameter).grad().bump_version();
     for (PyObject* state : distribution->states) {
       if (state != nullptr) Tensor::in(state).bump_version();
     }
@@ -187,7 +190,7 @@ size_t Runner::launches() const {
   return count;
 }
 
-void Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, const std::optional<Clipping>& clipping,
+bool Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, const std::optional<Clipping>& clipping,
                  const Backends& backends) {
   int64_t units = 0;
   size_t counts[kBackends][2] = {};  // on the CPU, and on GPUs
@@ -236,11 +239,12 @@ void Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, c
   const bool on_host = clipping.has_value() && clipping->norm.device().is_cpu();
   if (on_host && !clip_on_cpu(inventory, updates, scaler, *clipping, holds_gil)) {
     updated_.clear();
-    return;
+    return false;
   }
   // Nothing can fail from here on, except on a GPU.
   run_launches(inventory, updates, scaler, clipping.has_value() && !on_host ? &*clipping : nullptr, backends);
   if (on_cpu > 0) run_on_cpu(inventory, updates, holds_gil);
+  return true;
 }
 
 GpuLaunches& Runner::launches_for(const LaunchKey& key, const RuleEntry& rule, const Backends& backends) {

@@ -24,8 +24,8 @@ class Runner {
   void clear();
 
   // Updates every ready parameter, with its gradient clipped if there is a `clipping`. Once tensors change, nothing can
-  // fail unless a GPU refuses memory or a launch.
-  void run(Inventory& inventory, Updates& updates, const Scaler& scaler, const std::optional<Clipping>& clipping,
+  // fail unless a GPU refuses memory or a launch. Returns false if the norm has shown that nothing may change.
+  bool run(Inventory& inventory, Updates& updates, const Scaler& scaler, const std::optional<Clipping>& clipping,
            const Backends& backends);
 
   // The type of a device, and the name of a backend.

@@ -6,6 +6,7 @@
 #include "bindings/examine.h"
 #include "bindings/refusals.h"
 #include "bindings/todo.h"
+#include "bindings/written_memory.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -43,6 +44,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
   if (running_in_ == cpu::forks()) throw std::runtime_error("this plan is in the middle of a step");
   const Running running(running_in_, kNoProcess);
   runner_.clear();
+  zeroed_ = false;
   // Nothing is borrowed yet, so these functions may call Python.
   const bool under_mode = is_under_mode(), inference_mode = in_inference_mode();
   local_tensors_.prepare();
@@ -69,9 +71,10 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
   if (is_blocked) throw std::runtime_error("parameters or states have changed while step() was creating states");
   std::vector<Run> created = std::move(options.created).value_or(std::vector<Run>());
   std::sort(created.begin(), created.end());
-  updates_.prepare(inventory_, reader_, created, options.grad_scale, options.coefficient);
+  const bool zeroes = options.zeroes && may_zero(inference_mode);
+  updates_.prepare(inventory_, reader_, created, options.grad_scale, options.coefficient, zeroes);
   if (options.only_looks) return make_todo(inventory_, options.grad_scale != 1 || options.coefficient != 1, waits);
-  runner_.run(inventory_, updates_, options.scaler, options.clipping, backends_);
+  zeroed_ = runner_.run(inventory_, updates_, options.scaler, options.clipping, backends_) && zeroes;
   return py::none();
 }
 
@@ -140,6 +143,34 @@ bool StepPlan::has_todo() const {
                        return std::holds_alternative<MissingState>(examined) ||
                               std::holds_alternative<Unsupported>(examined);
                      });
+}
+
+// Says whether each update may write its gradient, because no other update reads that memory.
+bool StepPlan::may_zero(bool inference_mode) {
+  std::vector<const void*> addresses;
+  addresses.reserve(inventory_.size());
+  bool same = apart_.size() == inventory_.size();
+  for (size_t i = 0; i < inventory_.size(); ++i) {
+    const Tensor gradient = inventory_.located[i].grad;
+    if (!std::holds_alternative<Ready>(inventory_.examined[i]) || !is_writable(gradient, inference_mode)) return false;
+    addresses.push_back(inventory_.segments[i].data[kGrad]);
+    same = same && addresses[i] == apart_[i] && gradient.is_non_overlapping_and_dense();
+  }
+  if (same) return true;
+  WrittenMemory memory;
+  memory.reserve(inventory_.size());
+  for (size_t i = 0; i < inventory_.size(); ++i) {
+    if (inventory_.segments[i].numel > 0) memory.add(i, kGrad, addresses[i]);
+  }
+  memory.sort();
+  std::vector<size_t> overlapping;
+  memory.append_overlapping(
+      [&](const WrittenMemory::Piece& piece) {
+        return piece.begin + static_cast<uintptr_t>(inventory_.bytes_of(piece.owner, kGrad));
+      },
+      overlapping);
+  apart_ = overlapping.empty() ? std::move(addresses) : std::vector<const void*>();
+  return overlapping.empty();
 }
 
 // Says whether kernels on GPUs update all parameters.

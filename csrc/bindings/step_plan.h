@@ -32,6 +32,7 @@ class StepPlan {
     std::optional<Clipping> clipping;
     std::optional<std::vector<Run>> created;  // parameters whose state Python has created: they take their first step
     std::vector<Index> stepped;               // parameters that torch has stepped, which are passed over
+    bool zeroes = false;                      // sets the gradients to zero in the update, if all allow this
     bool only_looks = false;                  // changes nothing and returns what must be done, even if that is nothing
   };
 
@@ -47,6 +48,8 @@ class StepPlan {
 
   // Returns how many parameters the last call updated, by the device's type and the backend's name.
   const std::map<Runner::Where, size_t>& updated() const { return runner_.updated(); }
+  // Says whether the last call was a step that left all gradients zero.
+  bool zeroed() const { return zeroed_; }
   // Returns the number of launches of the last call.
   size_t launches() const { return runner_.launches(); }
 
@@ -57,6 +60,7 @@ class StepPlan {
   bool has_todo() const;
   bool host_decides(const Scaler& scaler, bool finds_overflow) const;
   bool all_on_gpus() const;
+  bool may_zero(bool inference_mode);
   bool norm_is_elsewhere(const Clipping& clipping) const;
 
   const std::string optimizer_;
@@ -67,7 +71,9 @@ class StepPlan {
   SharedMemorySearch search_;
   Updates updates_;
   Runner runner_;
-  int running_in_ = kNoProcess;  // the process, counted by cpu::forks(), in which a step is running
+  bool zeroed_ = false;
+  std::vector<const void*> apart_;  // addresses of gradients that shared no memory
+  int running_in_ = kNoProcess;     // the process, counted by cpu::forks(), in which a step is running
   static constexpr int kNoProcess = -1;
 };
 

@@ -77,6 +77,12 @@ inline bool may_overlap_itself(Tensor tensor) {
   return false;
 }
 
+// Says whether kernels may write each element of a plain tensor at any time.
+inline bool is_writable(Tensor tensor, bool inference_mode) {
+  return !is_expanded(tensor) && !may_overlap_itself(tensor) && !tensor.is_lazily_cloned() &&
+         (!tensor.is_inference() || inference_mode);
+}
+
 // Returns the distance from a tensor's first element to the end of its last one, in elements.
 inline int64_t extent_of(Tensor tensor) {
   if (tensor.numel() == 0) return 0;

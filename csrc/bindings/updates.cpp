@@ -19,7 +19,7 @@ bool is_in(const std::vector<Run>& runs, const Located& located) {
 }  // namespace
 
 void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std::vector<Run>& created,
-                      double grad_scale, double coefficient) {
+                      double grad_scale, double coefficient, bool zeroes) {
   const RuleEntry& rule = inventory.rule;
   PowerMemo powers{};
   const Ready* last = nullptr;  // neighbours nearly always have the same scalars
@@ -48,8 +48,8 @@ void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std:
       const bool finite = rule.prepare[arithmetic](prepared.state_scalars, ready->first, group.hyperparameters, powers,
                                                    &prepared.scalars);
       if (!finite && !ready->has_recipe) refuse_scalars(inventory, keys, i);
-      prepared.update = {rule.update[arithmetic][group.states], &prepared.scalars, grad_scale, coefficient,
-                         group.maximize};
+      prepared.update = {
+          rule.update[arithmetic][group.states], &prepared.scalars, grad_scale, coefficient, group.maximize, zeroes};
       last = ready;
       last_group = located.group;
     }

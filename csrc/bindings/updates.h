@@ -20,7 +20,7 @@ class Updates {
   // Gives every ready parameter its update. Parameters in `created`, which is sorted, take their first step.
   // Throws if a scalar is infinite.
   void prepare(Inventory& inventory, const PythonReader& keys, const std::vector<Run>& created, double grad_scale,
-               double coefficient);
+               double coefficient, bool zeroes);
 
   double grad_scale() const { return grad_scale_; }
 

@@ -28,11 +28,12 @@ struct Update {
   double grad_scale;    // divides the gradient
   double coefficient;   // multiplies the quotient, because the gradients are clipped
   bool maximize;
+  bool zeroes;  // the gradient becomes zero after it was read
 };
 
 // One tensor's part of a step.
 struct Segment {
-  void* data[kMaxStreams];  // the streams' memory; the gradient is only read
+  void* data[kMaxStreams];  // the streams' memory; the gradient is only read, unless the update zeroes it
   Dtype dtypes[kMaxStreams];
   bool dense[kMaxStreams];  // the stream's elements lie one after the other; if not, the layout says where
   int32_t unit_numel;       // elements in a unit

@@ -111,6 +111,7 @@ void update(const Segment& segment, int64_t begin, int64_t end) {
     } else {
       apply_staged<Rule, T, N>(segment, from, count);
     }
+    if (segment.update->zeroes) clear<T>(segment, kGrad, from, count);
   }
 }
 

@@ -107,6 +107,18 @@ DRACOPT_APART void store(const Segment& segment, int stream, int64_t from, int64
   });
 }
 
+// Sets the `count` elements from number `from` on to zero.
+template <typename T>
+void clear(const Segment& segment, int stream, int64_t from, int64_t count) {
+  if (segment.dense[stream]) {
+    const int64_t bytes = itemsize(segment.dtypes[stream]);
+    __builtin_memset(static_cast<char*>(segment.data[stream]) + from * bytes, 0, static_cast<size_t>(count * bytes));
+  } else {
+    alignas(64) const T zeros[kTile<T>] = {};
+    store(segment, stream, from, count, zeros);
+  }
+}
+
 // Says whether gradients must be divided. If the divisor is a power of two, its reciprocal is exact, and multiplying by
 // it gives the same bits sooner.
 inline bool divides(const Update& update, float) {

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
     step_kernel(const __grid_constant__ Arguments arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
   const int thread = static_cast<int>(threadIdx.x);
-  if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
+  const bool skips = arguments.found_inf != nullptr && *arguments.found_inf != 0;
+  if (skips && arguments.zeroes == 0) return;
 
   const Tile found = tile_of(arguments, blockIdx.x,
                              [](const auto& holds) -> uint32_t { return __syncthreads_count(holds(threadIdx.x)); });
@@ -34,9 +35,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 1)
                              : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
   }
   __syncthreads();
-  update<Rule, T>(arguments, tile, scalars, thread);
+  if (!skips) update<Rule, T>(arguments, tile, scalars, thread);
+  if (arguments.zeroes != 0) {
+    __syncthreads();
+    zero_gradient(arguments, tile, thread);
+  }
 
-  if (arguments.finished == nullptr) return;
+  if (skips || arguments.finished == nullptr) return;
   // The last block to come here advances the state scalars, because all others have read them.
   __shared__ bool last;
   __syncthreads();

@@ -106,7 +106,9 @@ struct Arguments {
   double* norm_out;
   double max_norm;
   uint32_t blocks_in_all;  // of all launches that measure
-  uint32_t checks;         // whether to set `found_inf` if some gradient is not finite
+  uint16_t checks;         // whether to set `found_inf` if some gradient is not finite
+
+  uint16_t zeroes;  // whether the update kernel sets the gradients to zero after it has read them
 
   uint32_t count;  // the number of rows
   uint32_t blocks;

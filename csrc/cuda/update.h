@@ -82,7 +82,8 @@ struct ThreadUpdate {
       data[k] = k == kGrad ? reinterpret_cast<char*>(arguments.words[tile.row]) : static_cast<char*>(row.streams[k]);
     }
     const bool misaligned = row.misaligned || reinterpret_cast<uintptr_t>(data[kGrad]) % kVectorBytes != 0;
-    range = range_of(tile.number, row.numel, misaligned ? align() : 0, layout == nullptr ? kLanes : 0);
+    const int head = misaligned ? align(arguments.zeroes == 0) : 0;
+    range = range_of(tile.number, row.numel, head, layout == nullptr ? kLanes : 0);
     DRACOPT_UNROLL
     for (int k = 0; k < kStreams; ++k) {
       if (is_dense(k)) data[k] += range.begin * itemsize(dtype(k));
@@ -91,11 +92,12 @@ struct ThreadUpdate {
 
   DRACOPT_HD bool is_dense(int k) const { return (dense >> k & 1) != 0; }
 
-  // Returns the element at which vectors begin in most streams. The other streams are accessed element by element.
-  DRACOPT_HD int align() {
+  // Returns the element at which vectors begin in most streams, or the first one unless another `may_begin` there. The
+  // other streams are accessed element by element.
+  DRACOPT_HD int align(bool may_begin) {
     int most = 0, head = 0;
     DRACOPT_UNROLL
-    for (int candidate = 0; candidate < kStreams; ++candidate) {
+    for (int candidate = 0; candidate < kStreams && may_begin; ++candidate) {
       const int start = elements_to_alignment(candidate);
       int count = 0;
       DRACOPT_UNROLL
@@ -347,6 +349,26 @@ struct ThreadUpdate {
     grad = math.quotient(grad, divisor) * coefficient;
   }
 };
+
+// Sets an element of a stream to zero.
+DRACOPT_HD void zero_at(void* data, int bytes, int64_t place) {
+  if (bytes == 2) static_cast<uint16_t*>(data)[place] = 0;
+  if (bytes == 4) static_cast<uint32_t*>(data)[place] = 0;
+  if (bytes == 8) static_cast<uint64_t*>(data)[place] = 0;
+}
+
+// Sets a thread's share of a tile of the gradient to zero. All threads of the block must have updated theirs before.
+DRACOPT_HD void zero_gradient(const Arguments& arguments, const Tile& tile, int thread) {
+  const Row& row = arguments.rows[tile.row];
+  const int64_t begin = tile.number * kTile, left = row.numel - begin;
+  const bool is_dense = (row.dense >> kGrad & 1) != 0;
+  const int bytes = itemsize(static_cast<Dtype>(row.dtypes >> 2 * kGrad & 3));
+  DRACOPT_NEVER_UNROLL
+  for (int i = thread; i < kTile && i < left; i += kThreads) {
+    const int64_t place = is_dense ? begin + i : offset_of(arguments.layouts[row.layout], kGrad, begin + i);
+    zero_at(reinterpret_cast<void*>(arguments.words[tile.row]), bytes, place);
+  }
+}
 
 // Updates a thread's share of a block's tile.
 template <typename Rule, typename T, int N = Rule::min_states>

@@ -11,7 +11,9 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
 from .. import backend as backend_module
+from ..clip_grad import zero_gradients
 from ..containers import Group
+from . import _release
 from ._checkpoints import check_state_dtype, take_over
 from ._engine import STATE_DTYPES, Engine, checked_norm, engine_of
 from ._kind import Kind
@@ -25,7 +27,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     can, otherwise torch's own implementation.
 
     Our names must not clash with those of users' subclasses. Every name that is not torch's begins with ``_dracopt``,
-    except ``backend``, ``state_dtype``, ``last_backend``, ``max_grad_norm``, ``error_if_nonfinite`` and ``grad_norm``.
+    except ``backend``, ``state_dtype``, ``last_backend``, ``max_grad_norm``, ``error_if_nonfinite``, ``grad_norm`` and
+    ``release_gradients``.
     """
 
     _dracopt_kind: ClassVar[Kind]
@@ -76,7 +79,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        engine_of(self).max_grad_norm = checked_norm(value)
+        most = checked_norm(value)
+        if most is not None and engine_of(self).release is not None:
+            raise ValueError(_release.CLIPPING)
+        engine_of(self).max_grad_norm = most
 
     @property
     def error_if_nonfinite(self) -> bool:
@@ -117,16 +123,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_state_dtype(self, engine_of(self).state_dtype, len(self.param_groups) - 1)
-        except ValueError:
+            release = engine_of(self).release
+            if release is not None:
+                release.check(len(self.param_groups) - 1)
+                release.watch(len(self.param_groups) - 1)
+        except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
 
     @_disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:
             closure: reevaluates the model and returns the loss, which ``step`` then returns.
+            zero_grad: sets the gradients to zero in place, in the pass that updates (default False). Captured graphs
+                need gradients that stay. An overflow under a GradScaler stops the update, but not the zeroing.
 
         Raises:
             ValueError, TypeError, KeyError: for a parameter, state or hyperparameter that cannot be right. Parameters,
@@ -136,8 +148,47 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        Step(self).take()
+        release = engine_of(self).release
+        if release is not None:
+            if any(getattr(self, name, None) is not None for name in ("found_inf", "grad_scale")):
+                raise RuntimeError(_release.SCALED)
+            release.begin_again()
+        Step(self, zeroes=zero_grad).take()
         return loss
+
+    def release_gradients(self) -> _release.GradientRelease:
+        """Steps each parameter inside of ``backward()`` from now on, and frees its gradient at once.
+
+        No more than the gradients of a few layers exist at any time. Everything else stays as it is: the training loop,
+        which must still call ``step()`` after each backward, parameter groups, schedulers and checkpoints. Hooks of the
+        optimizer run in ``step()``.
+
+        Returns:
+            A handle whose ``remove()`` switches this off, as does the end of its ``with`` block.
+
+        Raises:
+            ValueError: ``max_grad_norm`` is set, or some parameter has a gradient already.
+            RuntimeError: there are other processes, and some parameter is not distributed over them. A backward raises
+                it as well if a parameter gets a second gradient before ``step()``, and so does ``step()`` under a
+                GradScaler.
+        """
+        engine = engine_of(self)
+        if engine.release is not None:
+            engine.release.remove()
+        engine.release = _release.GradientRelease(self)
+        return engine.release
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Removes all gradients, or with ``set_to_none=False`` sets them to zero in place, in one pass."""
+        if set_to_none:
+            super().zero_grad()
+            return
+        optimizer: Any = self
+        if not hasattr(optimizer, "_zero_grad_profile_name"):
+            optimizer._patch_step_function()
+        with torch.autograd.profiler.record_function(optimizer._zero_grad_profile_name):
+            zero_gradients([p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch drops all attributes, because hooks among them may not pickle. The user asked for these.

@@ -12,6 +12,7 @@ from .. import backend as backend_module
 if TYPE_CHECKING:
     from .._C import StepPlan
     from ._base import FusedOptimizer
+    from ._release import GradientRelease
     from ._step import Step
 
 STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +41,7 @@ class Engine:
         self.backend, self.state_dtype, self.max_grad_norm, self.error_if_nonfinite = asked_for
         self.grad_norm: Tensor | None = None  # of the last step that clipped
         self.norm_is_elsewhere = False  # the last plan could not find the norm
+        self.release: GradientRelease | None = None  # if parameters are stepped inside of backward()
         self.overflow: Tensor | None = None  # where the next step must say whether it has found an overflow
         # The plans that were needed so far, by whether each may use the native kernels, and Triton. Plans stay, because
         # captured graphs refer to their tables.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backend as backend_module
 from .. import reference
+from ..clip_grad import zero_gradients
 from ..containers import Group, plain_groups, plain_state, restore
 from ..todo import NEW, Clipping, Index, Run, Scaler, Todo
 from . import _by_reference, _by_torch, _clipped, _scaled
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 class Step:
     """One step. The kernels update what they serve; torch's own implementation, or the reference, updates the rest."""
 
-    __slots__ = ("are_plain", "coefficient", "engine", "groups", "is_odd", "kind", "optimizer")
+    __slots__ = ("are_plain", "coefficient", "engine", "groups", "is_odd", "kind", "optimizer", "zeroes")
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: FusedOptimizer, *, zeroes: bool = False, groups: list[Group] | None = None) -> None:
         self.optimizer = optimizer
+        self.zeroes = zeroes  # whether the gradients are zero after the step
         self.kind = optimizer._dracopt_kind
         self.engine = engine_of(optimizer)
-        self.groups: list[Group] = optimizer.param_groups
+        self.groups: list[Group] = optimizer.param_groups if groups is None else groups
         self.coefficient: float | Tensor = 1.0  # multiplies the gradients after their division by the scale
         self.are_plain = False  # whether a plan is known to read these groups
         self.is_odd = False  # whether the state is known to be one that no plan reads
@@ -48,6 +50,8 @@ class Step:
             engine.plan_ran = None
             engine.others_ran = {}
             self._take()
+            if self.zeroes and (engine.plan_ran is None or not engine.plan_ran.zeroed):
+                zero_gradients([p for group in self.groups for p in group["params"]])
         finally:
             del engine.running[process]
 
@@ -85,7 +89,7 @@ class Step:
         plan = self._plan()
         if plan is None:
             return Todo([], [], host_decides=True, nothing_left=True)
-        options: dict[str, Any] = {"coefficient": self.coefficient}
+        options: dict[str, Any] = {"coefficient": self.coefficient, "zeroes": self.zeroes}
         if clipping is not None:
             options["clipping"] = clipping
         todo = self._run(plan, grad_scale, scaler, **options)
@@ -164,7 +168,7 @@ class Step:
         """Replaces the groups by ones that a plan reads."""
         if not self.are_plain:
             optimizer = self.optimizer
-            self.groups = plain_groups(optimizer.param_groups, optimizer.defaults, self.kind.hyperparameters)
+            self.groups = plain_groups(self.groups, optimizer.defaults, self.kind.hyperparameters)
             self.are_plain = True
 
     def create_moments(self, group: Group) -> None:

@@ -33,15 +33,17 @@ Tile tile_for(const Arguments& arguments, uint32_t block) {
 template <typename Rule, typename T>
 void step_kernel(const Arguments& arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
-  if (arguments.found_inf != nullptr && *arguments.found_inf != 0) return;
+  const bool skips = arguments.found_inf != nullptr && *arguments.found_inf != 0;
+  if (skips && arguments.zeroes == 0) return;
   for (uint32_t block = 0; block < arguments.blocks; ++block) {
     const Tile tile = tile_for(arguments, block);
     const Row& row = arguments.rows[tile.row];
     const RuleScalars scalars = row.has_recipe ? scalars_from_recipe<Rule, T>(arguments, row)
                                                : *reinterpret_cast<const RuleScalars*>(arguments.words + row.slot);
-    for (int thread = 0; thread < kThreads; ++thread) update<Rule, T>(arguments, tile, scalars, thread);
+    for (int thread = 0; thread < kThreads && !skips; ++thread) update<Rule, T>(arguments, tile, scalars, thread);
+    for (int thread = 0; thread < kThreads && arguments.zeroes != 0; ++thread) zero_gradient(arguments, tile, thread);
   }
-  if (arguments.finished == nullptr) return;
+  if (skips || arguments.finished == nullptr) return;
   for (uint32_t i = 0; i < arguments.count; ++i) advance<Rule>(arguments, arguments.rows[i]);
 }
 
