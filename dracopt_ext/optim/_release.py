@@ -108,8 +108,7 @@ CLIPPING = (
     "one of the two"
 )
 SCALED = (
-    "gradient release has used gradients that GradScaler has yet to unscale: train without a scaler, as bf16 allows, or "
-    "without gradient release"
+    "gradient release has used gradients that GradScaler has yet to unscale: use one of the two (bf16 needs no scaler)"
 )
 
 
