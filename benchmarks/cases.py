@@ -23,6 +23,9 @@ class Storage:
     """Each tensor is a DTensor whose only shard is in this process."""
 
 
+STEP, CLIP_AND_STEP, UNSCALE_CLIP_AND_STEP, CLIP = "step", "clip and step", "unscale, clip and step", "clip alone"
+"""Parts of the tail of a training step. They clip the gradients by their global norm, to half of it."""
+
 PLAIN = Storage()
 BF16 = Storage("bfloat16", "bfloat16", "bfloat16")
 DISTRIBUTED = Storage(distributed=True)
@@ -48,6 +51,8 @@ class Case:
     """The peer that the others are compared with; None if no other peer does this work."""
     peers: Sequence[str] | None = None
     """The peers that take part; None if all of the suite do."""
+    tail: str = STEP
+    """What is timed: the step alone, or more of the tail of a training step."""
     processes: int = 1
     """With more than one, FSDP2 shards a model of these shapes, and whole training steps are timed, too."""
 
@@ -94,6 +99,14 @@ def adamw(name: str, shapes: Sequence[Shape], options: Mapping[str, Any] | None 
     bytes_per_parameter = more.pop("bytes_per_parameter", FP32_BYTES["AdamW"])
     options = {"lr": 1e-3, "weight_decay": 1e-2, **(options or {})}
     return Case(name, "AdamW", options, bytes_per_parameter, shapes, **more)
+
+
+TAIL_BYTES = {CLIP_AND_STEP: 32, UNSCALE_CLIP_AND_STEP: 32, CLIP: 12}
+
+
+def tail(work: str, tensors: str, shapes: Sequence[Shape], **more: Any) -> Case:
+    """Describes the tail of a training step by AdamW. Two passes suffice: one reads the gradients, and one updates."""
+    return adamw(f"{work}, {tensors}", shapes, bytes_per_parameter=TAIL_BYTES[work], tail=work, **more)
 
 
 def sgd(name: str, shapes: Sequence[Shape], nesterov: bool = True, **more: Any) -> Case:
@@ -216,6 +229,18 @@ SUITES = {
         peers=["dracopt", "torch fused"],
         interleaved=False,
     ),
+    "tail": Suite(
+        cases=[
+            *[tail(work, "1 tensor of 64M", [(64 * 2**20,)]) for work in (CLIP_AND_STEP, UNSCALE_CLIP_AND_STEP)],
+            tail(CLIP_AND_STEP, "GPT-2 small", GPT2_SMALL),
+            tail(UNSCALE_CLIP_AND_STEP, "GPT-2 small", GPT2_SMALL),
+            tail(CLIP_AND_STEP, "1000 tensors of 256", [(256,)] * 1000),
+            tail(CLIP_AND_STEP, "500 DTensors of 64 x 64", [(64, 64)] * 500, storage=DISTRIBUTED),
+            tail(CLIP, "1000 tensors of 256", [(256,)] * 1000, peers=["dracopt", "torch fused"]),
+        ],
+        peers=["dracopt", "dracopt step", "torch fused"],
+        interleaved=True,
+    ),
     "distributed": Suite(
         cases=[
             adamw("AdamW, 500 DTensors of 64 x 64", [(64, 64)] * 500, storage=DISTRIBUTED),
@@ -236,6 +261,16 @@ SUITES = {
         ],
         peers=["dracopt", "dracopt plain", "torch fused", "torch foreach"],
         interleaved=True,
+    ),
+    "gpu tail": Suite(
+        cases=[
+            tail(UNSCALE_CLIP_AND_STEP, "1B in 300 tensors", BILLION, options=FUSED),
+            tail(CLIP_AND_STEP, "1B in 300 tensors", BILLION, options=FUSED),
+            tail(UNSCALE_CLIP_AND_STEP, "1000 tensors of 1024", [(1024,)] * 1000, options=FUSED),
+        ],
+        peers=["dracopt", "dracopt triton", "dracopt step", "torch fused"],
+        interleaved=True,
+        device="cuda",
     ),
     "gpu": Suite(
         cases=[

@@ -89,7 +89,7 @@ tests() {
   return $code
 }
 
-benchmarks() { available && "$PYTHON" -m benchmarks --suite gpu --out "$OUT" "$@"; }
+benchmarks() { available && "$PYTHON" -m benchmarks --suite gpu "gpu tail" --out "$OUT" "$@"; }
 
 needs() { command -v "$1" >/dev/null || { echo "$1 is not on the path"; return 2; }; }
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .cases import Case, Suite
+from .cases import CLIP, STEP, Case, Suite
 from .events import make_events
-from .peers import PEERS, SLOW, make_groups, require_equal_work, require_ours, runs
+from .peers import OURS, PEERS, SLOW, make_groups, require_equal_work, require_ours, runs, work_of
 
 WARM_UP = 5
 CYCLES_PER_SECOND = 2e9
@@ -88,7 +88,8 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
     for _ in range(WARM_UP):
         for name in names:
             stepped[name].step()
-    require_ours(optimizers, suite.device)
+    if case.tail != CLIP:
+        require_ours(optimizers, suite.device)
     require_equal_work(optimizers, case)
     launches = {name: stepped[name].count_launches() for name in names}
     if case.large:
@@ -102,7 +103,8 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
     if used_by_others is not None:
         others = (_used_by_others() or 0.0) - used_by_others
         others = max(others, 0.0) / (time.perf_counter() - begin) / (os.cpu_count() or 1)
-    require_ours(optimizers, suite.device)
+    if case.tail != CLIP:
+        require_ours(optimizers, suite.device)
     results = []
     for name in names:
         seconds = {clock: [t[clock] for t in times[name]] for clock in times[name][0]}
@@ -130,6 +132,10 @@ class Stepped:
         if peer == "torch foreach" and case.options.get("nesterov"):
             # torch's foreach SGD adds the momentum to the gradients themselves.
             self._gradients = [p.grad for group in groups for p in group["params"]]
+        if case.tail != STEP and (peer not in OURS or case.tail == CLIP):
+            # Gradients that were clipped need no clipping again.
+            self._gradients = [p.grad for group in groups for p in group["params"]]
+        self._work = work_of(peer, case, self.optimizer)
         self._originals = [gradient.clone() for gradient in self._gradients]
 
     def step(self) -> Times:
@@ -144,13 +150,13 @@ class Stepped:
 
     def _step_on_cpu(self) -> Times:
         begin = time.perf_counter()
-        self.optimizer.step()
+        self._work()
         return {END_TO_END: time.perf_counter() - begin}
 
     def _step_on_gpu(self) -> Times:
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        self.optimizer.step()
+        self._work()
         returned = time.perf_counter()
         torch.cuda.synchronize()
         end = time.perf_counter()
@@ -160,7 +166,7 @@ class Stepped:
         sleep: Callable[[int], None] = torch.cuda._sleep
         sleep(int(2 * (returned - begin) * CYCLES_PER_SECOND))
         first.record()
-        self.optimizer.step()
+        self._work()
         last.record()
         torch.cuda.synchronize()
         return {HOST: returned - begin, DEVICE: first.elapsed_time(last) / 1e3, END_TO_END: end - begin}
@@ -172,7 +178,7 @@ class Stepped:
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(steps):
-                self.optimizer.step()
+                self._work()
                 torch.cuda.synchronize()
         self._restore()
         return round(sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu(profile)) / steps)

@@ -13,12 +13,12 @@ import torch
 
 import dracopt_ext
 
-from .cases import Case, Shape
+from .cases import CLIP, CLIP_AND_STEP, STEP, UNSCALE_CLIP_AND_STEP, Case, Shape
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Case, Groups], torch.optim.Optimizer]
 
-OURS = {"dracopt": "native", "dracopt plain": "native", "dracopt triton": "triton"}
+OURS = {"dracopt": "native", "dracopt plain": "native", "dracopt step": "native", "dracopt triton": "triton"}
 """Our optimizers, with their backends."""
 SLOW = {"torch foreach", "torch for-loop"}
 """Peers that take only every fourth round if a case is large."""
@@ -70,8 +70,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def _dracopt(backend: str | None = None) -> Make:
     def make(case: Case, groups: Groups) -> torch.optim.Optimizer:
         state_dtype = None if case.storage.state == case.storage.param else getattr(torch, case.storage.state)
+        options = {**case.options, **({"fused": True} if case.tail == UNSCALE_CLIP_AND_STEP else {})}
         optimizer: torch.optim.Optimizer = getattr(dracopt_ext, case.optimizer)(
-            groups, **case.options, state_dtype=state_dtype, backend=backend
+            groups, **options, state_dtype=state_dtype, backend=backend
         )
         return optimizer
 
@@ -105,6 +106,7 @@ PEERS: dict[str, Make] = {
     "dracopt": _dracopt(),
     "dracopt triton": _dracopt("triton"),
     "dracopt plain": _dracopt(),  # on contiguous fp32 tensors; see measure.Stepped
+    "dracopt step": _dracopt(),  # only step(), whatever the case times
     "torch fused": _torch(fused=True),
     "torch foreach": _torch(foreach=True),
     "torch for-loop": _torch(foreach=False, fused=False),
@@ -114,6 +116,36 @@ PEERS: dict[str, Make] = {
 
 BANDWIDTHS = {"stream"}
 """Peers that only move bytes, as many as the optimizer must."""
+
+
+def work_of(peer: str, case: Case, optimizer: Any) -> Callable[[], object]:
+    """Returns the function that does the work of a case with an optimizer, each library in its best way."""
+    if case.tail == STEP or peer == "dracopt step":
+        return optimizer.step  # type: ignore[no-any-return]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in params])
+    largest = getattr(norm, "full_tensor", lambda: norm)().item() / 2
+    ours = peer in OURS
+    if case.tail == CLIP:
+        clip = dracopt_ext.clip_grad_norm_ if ours else torch.nn.utils.clip_grad_norm_
+        return lambda: clip(params, largest, foreach=None if ours else True)
+    if ours:
+        optimizer.max_grad_norm = largest
+    if case.tail == CLIP_AND_STEP:
+        if ours:
+            return optimizer.step  # type: ignore[no-any-return]
+        return lambda: (torch.nn.utils.clip_grad_norm_(params, largest, foreach=True), optimizer.step())
+    scaler = (dracopt_ext.GradScaler if ours else torch.amp.GradScaler)(params[0].device.type, init_scale=1.0)
+    scaler.scale(torch.zeros((), device=params[0].device))
+
+    def train() -> None:
+        if not ours:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(params, largest, foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return train
 
 
 def runs(peer: str, case: Case) -> bool:
@@ -151,7 +183,7 @@ def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case)
     # In bf16 torch's foreach rounds after each operation, while ours rounds once.
     exact = case.storage.param == "float32"
     for name, optimizer in optimizers.items():
-        if name == "dracopt plain" or name in BANDWIDTHS:
+        if name in ("dracopt plain", "dracopt step") or name in BANDWIDTHS:
             continue
         for ours, theirs in zip(_params(optimizer), expected, strict=True):
             if not torch.allclose(ours, theirs, rtol=1e-5 if exact else 0.03, atol=1e-6 if exact else 0.01):

@@ -49,6 +49,14 @@ def test_programs_of_the_readme_run(number: int, tmp_path: Path) -> None:
     assert number == 1 or run.stdout == "{'cpu': frozenset({'native'})}\n"
 
 
+def test_program_of_the_tail_runs(tmp_path: Path) -> None:
+    program = programs_in("docs/tail.md")[1]
+    command = [sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) > 0
+
+
 def test_distributed_program_runs(tmp_path: Path) -> None:
     """``torchrun`` starts it in two processes."""
     program = programs_in("docs/distributed.md")[0]
