@@ -77,14 +77,14 @@ def sum_of_squares(
     Returns the sum, items that have among them every dtype that was served, and the items that were not served.
     """
 
-def multiply_gradients(gradients: list[torch.Tensor], number: float, of_parameters: bool) -> list[torch.Tensor]:
+def multiply_gradients(gradients: list[torch.Tensor], of_parameters: bool, number: float) -> list[torch.Tensor]:
     """Multiplies the gradients that the CPU's kernels serve, in place. Returns the other items of the list."""
 
-def limit_gradients(gradients: list[torch.Tensor], number: float, of_parameters: bool) -> list[torch.Tensor]:
+def limit_gradients(gradients: list[torch.Tensor], of_parameters: bool, number: float) -> list[torch.Tensor]:
     """Limits the same gradients to [-number, number]. Returns the other items of the list."""
 
-def zero_gradients(gradients: list[torch.Tensor], number: float, of_parameters: bool) -> list[torch.Tensor]:
-    """Fills the same gradients with zeros. Returns the other items of the list. ``number`` means nothing."""
+def zero_gradients(gradients: list[torch.Tensor], of_parameters: bool) -> list[torch.Tensor]:
+    """Fills the same gradients with zeros. Returns the other items of the list."""
 
 def measure_on_gpu(
     gradients: list[torch.Tensor], norm: torch.Tensor, grad_scale: torch.Tensor | None

@@ -41,8 +41,9 @@ def check_finite(norm: Tensor) -> None:
 def global_norm(gradients: list[Tensor], grad_scale: Tensor | None = None) -> Tensor:
     """Returns the L2 norm of all gradients together, divided by ``grad_scale``.
 
-    The result is a number in fp64 on the first gradient's device, and the host does not wait for it. Distributed
-    gradients count as wholes: all processes of their mesh must call this function, and each gets the same norm.
+    The result is a number in fp64. It lies on the gradients' device, and the host does not wait for it. If there are
+    several devices, it lies on one of them. Distributed gradients count as wholes: all processes of their mesh must
+    call this function, and each gets the same norm.
     """
     return _measure(gradients, grad_scale, of_parameters=False)[0]
 
@@ -52,7 +53,7 @@ def _measure(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the norm for a list of gradients, or of parameters, of which those without a gradient do not count.
 
-    Also returns gradients that have, among them, every dtype that occurs, and all gradients that are not on the CPU.
+    Also returns gradients that have, among them, every dtype that occurs, and all that the CPU's kernels do not serve.
     """
     kernels = _kernels()
     total, samples, others = 0.0, [], items
@@ -203,10 +204,10 @@ def _total_norm(items: list[Tensor], error_if_nonfinite: bool, *, of_parameters:
     norm, samples, others = _measure(items, None, of_parameters=of_parameters)
     if not samples:
         return torch.tensor(0.0)
-    if error_if_nonfinite:
-        check_finite(norm)
     dtype = functools.reduce(torch.promote_types, {sample.dtype.to_real() for sample in samples})
     norm = norm.to(dtype)
+    if error_if_nonfinite:
+        check_finite(norm)
     distributed: list[Any] = [gradient for gradient in others if is_distributed(gradient)]
     meshes = {gradient.device_mesh for gradient in distributed}
     if len(meshes) == 1 and len(distributed) == len(samples):
@@ -230,7 +231,7 @@ def clip_grads_with_norm_(
     if is_distributed(norm):
         norm = norm.full_tensor()
     kernels = _kernels()
-    if kernels is None or not norm.is_cpu:  # a factor on a GPU stays there
+    if kernels is None or not isinstance(norm, Tensor) or not norm.is_cpu:  # a factor on a GPU stays there
         utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
         return
     factor = torch.clamp(float(max_norm) / (norm + 1e-6), max=1.0).item()
@@ -272,9 +273,9 @@ def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | No
     Like :func:`torch.nn.utils.clip_grad_value_`; ``foreach`` concerns what the kernels leave to torch.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    others, kernels = parameters, _kernels()
-    if kernels is not None:
-        others = _changed(kernels.limit_gradients, parameters, float(clip_value))
+    others, kernels, most = parameters, _kernels(), float(clip_value)
+    if kernels is not None and most == most and not any(map(_refuses_limits, parameters)):
+        others = _changed(kernels.limit_gradients, parameters, most)
     if others:
         utils.clip_grad_value_(others, clip_value, foreach)
 
@@ -287,7 +288,7 @@ def zero_gradients(parameters: list[Tensor]) -> None:
             p.grad.requires_grad_(False) if p.grad.grad_fn is None else p.grad.detach_()
     others, kernels = parameters, _kernels()
     if kernels is not None:
-        others = _changed(kernels.zero_gradients, parameters, 0.0)
+        others = _changed(kernels.zero_gradients, parameters)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in _gradients_of(others):
         if gradient.is_sparse:
@@ -298,14 +299,19 @@ def zero_gradients(parameters: list[Tensor]) -> None:
         torch._foreach_zero_(gradients)
 
 
-def _changed(change: Any, parameters: list[Tensor], number: float) -> list[Tensor]:
+def _refuses_limits(p: Tensor) -> bool:
+    """Says whether torch raises for a gradient, before it has changed another."""
+    return p.grad is not None and (p.grad.is_complex() or p.grad.layout != torch.strided)
+
+
+def _changed(change: Any, parameters: list[Tensor], *number: float) -> list[Tensor]:
     """Changes the gradients by a kernel and returns the parameters whose gradients the kernels do not serve."""
-    others: list[Tensor] = change(parameters, number, True)
+    others: list[Tensor] = change(parameters, True, *number)
     left = [p for p in others if not is_distributed(p.grad)]
     distributed: list[Any] = [p for p in others if is_distributed(p.grad)]
     if distributed:
         whole = [p for p in distributed if not any(placement.is_partial() for placement in p.grad.placements)]
-        unserved = set(map(id, change([p.grad._local_tensor for p in whole], number, False)))
+        unserved = set(map(id, change([p.grad._local_tensor for p in whole], False, *number)))
         done = {id(p) for p in whole if id(p.grad._local_tensor) not in unserved}
         torch.autograd.graph.increment_version([p.grad for p in whole if id(p) in done])
         left += [p for p in distributed if id(p) not in done]

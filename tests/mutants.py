@@ -989,14 +989,14 @@ MUTANTS = [
     Mutant(
         "Triton: memory is not held during a launch",
         RUNNER,
-        "    if (calls_python) {\n      alive.hold(inventory, i);",
+        "    if (needs_objects) {\n      alive.hold(inventory, i);",
         "    if (false) {\n      alive.hold(inventory, i);",
         "test_triton::test_what_other_code_may_do_during_a_launch",
     ),
     Mutant(
         "Triton: only its own parameters are held",
         RUNNER,
-        "    if (calls_python) {\n      alive.hold(inventory, i);",
+        "    if (needs_objects) {\n      alive.hold(inventory, i);",
         "    if (calls_python && ready->streams.backend == Backend::triton) {\n      alive.hold(inventory, i);",
         "test_gpu::test_what_other_code_may_take_away",
     ),
@@ -1331,6 +1331,20 @@ MUTANTS = [
         "test_clip::test_sum_is_exact_beyond_chunks",
     ),
     Mutant(
+        "tail: objects are not held while the GIL is released",
+        RUNNER,
+        "calls_python || (on_host && !holds_gil)",
+        "calls_python",
+        "test_clip::test_objects_that_another_thread_takes_away",
+    ),
+    Mutant(
+        "tail: another device's scaler learns nothing",
+        PLAN,
+        "if (clipping.checks && scaler.found_inf.device() != device) return true;",
+        "",
+        "test_gpu_clip::test_scaler_on_another_device",
+    ),
+    Mutant(
         "tail: a coefficient above one",
         "csrc/core/squares.h",
         "coefficient > 1 ? 1 : coefficient",
@@ -1410,8 +1424,8 @@ MUTANTS = [
     Mutant(
         "tail: nothing is held while processes communicate",
         RUNNER,
-        "adds_over_meshes = clipping.has_value() && !inventory.distributions.empty()",
-        "adds_over_meshes = false",
+        "by_triton[0] + by_triton[1] > 0 || (clipping.has_value() && !inventory.distributions.empty())",
+        "by_triton[0] + by_triton[1] > 0",
         "test_distributed::test_what_may_happen_while_processes_communicate",
     ),
     Mutant(
@@ -1440,13 +1454,13 @@ MUTANTS = [
         LAUNCHES,
         "if (std::exchange(is_measuring_, false)) written_.clear();",
         "",
-        "test_gpu_clip::test_launch_that_failed_leaves_no_sum",
+        "test_gpu_clip::test_launch_that_failed_leaves_no_part_of_a_sum",
     ),
     Mutant(
         "Triton: sums of a step stay",
         "triton_kernels/squares.py",
-        "tl.store(address, total * 0)",
-        "tl.store(address, total)",
+        "mask=words < SUMS * SUM_BYTES // 8)",
+        "mask=words < 0)",
         "test_gpu_clip::test_norm_of_the_cpu",
     ),
     Mutant(
@@ -1473,15 +1487,15 @@ MUTANTS = [
     Mutant(
         "tail: shared gradients are zeroed too early",
         PLAN,
-        "return overlapping.empty();",
-        "return true;",
+        "const bool are_apart = overlapping.empty();",
+        "const bool are_apart = true;",
         "test_zero_grad::test_shared_gradients_are_zeroed_after_the_step",
     ),
     Mutant(
         "tail: gradients that have moved may share memory",
         PLAN,
-        "same = same && addresses[i] == apart_[i]",
-        "same = same",
+        "if (found == apart_) return true;",
+        "if (found.size() == apart_.size()) return true;",
         "test_zero_grad::test_gradients_that_become_shared",
     ),
     Mutant(

@@ -7,12 +7,15 @@ import itertools
 import math
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import utils
 
 import dracopt_ext
@@ -85,6 +88,10 @@ def test_sum_is_exact_beyond_chunks() -> None:
     for spread in (1, 30, 250, 500):
         values = [numbers.random() * 2.0 ** numbers.randint(-spread, spread) for _ in range(500)]
         assert squares_of(*(torch.tensor([value], dtype=FP64) for value in values)) == math.fsum(x * x for x in values)
+    # The last number decides how a tie is rounded.
+    tie = [torch.tensor([x], dtype=FP64) for x in (1.0, 2.0**-27, 2.0**-27)]
+    assert squares_of(*tie) == 1
+    assert squares_of(*tie, torch.tensor([2.0**-100], dtype=FP64)) == 1 + 2.0**-52
     assert squares_of(torch.tensor([5e-324, 1.5e-161], dtype=FP64)) == 1.5e-161**2
     assert squares_of(torch.tensor([1e154], dtype=FP64), torch.tensor([1e154], dtype=FP64)) == math.inf
     assert squares_of() == squares_of(torch.zeros(0)) == squares_of(torch.zeros(7)) == 0
@@ -609,7 +616,14 @@ def test_functions_count_a_change() -> None:
 
 
 def test_functions_and_shared_memory() -> None:
-    """One gradient of two parameters is scaled twice, and an expanded one raises, as in torch."""
+    """One gradient of two parameters is scaled twice, and an expanded one raises, as in torch.
+
+    Threads would scale them at once, so the kernels leave them.
+    """
+    memory = torch.ones(64)
+    shared = [memory[:40], memory[20:], memory[:40]]
+    assert len(_C.multiply_gradients([*shared, torch.ones(3)], False, 2.0)) == 3
+    assert (memory == 1).all()
     for functions in (
         (dracopt_ext.clip_grad_norm_, utils.clip_grad_norm_),
         (dracopt_ext.clip_grad_value_, utils.clip_grad_value_),
@@ -625,3 +639,104 @@ def test_functions_and_shared_memory() -> None:
         (p,) = with_gradients(torch.ones(1).expand(4))
         with pytest.raises(RuntimeError, match="single memory location"):
             function([p], 1.0)
+
+
+def test_functions_raise_where_torchs_do() -> None:
+    """Nothing has changed then."""
+    for library in (dracopt_ext, utils):
+        (p,) = with_gradients(torch.full((1000,), 6e4, dtype=FP16))
+        with pytest.raises(RuntimeError, match="non-finite"):  # the norm is infinite in fp16
+            library.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
+        assert p.grad is not None
+        assert (p.grad == 6e4).all()
+        params = with_gradients(torch.ones(3), torch.ones(3, dtype=torch.complex64))
+        with pytest.raises(NotImplementedError):
+            library.clip_grad_value_(params, 0.5)
+        with pytest.raises(TypeError):
+            library.clip_grads_with_norm_(params, 0.5, 3.0)
+    (p,) = with_gradients(torch.ones(3))
+    dracopt_ext.clip_grad_value_([p], math.nan)
+    assert p.grad is not None
+    assert p.grad.isnan().all()
+
+
+# ---- what the program may do meanwhile
+
+REPLACED = """
+import threading, torch, dracopt_ext
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.ones(2**23))
+p.grad = torch.ones_like(p)
+optimizer = dracopt_ext.AdamW([p], max_grad_norm=1.0)
+optimizer.step()
+state, over = optimizer.state[p], False
+
+def replace():
+    while not over:
+        for name in ("step", "exp_avg"):
+            state[name] = state[name].clone()
+        p.grad = p.grad.clone()
+
+thread = threading.Thread(target=replace)
+thread.start()
+for number in range(12):
+    optimizer.step(zero_grad=number % 2 == 1)
+over = True
+thread.join()
+"""
+
+
+def test_objects_that_another_thread_takes_away() -> None:
+    """The norm of long gradients is found without the GIL, and the step still counts what it has found."""
+    subprocess.run([sys.executable, "-c", REPLACED], check=True)
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(3))
+        dracopt_ext.SGD([p], max_grad_norm=1.0).step()
+
+
+def scaled(optimizer: Any, gradient: float) -> Any:
+    scaler = dracopt_ext.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    optimizer.param_groups[0]["params"][0].grad = torch.full((4,), gradient)
+    return scaler
+
+
+def test_a_hook_that_stops_the_clipping() -> None:
+    """The scaler has left the check to the step, which makes it all the same."""
+    p = nn.Parameter(torch.ones(4))
+    optimizer = dracopt_ext.SGD([p], lr=1.0, fused=True, max_grad_norm=1.0)
+    optimizer.register_step_pre_hook(lambda *_: setattr(optimizer, "max_grad_norm", None))
+    scaler = scaled(optimizer, math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    assert (p == 1).all()
+    assert scaler.get_scale() == 4.0
+
+
+def test_a_step_that_failed_leaves_no_check_behind() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = dracopt_ext.SGD([p], lr=1.0, fused=True, max_grad_norm=1.0, error_if_nonfinite=True)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_pre_hook(fail)
+    scaler = scaled(optimizer, math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        scaler.step(optimizer)
+    hook.remove()
+    del optimizer.found_inf, optimizer.grad_scale
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.step()
+
+
+def test_iterators_are_refused_as_they_are() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = dracopt_ext.SGD([p], max_grad_norm=1.0)
+    optimizer.param_groups[0]["params"] = params = iter([p, p])
+    with pytest.raises(TypeError, match="sequence"):
+        optimizer.step()
+    assert len(list(params)) == 2

@@ -238,6 +238,35 @@ def test_launch_that_failed_leaves_no_sum(gpu: Simulated, simulation: Any) -> No
         assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(5000), rel=1e-15)
 
 
+def test_launch_that_failed_leaves_no_part_of_a_sum(
+    gpu: Simulated,  # noqa: F811
+    simulation: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first of two launches has measured when the second one fails."""
+    if gpu.backend != "triton":
+        pytest.skip("of Triton")
+    launcher = pytest.importorskip("dracopt_ext.triton_kernels.launcher")
+    params = [nn.Parameter(gpu(torch.ones(50, dtype=dtype))) for dtype in (FP32, FP64)]
+    optimizer = dracopt_ext.AdamW(params, max_grad_norm=1.0)
+    for p in params:
+        p.grad = gpu(torch.ones_like(p))
+    optimizer.step()
+    measure, calls = launcher.Launcher.measure, iter(range(10))
+
+    def fail(self: Any, *arguments: Any) -> None:
+        if next(calls) == 1:
+            raise RuntimeError("no memory")
+        measure(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher.Launcher, "measure", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            optimizer.step()
+    optimizer.step()
+    assert optimizer.grad_norm.item() == 10
+
+
 def test_captured(gpu: Simulated, simulation: Any) -> None:  # noqa: F811
     """A capture takes the same two launches, with a table of its own."""
     p = nn.Parameter(gpu(torch.ones(300)))
@@ -271,3 +300,52 @@ def test_distributed_tensors(gpu: Gpu, case: Case, counts_on: str, mesh: Any) ->
         assert ours.last_backend == {gpu.type: frozenset({gpu.backend})}
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(getattr(p, "_local_tensor", p).detach().cpu(), q.detach())
+
+
+def test_not_finite_without_a_scaler(gpu: Gpu) -> None:  # noqa: F811
+    """Nobody looks for an overflow, although the gradients are zeroed."""
+    p = nn.Parameter(gpu(torch.ones(300)))
+    optimizer = dracopt_ext.SGD([p], lr=1.0, max_grad_norm=1.0)
+    p.grad = gpu(torch.ones(300))
+    p.grad[3] = math.inf
+    optimizer.step(zero_grad=True)
+    assert optimizer.grad_norm.item() == math.inf
+    assert not p.grad.cpu().any()
+    assert p.detach().cpu().isnan().sum() == 1
+
+
+def test_scaler_on_another_device(gpu: Gpu) -> None:  # noqa: F811
+    """The scaler lies where the loss is. It must learn of an overflow all the same."""
+    for case in RULES:
+        p = nn.Parameter(gpu(torch.ones(30)))
+        optimizer = case.ours([p], **with_count(case, "gpu"), max_grad_norm=1.0)
+        for value in (1.0, math.inf, 1.0):
+            p.grad = gpu(torch.full((30,), value))
+            before = p.detach().cpu()
+            found_inf = scale(optimizer, Tensor.clone, 2.0, delegates=True)
+            optimizer.step()
+            assert found_inf.item() == math.isinf(value)
+            assert torch.equal(p.detach().cpu(), before) == math.isinf(value)
+
+
+def test_arguments_of_a_step_that_failed(gpu: Simulated, simulation: Any) -> None:  # noqa: F811
+    """A capture that needs a kernel fails. The next step has other gradients, and does not clip."""
+    if gpu.backend != "triton":
+        pytest.skip("of Triton")
+    launcher = pytest.importorskip("dracopt_ext.triton_kernels.launcher")
+    p = nn.Parameter(gpu(torch.ones(30)))
+    optimizer = dracopt_ext.AdamW([p], lr=1.0, capturable=True)
+    p.grad = gpu(torch.zeros(30))
+    optimizer.step()
+    launcher.launcher_for.cache_clear()
+    optimizer._dracopt_engine.plans.clear()
+    optimizer.max_grad_norm = 0.0
+    simulation.set("capturing", 1)
+    with pytest.raises(RuntimeError, match="has yet to compile"):
+        optimizer.step()
+    simulation.set("capturing", 0)
+    optimizer.max_grad_norm = None
+    p.grad = gpu(torch.full((30,), 100.0))
+    before = p.detach().cpu()
+    optimizer.step()
+    assert (p.detach().cpu() < before - 0.1).all()

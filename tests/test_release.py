@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
 import subprocess
@@ -233,7 +234,45 @@ def test_errors_name_the_parameter() -> None:
     optimizer = dracopt_ext.AdamW(model.named_parameters())
     optimizer.release_gradients()
     optimizer.state[model.last.bias] = {"step": torch.zeros(()), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
-    with pytest.raises(ValueError, match=r"'last\.bias'"):
+    with pytest.raises(ValueError, match=r"gradient release of .*'last\.bias'"):
+        model(torch.ones(1, 64)).sum().backward()
+
+
+def test_methods_that_only_torch_calls_are_refused() -> None:
+    class Own(dracopt_ext.AdamW):
+        def _init_group(self, *args: Any) -> Any:
+            return super()._init_group(*args)
+
+    with pytest.raises(RuntimeError, match="Own overrides _init_group"):
+        Own(made().parameters()).release_gradients()
+
+
+def test_a_refusal_changes_nothing() -> None:
+    model = made()
+    optimizer = dracopt_ext.SGD(model.parameters(), lr=0.1)
+    optimizer.release_gradients()
+    model.unused.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="has a gradient already"):
+        optimizer.release_gradients()
+    model(torch.ones(1, 64)).sum().backward()
+    assert model.first.weight.grad is None
+
+
+def test_optimizer_that_is_gone() -> None:
+    """A notebook's cell that runs again makes another optimizer."""
+    model = made()
+    for lr in (1.0, 0.0):
+        optimizer = dracopt_ext.SGD(model.parameters(), lr=lr)
+        optimizer.release_gradients()
+        gc.collect()
+    before = model.first.weight.detach().clone()
+    model(torch.ones(1, 64)).sum().backward()
+    assert torch.equal(model.first.weight, before)
+    assert model.first.weight.grad is None
+    kept = dracopt_ext.SGD(model.parameters(), lr=1.0)
+    kept.release_gradients()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="another optimizer has released"):
         model(torch.ones(1, 64)).sum().backward()
 
 

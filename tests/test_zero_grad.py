@@ -225,6 +225,30 @@ def test_gradients_that_become_shared() -> None:
     assert all((p == -1).all() for p in params)
 
 
+def test_gradients_that_have_grown() -> None:
+    """Gradients may begin where they began, and reach further."""
+    memory = torch.ones(64)
+    params = with_gradients(memory[:4], memory[4:8])
+    optimizer = dracopt_ext.SGD(params, lr=1.0)
+    optimizer.step(zero_grad=True)
+    memory.fill_(1.0)
+    params[0].data, params[0].grad = torch.zeros(8), memory[:8]
+    optimizer.step(zero_grad=True)
+    assert is_zero(params)
+    assert all((p == -1).all() for p in params)
+
+
+def test_gradients_with_a_graph_are_detached() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = dracopt_ext.SGD([p], lr=0.1)
+    with warnings.catch_warnings(action="ignore"):
+        (p**3).sum().backward(create_graph=True)
+    optimizer.step(zero_grad=True)
+    assert p.grad is not None
+    assert not p.grad.requires_grad
+    assert is_zero([p])
+
+
 def test_overflow_leaves_zeros() -> None:
     (p,) = with_gradients(torch.full((5,), math.inf))
     optimizer = dracopt_ext.AdamW([p], fused=True)

@@ -17,6 +17,7 @@ from .kernel import (
     LAYOUT_BYTES,
     NUMEL,
     ROW_BYTES,
+    ROWS,
     TILE,
     VECTOR_BYTES,
     WORDS,
@@ -27,9 +28,8 @@ from .kernel import (
     tile_of,
 )
 
-CHUNK, ROW = tl.constexpr(4096), tl.constexpr(512)
-
-DENSE, GRAD_IS_SIMPLE = AT["DENSE"], tl.constexpr(5)
+CHUNK, ROW = AT["CHUNK"], AT["CHUNK_ROW"]
+DENSE, GRAD_IS_SIMPLE = AT["DENSE"], AT["GRAD_IS_SIMPLE"]
 NORM, NORM_OUT, MAX_NORM = AT["NORM"], AT["NORM_OUT"], AT["MAX_NORM"]
 BLOCKS_IN_ALL, CHECKS = AT["BLOCKS_IN_ALL"], AT["CHECKS"]
 SUMS, SUM_BYTES, DIGITS = AT["SUMS"], AT["SUM_BYTES"], AT["DIGITS"]
@@ -89,12 +89,10 @@ def add_exactly(words, x):
 
 @triton.jit
 def word_of(norm, word):
-    """Returns one word of all sums together, and clears it for the next step."""
-    total = field(norm, 8 * word, tl.int64) * 0
+    """Returns one word of all sums together."""
+    total = field(norm, NORM_FINISHED, tl.int32).to(tl.int64) * 0
     for k in tl.static_range(SUMS):
-        address = (norm + k * SUM_BYTES + 8 * word).to(tl.pointer_type(tl.int64))
-        total += tl.load(address, volatile=True)
-        tl.store(address, total * 0)
+        total += tl.load((norm + k * SUM_BYTES + 8 * word).to(tl.pointer_type(tl.int64)), volatile=True)
     return total
 
 
@@ -146,8 +144,14 @@ def finish(arguments, norm):
     tl.store(field(arguments, NORM_OUT, tl.int64).to(tl.pointer_type(tl.float64)), length)
     tl.store((norm + NORM_COEFFICIENT).to(tl.pointer_type(tl.float64)), coefficient)
     others = word_of(norm, OTHER)
-    if (others != 0) & (field(arguments, CHECKS, tl.int32) != 0):
+    if (others != 0) & (field(arguments, CHECKS, tl.int16) != 0):
         tl.store(field(arguments, FOUND_INF, tl.int64).to(tl.pointer_type(tl.float32)), 1.0)
+    # The sums must be zero in the next step. All threads have read them before one writes.
+    tl.debug_barrier()
+    for k in range(0, SUMS * SUM_BYTES // 8, ROWS):
+        words = k + tl.arange(0, ROWS)
+        address = (norm + 8 * words).to(tl.pointer_type(tl.int64))
+        tl.store(address, tl.zeros((ROWS,), tl.int64), mask=words < SUMS * SUM_BYTES // 8)
 
 
 @triton.jit(do_not_specialize=["rows", "layouts", "first_tiles", "arguments"])

@@ -173,6 +173,7 @@ cuda::Arguments& GpuLaunches::arguments_of(size_t i) {
 }
 
 void GpuLaunches::measure(const Measurement& measurement) {
+  if (count_ == 0) return;
   measurement_ = measurement;
   is_measuring_ = true;
   const DeviceGuard guard(key_.device);

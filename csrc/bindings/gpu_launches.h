@@ -45,7 +45,7 @@ class GpuLaunches {
   const LaunchKey& key() const { return key_; }
 
   // Forgets the tensors of the step before.
-  void clear();
+  virtual void clear();
 
   // Appends a tensor. `slot` holds its scalars, or the recipe for them, which tensors of one group are likely to share.
   // `gradient` describes the gradient alone if it will be measured and the segment has a layout, and is null otherwise.

@@ -119,7 +119,7 @@ py::tuple sum_of_squares_in(const py::list& list, bool of_parameters) {
 
 // Returns a function that changes the gradients of a list by a kernel.
 auto changing(UpdateFn (cpu::Kernels::*kernels)[2]) {
-  return [kernels](const py::list& list, double number, bool of_parameters) {
+  return [kernels](const py::list& list, bool of_parameters, double number) {
     Served served(list, of_parameters, true);
     served.change(cpu::kernels().*kernels, number);
     return served.others;
@@ -221,7 +221,7 @@ cpu::Squares sum_of_squares(const std::vector<Segment>& gradients) {
 void define_gradients(py::module_& m) {
   m.def("sum_of_squares", &sum_of_squares_in, py::arg("gradients"), py::arg("of_parameters"));
   const auto define = [&m](const char* name, UpdateFn(cpu::Kernels::* kernels)[2]) {
-    m.def(name, changing(kernels), py::arg("gradients"), py::arg("number"), py::arg("of_parameters"));
+    m.def(name, changing(kernels), py::arg("gradients"), py::arg("of_parameters"), py::arg("number") = 0.0);
   };
   m.def("measure_on_gpu", &measure_on_gpu, py::arg("gradients"), py::arg("norm"), py::arg("grad_scale"));
   define("multiply_gradients", &cpu::Kernels::multiply);

@@ -1,4 +1,4 @@
-// Gradients alone: the sum of their squares, and changes in place, on the CPU.
+// Gradients alone: the sum of their squares, and on the CPU changes in place.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,8 +19,7 @@ Segment segment_of_gradient(Tensor gradient, std::deque<Layout>& layouts);
 // Adds the squares of all elements, in the order that core/squares.h defines.
 cpu::Squares sum_of_squares(const std::vector<Segment>& gradients);
 
-// The functions of the Python module. Each serves the dense tensors on the CPU in a list, and returns the list's other
-// tensors.
+// Gives the Python module functions of lists. Each serves the dense tensors of one device and returns the others.
 void define_gradients(pybind11::module_& m);
 
 }  // namespace dracopt

@@ -7,6 +7,7 @@
 
 #include "bindings/gradients.h"
 #include "bindings/step_plan.h"
+#include "core/squares.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 
@@ -87,6 +88,9 @@ py::dict launch_layout() {
   at["COUNT"] = offsetof(Arguments, count);
   at["BLOCKS"] = offsetof(Arguments, blocks);
   at["WORDS"] = offsetof(Arguments, words);
+  at["CHUNK"] = kChunk;
+  at["CHUNK_ROW"] = kRow;
+  at["GRAD_IS_SIMPLE"] = kGradIsSimple;
   at["SUM_BYTES"] = sizeof(ExactSum);
   at["SUMS"] = Norm::kSums;
   at["DIGITS"] = ExactSum::kDigits;

@@ -26,13 +26,10 @@ void record(const Inventory& inventory, const Updates& updates, size_t i) {
   const Ready& ready = *std::get_if<Ready>(&inventory.examined[i]);
   const Located& located = inventory.located[i];
   located.param().bump_version();
-  const bool zeroes = updates[ready.update].update.zeroes;
-  if (zeroes) located.grad.bump_version();
   for (int k = kFirstState; k < ready.streams.count; ++k) inventory.tensor_of(i, k).bump_version();
   if (const Distribution* const distribution = inventory.distribution_of(i)) {
     // Graphs save distributed tensors, or views of local ones.
     if (located.parameter != located.local) Tensor::in(located.parameter).bump_version();
-    if (zeroes && located.parameter != located.local) Tensor::in(located.parameter).grad().bump_version();
     for (PyObject* state : distribution->states) {
       if (state != nullptr) Tensor::in(state).bump_version();
     }
@@ -47,6 +44,12 @@ void record(const Inventory& inventory, const Updates& updates, size_t i) {
       *static_cast<double*>(ready.scalar_data[k]) = value;
     }
   }
+}
+
+// Counts the change of a gradient that the update will zero, while the gradient is certainly there.
+void count_zeroing(const Located& located) {
+  located.grad.bump_version();
+  if (located.parameter != located.local) Tensor::in(located.parameter).grad().bump_version();
 }
 
 // Writes a parameter's scalars, or the recipe for them, into the slot. Returns the number of words.
@@ -210,19 +213,23 @@ bool Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, c
 
   // Python launches Triton's kernels and adds over processes, and a long step on the CPU lets go of the GIL.
   const auto& by_triton = counts[static_cast<int>(Backend::triton)];
-  const bool adds_over_meshes = clipping.has_value() && !inventory.distributions.empty();
-  const bool calls_python = by_triton[0] + by_triton[1] > 0 || adds_over_meshes, holds_gil = units < kShortStepUnits;
+  const bool on_host = clipping.has_value() && clipping->norm.device().is_cpu(), holds_gil = units < kShortStepUnits;
+  const bool calls_python =
+      by_triton[0] + by_triton[1] > 0 || (clipping.has_value() && !inventory.distributions.empty());
+  // The norm comes before versions and steps are counted, which needs the objects.
+  const bool needs_objects = calls_python || (on_host && !holds_gil);
   Alive alive;
-  if (calls_python || !holds_gil) alive.reserve(inventory.size());
+  if (needs_objects || !holds_gil) alive.reserve(inventory.size());
   if (calls_python) alive.hold_hyperparameters(inventory);
-  for (size_t i = 0; i < inventory.size() && (calls_python || !holds_gil); ++i) {
+  for (size_t i = 0; i < inventory.size(); ++i) {
     const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) continue;
-    if (calls_python) {
+    if (needs_objects) {
       alive.hold(inventory, i);
-    } else if (ready->streams.backend == Backend::cpu) {
+    } else if (!holds_gil && ready->streams.backend == Backend::cpu) {
       alive.hold_memory(inventory, i);
     }
+    if (updates[ready->update].update.zeroes) count_zeroing(inventory.located[i]);
   }
   gathered_.clear();
   places_.clear();
@@ -236,7 +243,6 @@ bool Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, c
       places_.push_back(static_cast<uint32_t>(i));
     }
   }
-  const bool on_host = clipping.has_value() && clipping->norm.device().is_cpu();
   if (on_host && !clip_on_cpu(inventory, updates, scaler, *clipping, holds_gil)) {
     updated_.clear();
     return false;
@@ -276,10 +282,10 @@ void Runner::run_launches(const Inventory& inventory, const Updates& updates, co
                         by_triton ? dtypes_for_triton(rule, segment, ready->streams.count) : uint16_t(0)};
     Segment gradient;
     std::deque<Layout> own;
-    const bool is_odd = clipping != nullptr && segment.layout != nullptr;
-    if (is_odd) gradient = segment_of_gradient(inventory.located[i].grad, own);
+    const bool has_own_layout = clipping != nullptr && segment.layout != nullptr;
+    if (has_own_layout) gradient = segment_of_gradient(inventory.located[i].grad, own);
     launches_for(key, rule, backends)
-        .add(segment, *ready, inventory.group_of(i), slot, words, is_odd ? &gradient : nullptr);
+        .add(segment, *ready, inventory.group_of(i), slot, words, has_own_layout ? &gradient : nullptr);
     last = ready;
   }
   GpuLaunches* owner = nullptr;  // of the norm

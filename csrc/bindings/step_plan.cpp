@@ -63,7 +63,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
       options.clipping.has_value() && options.clipping->checks && options.scaler.found_inf.is_plain_on_cpu();
   const bool waits = host_decides(options.scaler, finds_overflow) ||
                      (options.scaler.coefficient.is_defined() && !all_on_gpus()) ||
-                     (options.clipping.has_value() && norm_is_elsewhere(*options.clipping));
+                     (options.clipping.has_value() && norm_is_elsewhere(*options.clipping, options.scaler));
   const bool is_blocked = waits || has_todo();
   if (is_blocked && !options.created.has_value()) {
     return make_todo(inventory_, options.grad_scale != 1 || options.coefficient != 1, waits);
@@ -145,32 +145,32 @@ bool StepPlan::has_todo() const {
                      });
 }
 
-// Says whether each update may write its gradient, because no other update reads that memory.
+// Says whether each update may write its gradient, because no other update reads that memory. Gradients that may have a
+// graph must be detached, which is torch's work.
 bool StepPlan::may_zero(bool inference_mode) {
-  std::vector<const void*> addresses;
-  addresses.reserve(inventory_.size());
-  bool same = apart_.size() == inventory_.size();
+  std::vector<std::pair<const void*, int64_t>> found;
+  found.reserve(inventory_.size());
   for (size_t i = 0; i < inventory_.size(); ++i) {
     const Tensor gradient = inventory_.located[i].grad;
-    if (!std::holds_alternative<Ready>(inventory_.examined[i]) || !is_writable(gradient, inference_mode)) return false;
-    addresses.push_back(inventory_.segments[i].data[kGrad]);
-    same = same && addresses[i] == apart_[i] && gradient.is_non_overlapping_and_dense();
+    if (!std::holds_alternative<Ready>(inventory_.examined[i])) return false;
+    if (!is_writable(gradient, inference_mode) || gradient.may_have_graph()) return false;
+    found.emplace_back(inventory_.segments[i].data[kGrad], inventory_.bytes_of(i, kGrad));
   }
-  if (same) return true;
+  if (found == apart_) return true;
   WrittenMemory memory;
-  memory.reserve(inventory_.size());
-  for (size_t i = 0; i < inventory_.size(); ++i) {
-    if (inventory_.segments[i].numel > 0) memory.add(i, kGrad, addresses[i]);
+  memory.reserve(found.size());
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (found[i].second > 0) memory.add(i, kGrad, found[i].first);
   }
   memory.sort();
   std::vector<size_t> overlapping;
-  memory.append_overlapping(
-      [&](const WrittenMemory::Piece& piece) {
-        return piece.begin + static_cast<uintptr_t>(inventory_.bytes_of(piece.owner, kGrad));
-      },
-      overlapping);
-  apart_ = overlapping.empty() ? std::move(addresses) : std::vector<const void*>();
-  return overlapping.empty();
+  const auto end_of = [&](const WrittenMemory::Piece& piece) {
+    return piece.begin + static_cast<uintptr_t>(found[piece.owner].second);
+  };
+  memory.append_overlapping(end_of, overlapping);
+  const bool are_apart = overlapping.empty();
+  apart_ = are_apart ? std::move(found) : std::vector<std::pair<const void*, int64_t>>();
+  return are_apart;
 }
 
 // Says whether kernels on GPUs update all parameters.
@@ -209,8 +209,10 @@ bool StepPlan::host_decides(const Scaler& scaler, bool finds_overflow) const {
 
 // Says whether this step cannot find the norm by itself: not all gradients lie where the norm is wanted, other
 // processes have a part of those on a GPU, or states must not be created before the norm is known.
-bool StepPlan::norm_is_elsewhere(const Clipping& clipping) const {
+bool StepPlan::norm_is_elsewhere(const Clipping& clipping, const Scaler& scaler) const {
+  if (!is_plain(clipping.norm)) return true;  // a mode of torch has made it
   const Device device = clipping.norm.device();
+  if (clipping.checks && scaler.found_inf.device() != device) return true;
   if (!inventory_.distributions.empty() && !device.is_cpu()) return true;
   if (device.is_gpu() && (clipping.needs_a_norm || inventory_.size() == 0)) return true;
   for (size_t i = 0; i < inventory_.size(); ++i) {

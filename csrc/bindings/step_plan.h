@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/inventory.h"
@@ -61,7 +62,7 @@ class StepPlan {
   bool host_decides(const Scaler& scaler, bool finds_overflow) const;
   bool all_on_gpus() const;
   bool may_zero(bool inference_mode);
-  bool norm_is_elsewhere(const Clipping& clipping) const;
+  bool norm_is_elsewhere(const Clipping& clipping, const Scaler& scaler) const;
 
   const std::string optimizer_;
   const Backends backends_;
@@ -72,8 +73,8 @@ class StepPlan {
   Updates updates_;
   Runner runner_;
   bool zeroed_ = false;
-  std::vector<const void*> apart_;  // addresses of gradients that shared no memory
-  int running_in_ = kNoProcess;     // the process, counted by cpu::forks(), in which a step is running
+  std::vector<std::pair<const void*, int64_t>> apart_;  // addresses and bytes of gradients that shared no memory
+  int running_in_ = kNoProcess;  // the process, counted by cpu::forks(), in which a step is running
   static constexpr int kNoProcess = -1;
 };
 

@@ -149,6 +149,8 @@ class Tensor {
 
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(ask<const void*>(torch_get_const_data_ptr)); }
 
+  bool may_have_graph() const { return any_torch::at<void*>(impl(), places.autograd) != nullptr; }
+
   void bump_version() const {
     void* const version = any_torch::at<void*>(impl(), places.version);
     if (version != nullptr) ++any_torch::at<std::atomic<uint32_t>>(version, places.count);

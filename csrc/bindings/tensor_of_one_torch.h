@@ -93,6 +93,9 @@ class Tensor {
            static_cast<uintptr_t>(storage_offset()) * static_cast<uintptr_t>(tensor_->itemsize());
   }
 
+  // Says whether a graph may lead to the tensor.
+  bool may_have_graph() const { return tensor_->requires_grad(); }
+
   // Counts a change, as torch's in-place operations do. Inference tensors have no count.
   void bump_version() const {
     if (!is_inference()) tensor_->bump_version();

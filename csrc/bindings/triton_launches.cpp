@@ -40,6 +40,11 @@ TritonLaunches::TritonLaunches(LaunchKey key, const RuleEntry& rule, const Trito
     : GpuLaunches(key, {.tile = triton.tile, .room = std::numeric_limits<uint32_t>::max()}),
       launcher_(make_launcher(key, rule, triton)) {}
 
+void TritonLaunches::clear() {
+  GpuLaunches::clear();
+  sent_.clear();  // a step that failed may have left some
+}
+
 void TritonLaunches::copy_to_device(Memory& to, Memory& from) {
   to.copy_from(from);
   if (is_capturing()) keep(std::move(from));  // the graph makes the copy at every replay

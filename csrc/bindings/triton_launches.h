@@ -13,6 +13,8 @@ class TritonLaunches final : public GpuLaunches {
  public:
   TritonLaunches(LaunchKey key, const RuleEntry& rule, const Triton& triton);
 
+  void clear() override;
+
  private:
   void write_table(Memory& table, const std::vector<char>& image) override;
   void run_measure(const Launch& launch, cuda::Arguments& arguments) override;

@@ -79,7 +79,7 @@ struct Recipe {
 static_assert(offsetof(Recipe, words) == Recipe::header_words * sizeof(uint64_t));
 static_assert(Recipe::kMaxWords <= 16);
 
-// What the blocks that measure the gradients share. Zero between steps, except for the coefficient.
+// Blocks that measure the gradients share a Norm. Between steps all of it is zero, except for the coefficient.
 struct Norm {
   static constexpr int kSums = 8;  // blocks add to one of several sums, because additions at one place wait in line
 
@@ -97,12 +97,11 @@ struct Arguments {
   const Layout* layouts;
   const uint32_t* first_tiles;  // the first tile of each row; ascending
   uint32_t* finished;           // counts finished blocks if some state scalars lie on the device; otherwise null
-  float* found_inf;             // the update kernel does nothing unless the number there is zero; may be null
+  float* found_inf;             // nothing is updated unless the number there is zero; may be null
   const float* grad_scale;      // points to the gradients' divisor; null if `divisor` holds it
   const double* multiplier;     // points to what multiplies the quotients; null if `coefficient` holds it
   double divisor, coefficient;
-  // The following are for the kernel that measures the gradients.
-  Norm* norm;
+  Norm* norm;  // this and the next four are for the kernel that measures the gradients
   double* norm_out;
   double max_norm;
   uint32_t blocks_in_all;  // of all launches that measure

@@ -97,7 +97,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Any:
         """The global L2 norm of the gradients before the last step clipped them; None before such a step.
 
-        A number in fp64 on the device of the first parameter. Reading its value waits for a GPU; the step did not.
+        A number in fp64 on the gradients' device. Reading its value waits for a GPU; the step did not.
         """
         return self.__dict__.get("grad_norm", engine_of(self).grad_norm)
 
@@ -138,7 +138,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Args:
             closure: reevaluates the model and returns the loss, which ``step`` then returns.
             zero_grad: sets the gradients to zero in place, in the pass that updates (default False). Captured graphs
-                need gradients that stay. An overflow under a GradScaler stops the update, but not the zeroing.
+                need gradients that stay. After an overflow a GradScaler calls ``step`` only with ``fused=True``, and
+                then the gradients are zeroed, too.
 
         Raises:
             ValueError, TypeError, KeyError: for a parameter, state or hyperparameter that cannot be right. Parameters,
@@ -168,15 +169,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: ``max_grad_norm`` is set, or some parameter has a gradient already.
-            RuntimeError: there are other processes, and some parameter is not distributed over them. A backward raises
-                it as well if a parameter gets a second gradient before ``step()``, and so does ``step()`` under a
-                GradScaler.
+            RuntimeError: there are other processes, and some parameter is not distributed over them; or the class
+                overrides a method that only torch's step calls. A backward raises it as well if a parameter gets a
+                second gradient before ``step()``, and so does ``step()`` under a GradScaler.
         """
-        engine = engine_of(self)
+        engine, new = engine_of(self), _release.GradientRelease(self)
         if engine.release is not None:
             engine.release.remove()
-        engine.release = _release.GradientRelease(self)
-        return engine.release
+        engine.release = new
+        return new
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,20 @@ if TYPE_CHECKING:
     from ._step import Step
 
 
-def update_clipped(step: Step, max_norm: float, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-    """Updates every parameter that has a gradient, clipped to a global norm, unless there was an overflow."""
+def update_clipped(
+    step: Step, max_norm: float, found_inf: Tensor | None, grad_scale: Tensor | None, overflow: Tensor | None
+) -> None:
+    """Updates every parameter that has a gradient, clipped to a global norm, unless there was an overflow.
+
+    If there is a tensor ``overflow``, this step looks for an overflow itself and sets the tensor. ``found_inf`` means
+    nothing then.
+    """
     engine = step.engine
-    overflow, engine.overflow = engine.overflow, None
-    if overflow is not None:
+    checks = overflow is not None
+    if checks:
         found_inf = overflow
     raises = engine.error_if_nonfinite and found_inf is None
-    is_done = _update_in_one_go(step, (max_norm, overflow is not None, raises), found_inf, grad_scale)
+    is_done = _update_in_one_go(step, max_norm, found_inf, grad_scale, checks=checks, raises=raises)
     if not is_done:
         gradients = [p.grad for group in step.with_gradients() for p in group["params"]]
         # The CPU's kernels find the norm of distributed gradients, too.
@@ -38,14 +44,13 @@ def update_clipped(step: Step, max_norm: float, found_inf: Tensor | None, grad_s
 
 
 def _update_in_one_go(
-    step: Step, how: tuple[float, bool, bool], found_inf: Tensor | None, grad_scale: Tensor | None
+    step: Step, max_norm: float, found_inf: Tensor | None, grad_scale: Tensor | None, *, checks: bool, raises: bool
 ) -> bool:
     """Lets the kernels find the norm and then update, unless an error must be raised. Returns false if they cannot.
 
-    ``how`` is the largest norm, whether the step sets ``found_inf``, and whether a norm that is not finite is an error.
+    ``checks`` says whether the step sets ``found_inf``, and ``raises`` whether a norm that is not finite is an error.
     """
     engine = step.engine
-    max_norm, checks, raises = how
     if engine.backend == "reference" or engine.norm_is_elsewhere:
         return False
     scale, scaler = 1.0, (found_inf, grad_scale)
@@ -54,9 +59,18 @@ def _update_in_one_go(
             return False
         scale = 1.0 if grad_scale is None else grad_scale.item()
         scaler = (found_inf if checks else None, None)
-    device = next((p.device for group in step.optimizer.param_groups for p in group["params"]), None)
-    norm = torch.empty((), dtype=torch.float64, device=device)
+    norm = torch.empty((), dtype=torch.float64, device=_first_device(step.optimizer.param_groups))
     if step.update_by_kernels(scale, scaler, (max_norm, norm, checks, raises, clip_grad.add_over_meshes)) is not None:
         return False
     engine.grad_norm = norm
     return True
+
+
+def _first_device(groups: Any) -> torch.device | None:
+    """Returns the first parameter's device, where all gradients are likely to lie. Iterators must stay as they are."""
+    for group in groups:
+        params = group["params"]
+        if isinstance(params, (list, tuple)) and params:
+            device: torch.device | None = getattr(params[0], "device", None)
+            return device
+    return None

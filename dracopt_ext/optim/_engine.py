@@ -40,7 +40,7 @@ class Engine:
     def __setstate__(self, asked_for: tuple[str | None, torch.dtype | None, float | None, bool]) -> None:
         self.backend, self.state_dtype, self.max_grad_norm, self.error_if_nonfinite = asked_for
         self.grad_norm: Tensor | None = None  # of the last step that clipped
-        self.norm_is_elsewhere = False  # the last plan could not find the norm
+        self.norm_is_elsewhere = False  # the last gradients were distributed over GPUs, whose norm no plan finds
         self.release: GradientRelease | None = None  # if parameters are stepped inside of backward()
         self.overflow: Tensor | None = None  # where the next step must say whether it has found an overflow
         # The plans that were needed so far, by whether each may use the native kernels, and Triton. Plans stay, because

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..clip_grad import is_distributed
+from ..containers import Group
 from ..todo import Index
+from ._engine import engine_of
 from ._step import Step, describe
 
 if TYPE_CHECKING:
@@ -22,7 +25,13 @@ class GradientRelease:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         if optimizer.max_grad_norm is not None:
             raise ValueError(CLIPPING)
-        self._optimizer = optimizer
+        method = optimizer._dracopt_kind.overridden(optimizer)
+        if method is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} overrides {method}, which torch's own step calls for all parameters at "
+                "once: gradient release cannot step them one by one"
+            )
+        self._reference = weakref.ref(optimizer)  # the parameters' hooks must not keep the optimizer
         self._stepped: set[int] = set()  # parameters, by identity, since the last step()
         self._places: dict[int, Index] = {}  # of parameters, by identity
         self._hooks: list[Any] = []
@@ -43,12 +52,13 @@ class GradientRelease:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._optimizer._dracopt_engine.release is self:
-            self._optimizer._dracopt_engine.release = None
+        optimizer = self._reference()
+        if optimizer is not None and engine_of(optimizer).release is self:
+            engine_of(optimizer).release = None
 
     def check(self, group_index: int) -> None:
         """Raises if a parameter of the group has a gradient already, or may have parts of one in other processes."""
-        groups = self._optimizer.param_groups
+        groups = self._groups()
         for index, p in enumerate(groups[group_index]["params"]):
             _refuse_processes(p)
             if p.grad is not None:
@@ -59,7 +69,7 @@ class GradientRelease:
 
     def watch(self, group_index: int) -> None:
         """Steps the parameters of a group from now on when their gradients are complete."""
-        for p in self._optimizer.param_groups[group_index]["params"]:
+        for p in self._groups()[group_index]["params"]:
             if p.requires_grad:
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._step))
 
@@ -70,26 +80,37 @@ class GradientRelease:
     def _step(self, p: Tensor) -> None:
         """Steps one parameter, whose gradient is complete."""
         with self._lock:
+            optimizer = self._reference()
+            place = None if optimizer is None else self._place_of(p)
+            if optimizer is None or place is None:
+                return  # the program has dropped the optimizer, or taken the parameter out of it
+            groups = optimizer.param_groups
+            name = describe(groups, *place)
             _refuse_processes(p)
-            groups = self._optimizer.param_groups
-            place = self._place_of(p)
-            if place is None:
-                return  # the program has taken the parameter out of the optimizer
-            group, index = groups[place[0]], place[1]
+            if p.grad is None:
+                raise RuntimeError(f"another optimizer has released the gradient of {name} already")
             if id(p) in self._stepped:
                 raise RuntimeError(
-                    f"{describe(groups, *place)} gets a second gradient since the last step(), and the first one is "
-                    "gone: gradient release cannot accumulate. Call step() after each backward, or remove() what "
-                    "release_gradients() returned"
+                    f"{name} gets a second gradient since the last step(), and the first one is gone: gradient release "
+                    "cannot accumulate. Call step() after each backward, or remove() what release_gradients() returned"
                 )
-            names = {"param_names": [group["param_names"][index]]} if group.get("param_names") else {}
-            Step(self._optimizer, groups=[{**group, "params": [p], **names}]).take()
+            try:
+                alone = {**groups[place[0]], "params": [p]}
+                alone.pop("param_names", None)
+                Step(optimizer, groups=[alone]).take()
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                # The step has seen a group with one parameter.
+                raise type(error)(f"gradient release of {name}: {error.args[0] if error.args else error}") from error
             self._stepped.add(id(p))
             p.grad = None
 
+    def _groups(self) -> list[Group]:
+        optimizer = self._reference()
+        return [] if optimizer is None else optimizer.param_groups
+
     def _place_of(self, p: Tensor) -> Index | None:
         """Returns the indices of a parameter's group and of the parameter, which rarely change."""
-        groups = self._optimizer.param_groups
+        groups = self._groups()
         known = self._places.get(id(p))
         if known is not None:
             g, i = known

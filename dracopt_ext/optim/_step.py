@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,8 +64,12 @@ class Step:
         found_inf = getattr(self.optimizer, "found_inf", None)
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         max_norm = self.engine.max_grad_norm
-        if max_norm is not None:
-            _clipped.update_clipped(self, max_norm, found_inf, grad_scale)
+        overflow, self.engine.overflow = self.engine.overflow, None
+        if found_inf is None:
+            overflow = None  # left behind by a step that failed
+        if max_norm is not None or overflow is not None:
+            max_norm = math.inf if max_norm is None else max_norm
+            _clipped.update_clipped(self, max_norm, found_inf, grad_scale, overflow)
         elif found_inf is None and grad_scale is None:
             self.update()
         else:

@@ -35,7 +35,7 @@ void step_kernel(const Arguments& arguments) {
   using RuleScalars = typename Rule::template Scalars<T>;
   const bool skips = arguments.found_inf != nullptr && *arguments.found_inf != 0;
   if (skips && arguments.zeroes == 0) return;
-  for (uint32_t block = 0; block < arguments.blocks; ++block) {
+  for (uint32_t block = arguments.blocks; block-- > 0;) {  // a GPU runs them in any order
     const Tile tile = tile_for(arguments, block);
     const Row& row = arguments.rows[tile.row];
     const RuleScalars scalars = row.has_recipe ? scalars_from_recipe<Rule, T>(arguments, row)
