@@ -1499,13 +1499,6 @@ MUTANTS = [
         "test_zero_grad::test_gradients_that_become_shared",
     ),
     Mutant(
-        "tail: the GPU zeroes what another block reads",
-        "csrc/cuda/update.h",
-        "align(arguments.zeroes == 0)",
-        "align(true)",
-        "test_zero_grad::test_misaligned_on_a_gpu",
-    ),
-    Mutant(
         "tail: released gradients stay",
         "dracopt_ext/optim/_release.py",
         "            p.grad = None\n",
