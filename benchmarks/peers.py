@@ -182,11 +182,13 @@ def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case)
     expected = _params(optimizers[case.baseline])
     # In bf16 torch's foreach rounds after each operation, while ours rounds once.
     exact = case.storage.param == "float32"
+    # torch adds the squares of one tensor of 64M in fp32, and finds a norm that is too small by half a percent.
+    rtol, atol = (0.03, 0.01) if not exact else (1e-5, 1e-6) if case.tail == STEP else (1e-4, 1e-4)
     for name, optimizer in optimizers.items():
         if name in ("dracopt plain", "dracopt step") or name in BANDWIDTHS:
             continue
         for ours, theirs in zip(_params(optimizer), expected, strict=True):
-            if not torch.allclose(ours, theirs, rtol=1e-5 if exact else 0.03, atol=1e-6 if exact else 0.01):
+            if not torch.allclose(ours, theirs, rtol=rtol, atol=atol):
                 raise RuntimeError(f"{name} computes something else than {case.baseline}")
 
 

@@ -29,23 +29,29 @@ class Served {
   // The list holds gradients, or parameters with gradients if `of_parameters`.
   Served(const py::list& list, bool of_parameters, bool writes) {
     const bool under_mode = is_under_mode(), inference_mode = in_inference_mode();
-    for (const py::handle item : list) {
-      if (!is_tensor(item.ptr())) throw py::type_error("gradients must be tensors");
-      const Tensor tensor = of_parameters ? Tensor::in(item.ptr()).grad() : Tensor::in(item.ptr());
-      if (!tensor.is_defined()) continue;
-      if (under_mode || !tensor.is_plain_on_cpu() || !is_readable(tensor) ||
-          (writes && !is_writable(tensor, inference_mode))) {
-        others.append(item);
-        continue;
+    // These objects rarely lie in the cache, so each pass over a block fetches what the next one follows.
+    constexpr size_t block = 16;
+    for (size_t begin = 0; begin < list.size(); begin += block) {
+      const size_t end = std::min(begin + block, list.size());
+      Tensor tensors[block];
+      for (size_t i = begin; i < end; ++i) {
+        PyObject* const item = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
+        if (!is_tensor(item)) throw py::type_error("gradients must be tensors");
+        tensors[i - begin] = Tensor::in(item);
+        prefetch(tensors[i - begin].identity());
       }
-      if (std::find(dtypes_.begin(), dtypes_.end(), tensor.dtype()) == dtypes_.end()) {
-        dtypes_.push_back(tensor.dtype());
-        samples.append(item);
+      for (size_t i = begin; of_parameters && i < end; ++i) {
+        Tensor& tensor = tensors[i - begin];
+        tensor = tensor.grad();
+        if (tensor.is_defined()) prefetch(tensor.identity());
       }
-      items_.push_back(py::reinterpret_borrow<py::object>(item));
-      tensors_.push_back(tensor);
-      segments_.push_back(segment_of_gradient(tensor, layouts_));
-      bytes_ += tensor.numel() * tensor.itemsize();
+      for (size_t i = begin; i < end; ++i) {
+        const Tensor tensor = tensors[i - begin];
+        if (!tensor.is_defined()) continue;
+        const py::handle item = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
+        const bool serves = !under_mode && tensor.is_plain_on_cpu() && is_readable(tensor);
+        take(item, tensor, serves && (!writes || is_writable(tensor, inference_mode)));
+      }
     }
     if (writes) leave_out_shared_memory();
   }
@@ -74,6 +80,21 @@ class Served {
   py::list samples;  // one item for each dtype
 
  private:
+  void take(py::handle item, Tensor tensor, bool serves) {
+    if (!serves) {
+      others.append(item);
+      return;
+    }
+    if (std::find(dtypes_.begin(), dtypes_.end(), tensor.dtype()) == dtypes_.end()) {
+      dtypes_.push_back(tensor.dtype());
+      samples.append(item);
+    }
+    items_.push_back(py::reinterpret_borrow<py::object>(item));
+    tensors_.push_back(tensor);
+    segments_.push_back(segment_of_gradient(tensor, layouts_));
+    bytes_ += tensor.numel() * tensor.itemsize();
+  }
+
   // Threads must not change the same memory. torch takes one tensor after the other.
   void leave_out_shared_memory() {
     WrittenMemory written;
