@@ -1,5 +1,5 @@
-// Adds numbers without rounding, so neither their order nor their grouping changes the sum. Threads, blocks of a GPU and
-// launches can therefore add their parts in any order.
+// Adds numbers without rounding, so neither their order nor their grouping changes the sum. Threads, blocks of a GPU
+// and launches can therefore add their parts in any order.
 #pragma once
 
 #include <cstdint>

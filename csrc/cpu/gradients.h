@@ -8,7 +8,8 @@
 namespace dracopt {
 inline namespace DRACOPT_ISA {
 
-// Returns sum + x^2, rounded once. The square of a float is exact, so it needs no fused multiply-add, which may be slow.
+// Returns sum + x^2, rounded once. The square of a float is exact, so it needs no fused multiply-add, which may be
+// slow.
 DRACOPT_HD double plus_square(double sum, float x) {
 #if defined(__FP_FAST_FMA)
   return fma(static_cast<double>(x), static_cast<double>(x), sum);

@@ -166,11 +166,10 @@ constexpr RuleEntry kRules[] = {DRACOPT_FOR_EACH_RULE(DRACOPT_ENTRY)};
 }  // namespace
 
 extern const cpu::Kernels isa_kernels;
-const cpu::Kernels isa_kernels = {
-    DRACOPT_NAME(DRACOPT_ISA),         kRules,
-    sizeof(kRules) / sizeof(kRules[0]), squares,
-    {multiply<float>, multiply<double>}, {limit<float>, limit<double>},
-    {zero<float>, zero<double>}};
+const cpu::Kernels isa_kernels = {DRACOPT_NAME(DRACOPT_ISA),           kRules,
+                                  sizeof(kRules) / sizeof(kRules[0]),  squares,
+                                  {multiply<float>, multiply<double>}, {limit<float>, limit<double>},
+                                  {zero<float>, zero<double>}};
 
 }  // namespace DRACOPT_ISA
 }  // namespace dracopt

@@ -61,8 +61,8 @@ struct alignas(16) Row {
 };
 constexpr int32_t kDense = -1;
 
-// The norm takes a gradient's elements in the order of the gradient's own memory. If a row has a layout, either this bit
-// of Row::dense says that the gradient lies without gaps, or the next layout is the gradient's own.
+// The norm takes a gradient's elements in the order of the gradient's own memory. If a row has a layout, either this
+// bit of Row::dense says that the gradient lies without gaps, or the next layout is the gradient's own.
 constexpr int kGradIsSimple = kMaxStreams;
 
 // A recipe lists the numbers that scalars are prepared from, if some of them lie on the device: the hyperparameters,
