@@ -1431,7 +1431,7 @@ MUTANTS = [
     Mutant(
         "tail: the GPU's norm counts beyond a tensor's end",
         "csrc/cuda/squares.h",
-        "if (at + i >= left) break;",
+        "if (at + i >= end) break;",
         "",
         "test_gpu_clip::test_norm_of_the_cpu",
     ),

@@ -60,7 +60,7 @@ DRACOPT_HD void add_vectors(const Stored* chunk, int first, LaneSums& lanes) {
 DRACOPT_HD Part squares_of_thread(const Arguments& arguments, const Tile& tile, int thread) {
   const Row& row = arguments.rows[tile.row];
   const int64_t begin = tile.number * kChunk, left = row.numel - begin;
-  const int first = thread * kNeighbours;
+  const int first = thread * kNeighbours, end = left < kChunk ? static_cast<int>(left) : kChunk;
   const bool simple = row.layout == kDense || (row.dense >> kGradIsSimple & 1) != 0;
   const Layout* const own = simple ? nullptr : arguments.layouts + row.layout + 1;
   const auto dtype = static_cast<Dtype>(row.dtypes >> 2 * kGrad & 3);
@@ -70,10 +70,10 @@ DRACOPT_HD Part squares_of_thread(const Arguments& arguments, const Tile& tile, 
     as_stored(data, dtype, [&](const auto* numbers) { add_vectors(numbers + begin, first, lanes); });
   } else {
     DRACOPT_NEVER_UNROLL
-    for (int at = first; at < kChunk && at < left; at += kRow) {
+    for (int at = first; at < end; at += kRow) {
       DRACOPT_UNROLL
       for (int i = 0; i < kNeighbours; ++i) {
-        if (at + i >= left) break;
+        if (at + i >= end) break;
         const int64_t place = simple ? begin + at + i : offset_of(*own, kGrad, begin + at + i);
         as_stored(data, dtype, [&](const auto* numbers) { lanes.add(i, widen(numbers[place])); });
       }

@@ -95,9 +95,9 @@ struct ThreadUpdate {
   // Returns the element at which vectors begin in most streams, or the first one unless another `may_begin` there. The
   // other streams are accessed element by element.
   DRACOPT_HD int align(bool may_begin) {
-    int most = 0, head = 0;
+    int most = may_begin ? 0 : kStreams, head = 0;
     DRACOPT_UNROLL
-    for (int candidate = 0; candidate < kStreams && may_begin; ++candidate) {
+    for (int candidate = 0; candidate < kStreams; ++candidate) {
       const int start = elements_to_alignment(candidate);
       int count = 0;
       DRACOPT_UNROLL
@@ -360,11 +360,11 @@ DRACOPT_HD void zero_at(void* data, int bytes, int64_t place) {
 // Sets a thread's share of a tile of the gradient to zero. All threads of the block must have updated theirs before.
 DRACOPT_HD void zero_gradient(const Arguments& arguments, const Tile& tile, int thread) {
   const Row& row = arguments.rows[tile.row];
-  const int64_t begin = tile.number * kTile, left = row.numel - begin;
+  const int64_t begin = tile.number * kTile, left = row.numel - begin, end = left < kTile ? left : kTile;
   const bool is_dense = (row.dense >> kGrad & 1) != 0;
   const int bytes = itemsize(static_cast<Dtype>(row.dtypes >> 2 * kGrad & 3));
   DRACOPT_NEVER_UNROLL
-  for (int i = thread; i < kTile && i < left; i += kThreads) {
+  for (int i = thread; i < end; i += kThreads) {
     const int64_t place = is_dense ? begin + i : offset_of(arguments.layouts[row.layout], kGrad, begin + i);
     zero_at(reinterpret_cast<void*>(arguments.words[tile.row]), bytes, place);
   }
