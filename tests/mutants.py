@@ -104,11 +104,11 @@ MUTANTS = [
     Mutant("momentum of this step for the next", NADAM, "mu_next = momentum(step + 1, h)", "mu_next = mu", BITS),
     # The loop and its tiles
     Mutant("lost tail", KERNELS, "i < words; ++i)", "i < (words & ~7); ++i)", BITS),
-    Mutant("maximize ignored", KERNELS, "update.maximize ? -reciprocal : reciprocal", "reciprocal", BITS),
+    Mutant("maximize ignored", SEGMENT, "(maximize ? -1 : 1) * coefficient", "coefficient", BITS),
     Mutant(
         "grad_scale ignored",
         KERNELS,
-        "if (divides(*segment.update, T())) {",
+        "if (segment.update->divides) {",
         "if (false) {",
         "test_dtypes::test_grad_scale_is_divided_by",
     ),
@@ -1360,16 +1360,16 @@ MUTANTS = [
     ),
     Mutant(
         "tail: gradients are not clipped",
-        KERNELS,
-        "scale * g[lane] * coefficient",
-        "scale * g[lane]",
+        SEGMENT,
+        "* coefficient / (divides",
+        "/ (divides",
         "test_clip::test_agrees_with_torch",
     ),
     Mutant(
         "tail: one update is clipped",
         UPDATES,
-        "i < count_; ++i) prepared_[i].update.coefficient",
-        "i < 1; ++i) prepared_[i].update.coefficient",
+        "i < count_; ++i) {\n    prepared_[i].update.coefficient",
+        "i < 1; ++i) {\n    prepared_[i].update.coefficient",
         "test_clip::test_norm_of_all_groups_and_dtypes",
     ),
     Mutant(

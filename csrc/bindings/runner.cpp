@@ -221,7 +221,7 @@ bool Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, c
   Alive alive;
   if (needs_objects || !holds_gil) alive.reserve(inventory.size());
   if (calls_python) alive.hold_hyperparameters(inventory);
-  for (size_t i = 0; i < inventory.size(); ++i) {
+  for (size_t i = 0; i < inventory.size() && (needs_objects || !holds_gil || updates.zeroes()); ++i) {
     const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) continue;
     if (needs_objects) {
@@ -229,7 +229,7 @@ bool Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, c
     } else if (!holds_gil && ready->streams.backend == Backend::cpu) {
       alive.hold_memory(inventory, i);
     }
-    if (updates[ready->update].update.zeroes) count_zeroing(inventory.located[i]);
+    if (updates.zeroes()) count_zeroing(inventory.located[i]);
   }
   gathered_.clear();
   places_.clear();

@@ -27,6 +27,7 @@ void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std:
   StateScalar scalars[kMaxStateScalars], last_scalars[kMaxStateScalars];
   count_ = 0;
   grad_scale_ = grad_scale;
+  zeroes_ = zeroes;
   for (size_t i = 0; i < inventory.size(); ++i) {
     auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) continue;
@@ -50,6 +51,7 @@ void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std:
       if (!finite && !ready->has_recipe) refuse_scalars(inventory, keys, i);
       prepared.update = {
           rule.update[arithmetic][group.states], &prepared.scalars, grad_scale, coefficient, group.maximize, zeroes};
+      prepared.update.derive();
       last = ready;
       last_group = located.group;
     }
@@ -59,7 +61,10 @@ void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std:
 }
 
 void Updates::set_coefficient(double coefficient) {
-  for (size_t i = 0; i < count_; ++i) prepared_[i].update.coefficient = coefficient;
+  for (size_t i = 0; i < count_; ++i) {
+    prepared_[i].update.coefficient = coefficient;
+    prepared_[i].update.derive();
+  }
 }
 
 }  // namespace dracopt

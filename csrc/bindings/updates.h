@@ -23,6 +23,7 @@ class Updates {
                double coefficient, bool zeroes);
 
   double grad_scale() const { return grad_scale_; }
+  bool zeroes() const { return zeroes_; }
 
   // Multiplies the gradients of all updates, after their division.
   void set_coefficient(double coefficient);
@@ -33,6 +34,7 @@ class Updates {
   std::deque<PreparedUpdate> prepared_;  // entries beyond count_ are from an earlier step
   size_t count_ = 0;
   double grad_scale_ = 1;  // of all updates
+  bool zeroes_ = false;
 };
 
 }  // namespace dracopt

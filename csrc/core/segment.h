@@ -29,6 +29,20 @@ struct Update {
   double coefficient;   // multiplies the quotient, because the gradients are clipped
   bool maximize;
   bool zeroes;  // the gradient becomes zero after it was read
+
+  // The update's loop multiplies by one number: the reciprocal of the scale, if it is exact, or the coefficient. Except
+  // where one number suffices, gradients are divided before.
+  double factor = 1;
+  bool divides = false;
+
+  // Derives the last two from the others. The reciprocal of a power of two is exact in every arithmetic.
+  void derive() {
+    const auto scale = static_cast<float>(grad_scale);
+    const uint32_t bits = __builtin_bit_cast(uint32_t, scale), exponent = bits >> 23;
+    const bool is_exact = (bits & 0x7fffff) == 0 && exponent > 0 && exponent < 253 && scale == grad_scale;
+    divides = !is_exact || (grad_scale != 1 && coefficient != 1);
+    factor = (maximize ? -1 : 1) * coefficient / (divides ? 1 : grad_scale);
+  }
 };
 
 // One tensor's part of a step.

@@ -119,20 +119,6 @@ void clear(const Segment& segment, int stream, int64_t from, int64_t count) {
   }
 }
 
-// Says whether gradients must be divided. If the divisor is a power of two, its reciprocal is exact, and multiplying by
-// it gives the same bits sooner.
-inline bool divides(const Update& update, float) {
-  const auto bits = bits_of(static_cast<float>(update.grad_scale));
-  const uint32_t exponent = bits >> 23;
-  return (bits & 0x7fffff) != 0 || exponent == 0 || exponent > 252;
-}
-
-inline bool divides(const Update& update, double) {
-  const auto bits = __builtin_bit_cast(uint64_t, update.grad_scale);
-  const uint64_t exponent = bits >> 52;
-  return (bits & 0xfffffffffffff) != 0 || exponent == 0 || exponent > 2044;
-}
-
 template <typename T>
 T* divided(const T* tile, double divisor, int64_t count, T* staged) {
   const T by = static_cast<T>(divisor);

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
 
+ONE = 1.0
+
+
 class Step:
     """One step. The kernels update what they serve; torch's own implementation, or the reference, updates the rest."""
 
@@ -35,7 +38,7 @@ class Step:
         self.kind = optimizer._dracopt_kind
         self.engine = engine_of(optimizer)
         self.groups: list[Group] = optimizer.param_groups if groups is None else groups
-        self.coefficient: float | Tensor = 1.0  # multiplies the gradients after their division by the scale
+        self.coefficient: float | Tensor = ONE  # multiplies the gradients after their division by the scale
         self.are_plain = False  # whether a plan is known to read these groups
         self.is_odd = False  # whether the state is known to be one that no plan reads
 
@@ -77,7 +80,8 @@ class Step:
 
     def update(self, grad_scale: float = 1.0) -> None:
         """Updates every parameter that has a gradient, which is divided by ``grad_scale``."""
-        self.coefficient = float(self.coefficient)
+        if isinstance(self.coefficient, Tensor):
+            self.coefficient = self.coefficient.item()
         if self.engine.backend == "reference":
             _by_reference.update_all(self, grad_scale)
         elif self.update_by_kernels(grad_scale) is not None:
@@ -94,7 +98,11 @@ class Step:
         plan = self._plan()
         if plan is None:
             return Todo([], [], host_decides=True, nothing_left=True)
-        options: dict[str, Any] = {"coefficient": self.coefficient, "zeroes": self.zeroes}
+        options: dict[str, Any] = {}  # few, because each takes time to pass
+        if self.coefficient is not ONE:
+            options["coefficient"] = self.coefficient
+        if self.zeroes:
+            options["zeroes"] = True
         if clipping is not None:
             options["clipping"] = clipping
         todo = self._run(plan, grad_scale, scaler, **options)
