@@ -52,7 +52,7 @@ class Case:
     peers: Sequence[str] | None = None
     """The peers that take part; None if all of the suite do."""
     tail: str = STEP
-    """What is timed: the step alone, or more of the tail of a training step."""
+    """The part of a training step that is timed: the step alone, or more of the tail."""
     processes: int = 1
     """With more than one, FSDP2 shards a model of these shapes, and whole training steps are timed, too."""
 

@@ -21,8 +21,8 @@ struct Clipping {
   Tensor norm;        // takes the norm before clipping, in fp64; lies where all gradients lie
   bool checks;        // sets Scaler::found_inf, and changes nothing else, if some gradient is not finite
   bool needs_a_norm;  // changes nothing else if the norm is not finite
-  // Called with (mesh, replicated, sum) for each MeshPart of distributed gradients on the CPU, where `sum` is of the
-  // squares in this process. Returns the sum for all processes.
+  // This function takes (mesh, replicated, sum) for each MeshPart of distributed gradients on the CPU, where `sum` is
+  // of the squares in this process. It returns the sum for all processes.
   pybind11::object add_over_meshes;
 };
 
@@ -57,7 +57,7 @@ class GpuLaunches {
   // Brings to the device what the launches need. Allocates memory only if the table has changed.
   void upload(const Scaler& scaler, const Backends& backends, bool has_norm);
 
-  // Where the launches on one device add what they measure, and what comes of it.
+  // A Measurement says where the launches on one device add what they measure, and what comes of it.
   struct Measurement {
     cuda::Norm* norm;
     const Clipping* clipping;

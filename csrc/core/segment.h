@@ -30,8 +30,8 @@ struct Update {
   bool maximize;
   bool zeroes;  // the gradient becomes zero after it was read
 
-  // The update's loop multiplies by one number: the reciprocal of the scale, if it is exact, or the coefficient. Except
-  // where one number suffices, gradients are divided before.
+  // The update's loop multiplies by one number: the coefficient, or the reciprocal of the scale if that is exact. Where
+  // this does not suffice, gradients are divided before.
   double factor = 1;
   bool divides = false;
 

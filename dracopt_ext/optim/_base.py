@@ -86,7 +86,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def error_if_nonfinite(self) -> bool:
-        """Whether a step that clips raises if the norm of the gradients is not finite."""
+        """A step that clips raises if this is true and the norm of the gradients is not finite."""
         return engine_of(self).error_if_nonfinite
 
     @error_if_nonfinite.setter
