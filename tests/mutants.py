@@ -1185,7 +1185,7 @@ MUTANTS = [
     Mutant(
         "Triton: a capture loads a kernel",
         TRITON_LAUNCHER,
-        "if capturing and kernel not in self._loaded:",
+        "if capturing and jit not in self._loaded:",
         "if False:",
         "test_gpu::test_a_capture_needs_a_kernel_that_is_loaded",
     ),
@@ -1487,7 +1487,7 @@ MUTANTS = [
     Mutant(
         "tail: shared gradients are zeroed too early",
         PLAN,
-        "const bool are_apart = overlapping.empty();",
+        "const bool are_apart = overlapping(found).empty();",
         "const bool are_apart = true;",
         "test_zero_grad::test_shared_gradients_are_zeroed_after_the_step",
     ),

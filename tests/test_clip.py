@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn import utils
 
 import dracopt_ext
@@ -694,7 +694,10 @@ def test_objects_that_another_thread_takes_away() -> None:
 def test_fake_tensors() -> None:
     with FakeTensorMode():
         p = nn.Parameter(torch.ones(3))
-        dracopt_ext.SGD([p], max_grad_norm=1.0).step()
+        optimizer = dracopt_ext.SGD([p], max_grad_norm=1.0)
+        optimizer.step()
+    assert isinstance(optimizer.grad_norm, FakeTensor)
+    assert optimizer.grad_norm.shape == ()
 
 
 def scaled(optimizer: Any, gradient: float) -> Any:

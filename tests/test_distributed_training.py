@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,19 @@ def keep_moments_in_fp32() -> None:
     raise_on_all(differences(snapshot(optimizers[0]), snapshot(optimizers[1])))
 
 
+def backward_with_overflows(model: nn.Module, scaler: torch.amp.GradScaler, plain: list[Tensor]) -> Iterator[bool]:
+    """Computes gradients four times, for plain parameters, too. Yields whether one rank has an overflow."""
+    for step in range(4):
+        model.zero_grad()
+        scaler.scale(model(torch.ones(2, 6) + step).sum()).backward()
+        is_overflow = step in (0, 2)
+        if is_overflow and dist.get_rank() == 1:
+            local(next(model.parameters()).grad).view(-1)[-1] = float("inf")  # type: ignore[arg-type]
+        for p, q in zip(model.parameters(), plain, strict=True):
+            q.grad = whole(p.grad) / scaler.get_scale()  # type: ignore[arg-type]
+        yield is_overflow
+
+
 def overflow_on_one_rank() -> None:
     for fused in (None, True):
         model = sharded()
@@ -276,16 +289,10 @@ def overflow_on_one_rank() -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         plain = [nn.Parameter(whole(p)) for p in model.parameters()]
         other = dracopt_ext.AdamW(plain, lr=0.1)
-        for step in range(4):
-            model.zero_grad()
-            scaler.scale(model(torch.ones(2, 6) + step).sum()).backward()
-            if step in (0, 2) and dist.get_rank() == 1:
-                local(next(model.parameters()).grad).view(-1)[-1] = float("inf")  # type: ignore[arg-type]
-            for p, q in zip(model.parameters(), plain, strict=True):
-                q.grad = whole(p.grad) / scaler.get_scale()  # type: ignore[arg-type]
+        for is_overflow in backward_with_overflows(model, scaler, plain):
             scaler.step(optimizer)
             scaler.update()
-            if step not in (0, 2):
+            if not is_overflow:
                 other.step()
             raise_on_all(differences(snapshot(optimizer), snapshot(other)))
         assert scaler.get_scale() == 1
@@ -663,20 +670,14 @@ def overflow_while_clipping() -> None:
             scaler = scaler_class("cpu", init_scale=4.0)
             plain = [nn.Parameter(whole(p)) for p in model.parameters()]
             other = torch.optim.AdamW(plain, lr=0.1)
-            for step in range(4):
-                model.zero_grad()
-                scaler.scale(model(torch.ones(2, 6) + step).sum()).backward()
-                if step in (0, 2) and dist.get_rank() == 1:
-                    local(next(model.parameters()).grad).view(-1)[-1] = float("inf")  # type: ignore[arg-type]
-                for p, q in zip(model.parameters(), plain, strict=True):
-                    q.grad = whole(p.grad) / scaler.get_scale()  # type: ignore[arg-type]
+            for is_overflow in backward_with_overflows(model, scaler, plain):
                 scaler.step(optimizer)
                 scaler.update()
-                if step not in (0, 2):
+                if not is_overflow:
                     nn.utils.clip_grad_norm_(plain, 0.5)
                     other.step()
                 errors = [
-                    f"{step}: {whole(p)} is not {q}"
+                    f"{whole(p)} is not {q}"
                     for p, q in zip(model.parameters(), plain, strict=True)
                     if not torch.allclose(whole(p), q.detach(), rtol=1e-5, atol=1e-6)
                 ]

@@ -81,10 +81,9 @@ class Launcher:
     """
 
     def __init__(self, rule: str, dtypes: tuple[str, ...]) -> None:
-        self._constants = specialization(rule, dtypes, fast=estimates_well())
-        self._options = options(rule, dtypes)
+        self._for_update = {**specialization(rule, dtypes, fast=estimates_well()), **options(rule, dtypes)}
         grad = dtypes[1]
-        self._for_squares = {"grad": grad, "LANES": VECTOR_BYTES.value // ITEMSIZE[grad]}
+        self._for_squares = {"grad": grad, "LANES": VECTOR_BYTES.value // ITEMSIZE[grad], **OPTIONS}
         self._loaded: set[Any] = set()
 
     def update(self, programs: int, rows: int, layouts: int, first_tiles: int, arguments: int, capturing: bool) -> None:
@@ -95,23 +94,22 @@ class Launcher:
             rows, layouts, first_tiles, arguments: addresses on the device.
             capturing: whether a graph is being captured. The kernel cannot be loaded meanwhile.
         """
-        self._check_loaded(step_kernel, capturing)
-        step_kernel[(programs,)](rows, layouts, first_tiles, arguments, **self._constants, **self._options)
+        self._launch(step_kernel, self._for_update, capturing, programs, rows, layouts, first_tiles, arguments)
 
     def measure(
         self, programs: int, rows: int, layouts: int, first_tiles: int, arguments: int, capturing: bool
     ) -> None:
         """Adds the squares of a launch's gradients; the arguments are those of :meth:`update`."""
-        self._check_loaded(squares_kernel, capturing)
-        squares_kernel[(programs,)](rows, layouts, first_tiles, arguments, **self._for_squares, **OPTIONS)
+        self._launch(squares_kernel, self._for_squares, capturing, programs, rows, layouts, first_tiles, arguments)
 
-    def _check_loaded(self, kernel: Any, capturing: bool) -> None:
-        if capturing and kernel not in self._loaded:
+    def _launch(self, jit: Any, options: dict[str, Any], capturing: bool, programs: int, *addresses: int) -> None:
+        if capturing and jit not in self._loaded:
             raise RuntimeError(
                 "step() cannot be captured in a CUDA graph: Triton has yet to compile its kernel. Take a step before "
                 "the capture"
             )
-        self._loaded.add(kernel)
+        jit[(programs,)](*addresses, **options)
+        self._loaded.add(jit)
 
 
 @cache

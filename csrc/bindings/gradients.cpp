@@ -23,11 +23,13 @@ bool is_readable(Tensor tensor) {
          is_aligned(data_of(tensor), format.dtype);
 }
 
-// The gradients of a list that the CPU's kernels serve, and the list's other items.
+constexpr Device kHost{0, -1};
+
+// The gradients of a list that the kernels of a device serve, and the list's other items.
 class Served {
  public:
   // The list holds gradients, or parameters with gradients if `of_parameters`.
-  Served(const py::list& list, bool of_parameters, bool writes) {
+  Served(const py::list& list, bool of_parameters, bool writes, Device device = kHost) {
     const bool under_mode = is_under_mode(), inference_mode = in_inference_mode();
     // These objects rarely lie in the cache, so each pass over a block fetches what the next one follows.
     constexpr size_t block = 16;
@@ -49,7 +51,9 @@ class Served {
         const Tensor tensor = tensors[i - begin];
         if (!tensor.is_defined()) continue;
         const py::handle item = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
-        const bool serves = !under_mode && tensor.is_plain_on_cpu() && is_readable(tensor);
+        const bool is_here =
+            device.is_cpu() ? tensor.is_plain_on_cpu() : tensor.is_plain_on_gpu() && tensor.device() == device;
+        const bool serves = !under_mode && is_here && is_readable(tensor);
         take(item, tensor, serves && (!writes || is_writable(tensor, inference_mode)));
       }
     }
@@ -97,23 +101,13 @@ class Served {
 
   // Threads must not change the same memory. torch takes one tensor after the other.
   void leave_out_shared_memory() {
-    WrittenMemory written;
-    written.reserve(tensors_.size());
+    std::vector<std::pair<const void*, int64_t>> memory;
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      if (segments_[i].numel > 0) written.add(i, 0, segments_[i].data[kGrad]);
+      memory.emplace_back(segments_[i].data[kGrad], extent_of(tensors_[i]) * tensors_[i].itemsize());
     }
-    written.sort();
-    std::vector<size_t> overlapping;
-    written.append_overlapping(
-        [&](const WrittenMemory::Piece& piece) {
-          const Tensor tensor = tensors_[piece.owner];
-          return piece.begin + static_cast<uintptr_t>(extent_of(tensor) * tensor.itemsize());
-        },
-        overlapping);
-    std::sort(overlapping.begin(), overlapping.end());
-    overlapping.erase(std::unique(overlapping.begin(), overlapping.end()), overlapping.end());
-    for (size_t i : overlapping) others.append(items_[i]);
-    for (auto i = overlapping.rbegin(); i != overlapping.rend(); ++i) {
+    const std::vector<size_t> shared = overlapping(memory);
+    for (size_t i : shared) others.append(items_[i]);
+    for (auto i = shared.rbegin(); i != shared.rend(); ++i) {
       const auto at = static_cast<int64_t>(*i);
       items_.erase(items_.begin() + at);
       tensors_.erase(tensors_.begin() + at);
@@ -151,38 +145,26 @@ auto changing(UpdateFn (cpu::Kernels::*kernels)[2]) {
 // do not count.
 py::list measure_on_gpu(const py::list& list, const py::object& norm, const py::object& grad_scale) {
   const Tensor out = Tensor::in(norm.ptr());
-  const Device device = out.device();
-  const bool under_mode = is_under_mode();
-  CudaLaunches launches({device, Backend::cuda, Arithmetic::fp32, 0}, cpu::kernels().rules[0]);
-  std::deque<Layout> layouts;
-  py::list others;
+  const Served served(list, false, false, out.device());
+  CudaLaunches launches({out.device(), Backend::cuda, Arithmetic::fp32, 0}, cpu::kernels().rules[0]);
   const Update update{nullptr, nullptr, 1, 1, false, false};
-  const Group group{};
   const uint64_t no_scalars = 0;
-  for (const py::handle item : list) {
-    const Tensor gradient = Tensor::in(item.ptr());
-    const bool serves =
-        !under_mode && gradient.is_plain_on_gpu() && gradient.device() == device && is_readable(gradient);
-    if (!serves) {
-      others.append(item);
-      continue;
-    }
+  Ready ready{};
+  ready.streams.count = kGrad + 1;
+  for (Segment segment : served.segments()) {
     // The gradient takes the place of the parameter, too.
-    Segment segment = segment_of_gradient(gradient, layouts);
     segment.data[kParam] = segment.data[kGrad];
     segment.dtypes[kParam] = segment.dtypes[kGrad];
     segment.dense[kParam] = segment.dense[kGrad];
     segment.update = &update;
-    Ready ready{};
-    ready.streams.count = kGrad + 1;
-    launches.add(segment, ready, group, &no_scalars, 1, segment.layout == nullptr ? nullptr : &segment);
+    launches.add(segment, ready, Group{}, &no_scalars, 1, segment.layout == nullptr ? nullptr : &segment);
   }
   const Clipping clipping{0, out, false, false, {}};
-  if (launches.count() == 0) return others;
+  if (launches.count() == 0) return served.others;
   launches.upload({{}, grad_scale.is_none() ? Tensor() : Tensor::in(grad_scale.ptr()), {}}, Backends(true, true, {}),
                   true);
   launches.measure({launches.norm(), &clipping, launches.blocks()});
-  return others;
+  return served.others;
 }
 
 }  // namespace

@@ -65,15 +65,14 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
                      (options.scaler.coefficient.is_defined() && !all_on_gpus()) ||
                      (options.clipping.has_value() && norm_is_elsewhere(*options.clipping, options.scaler));
   const bool is_blocked = waits || has_todo();
-  if (is_blocked && !options.created.has_value()) {
-    return make_todo(inventory_, options.grad_scale != 1 || options.coefficient != 1, waits);
-  }
+  const bool adjusts = options.grad_scale != 1 || options.coefficient != 1;
+  if (is_blocked && !options.created.has_value()) return make_todo(inventory_, adjusts, waits);
   if (is_blocked) throw std::runtime_error("parameters or states have changed while step() was creating states");
   std::vector<Run> created = std::move(options.created).value_or(std::vector<Run>());
   std::sort(created.begin(), created.end());
   const bool zeroes = options.zeroes && may_zero(inference_mode);
   updates_.prepare(inventory_, reader_, created, options.grad_scale, options.coefficient, zeroes);
-  if (options.only_looks) return make_todo(inventory_, options.grad_scale != 1 || options.coefficient != 1, waits);
+  if (options.only_looks) return make_todo(inventory_, adjusts, waits);
   zeroed_ = runner_.run(inventory_, updates_, options.scaler, options.clipping, backends_) && zeroes;
   return py::none();
 }
@@ -157,18 +156,7 @@ bool StepPlan::may_zero(bool inference_mode) {
     found.emplace_back(inventory_.segments[i].data[kGrad], inventory_.bytes_of(i, kGrad));
   }
   if (found == apart_) return true;
-  WrittenMemory memory;
-  memory.reserve(found.size());
-  for (size_t i = 0; i < found.size(); ++i) {
-    if (found[i].second > 0) memory.add(i, kGrad, found[i].first);
-  }
-  memory.sort();
-  std::vector<size_t> overlapping;
-  const auto end_of = [&](const WrittenMemory::Piece& piece) {
-    return piece.begin + static_cast<uintptr_t>(found[piece.owner].second);
-  };
-  memory.append_overlapping(end_of, overlapping);
-  const bool are_apart = overlapping.empty();
+  const bool are_apart = overlapping(found).empty();
   apart_ = are_apart ? std::move(found) : std::vector<std::pair<const void*, int64_t>>();
   return are_apart;
 }

@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <string>
 
+#include "core/macros.h"
+
 namespace dracopt {
 
 #if defined(DRACOPT_SIMULATED_GPU)  // the tests' device, which lies in the host's memory

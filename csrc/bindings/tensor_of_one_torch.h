@@ -66,17 +66,21 @@ class Tensor {
   bool is_plain_on_gpu() const { return has_only(kGpu, kGpuKeys); }
 
   // The following functions may call Python for a Python subclass.
-  Device device() const { return {static_cast<int>(tensor_->device().type()), tensor_->device().index()}; }
+  DRACOPT_INLINE Device device() const {
+    return {static_cast<int>(tensor_->device().type()), tensor_->device().index()};
+  }
   bool is_strided() const { return tensor_->layout() == c10::kStrided; }
   bool is_sparse_coo() const { return tensor_->layout() == c10::kSparse; }
   bool is_conjugated() const { return tensor_->is_conj(); }
   int dtype() const { return static_cast<int>(tensor_->dtype().toScalarType()); }
   int64_t itemsize() const { return static_cast<int64_t>(tensor_->itemsize()); }
-  std::span<const int64_t> sizes() const { return {tensor_->sizes().data(), tensor_->sizes().size()}; }
+  DRACOPT_INLINE std::span<const int64_t> sizes() const { return {tensor_->sizes().data(), tensor_->sizes().size()}; }
   int64_t numel() const { return tensor_->numel(); }
 
   // The following functions are for plain tensors.
-  std::span<const int64_t> strides() const { return {tensor_->strides().data(), tensor_->strides().size()}; }
+  DRACOPT_INLINE std::span<const int64_t> strides() const {
+    return {tensor_->strides().data(), tensor_->strides().size()};
+  }
   bool is_contiguous() const { return tensor_->is_contiguous(); }
   bool is_non_overlapping_and_dense() const { return tensor_->is_non_overlapping_and_dense(); }
   int64_t storage_offset() const { return tensor_->storage_offset(); }
@@ -88,7 +92,7 @@ class Tensor {
 
   // Returns the address of the first element. The address is no pointer yet, because an empty tensor's lies in no
   // storage.
-  uintptr_t address() const {
+  DRACOPT_INLINE uintptr_t address() const {
     return reinterpret_cast<uintptr_t>(tensor_->unsafe_storage().data()) +
            static_cast<uintptr_t>(storage_offset()) * static_cast<uintptr_t>(tensor_->itemsize());
   }

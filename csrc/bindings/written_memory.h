@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace dracopt {
@@ -80,5 +81,23 @@ class WrittenMemory {
   std::vector<Piece> pieces_;
   std::vector<uintptr_t> reach_;  // the furthest end up to each piece; empty if no two pieces overlap
 };
+
+// Returns the places of those addresses and bytes in a list that overlap others, in ascending order.
+inline std::vector<size_t> overlapping(const std::vector<std::pair<const void*, int64_t>>& list) {
+  WrittenMemory memory;
+  memory.reserve(list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    if (list[i].second > 0) memory.add(i, 0, list[i].first);
+  }
+  memory.sort();
+  std::vector<size_t> places;
+  const auto end_of = [&](const WrittenMemory::Piece& piece) {
+    return piece.begin + static_cast<uintptr_t>(list[piece.owner].second);
+  };
+  memory.append_overlapping(end_of, places);
+  std::sort(places.begin(), places.end());
+  places.erase(std::unique(places.begin(), places.end()), places.end());
+  return places;
+}
 
 }  // namespace dracopt

@@ -109,7 +109,7 @@ DRACOPT_APART void store(const Segment& segment, int stream, int64_t from, int64
 
 // Sets the `count` elements from number `from` on to zero.
 template <typename T>
-void clear(const Segment& segment, int stream, int64_t from, int64_t count) {
+DRACOPT_APART void clear(const Segment& segment, int stream, int64_t from, int64_t count) {
   if (segment.dense[stream]) {
     const int64_t bytes = itemsize(segment.dtypes[stream]);
     __builtin_memset(static_cast<char*>(segment.data[stream]) + from * bytes, 0, static_cast<size_t>(count * bytes));

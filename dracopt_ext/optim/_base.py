@@ -149,12 +149,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        release = engine_of(self).release
-        if release is not None:
-            if any(getattr(self, name, None) is not None for name in ("found_inf", "grad_scale")):
-                raise RuntimeError(_release.SCALED)
-            release.begin_again()
-        Step(self, zeroes=zero_grad).take()
+        step = Step(self, zeroes=zero_grad)
+        if step.engine.release is not None:
+            step.engine.release.begin_again()
+        step.take()
         return loss
 
     def release_gradients(self) -> _release.GradientRelease:

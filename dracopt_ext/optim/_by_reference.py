@@ -42,7 +42,7 @@ def update(step: Step, groups: list[Group], grad_scale: float) -> None:
                     group,
                     maximize=group["maximize"],
                     grad_scale=grad_scale,
-                    coefficient=float(step.coefficient),
+                    coefficient=step.coefficient,
                     first=new and not step.kind.counts_steps,
                 )
                 step.note("reference", [p.device])

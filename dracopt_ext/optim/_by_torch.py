@@ -62,7 +62,7 @@ def update_all(step: Step, grad_scale: float) -> None:
                 scalars = [entries[name] for name in reference.STATE_SCALARS if name in entries]
                 moments = [entries[name] for name in reference.MOMENTS if name in entries]
                 new = step.kind.lacks_state(entries, group)
-                adjusts = grad_scale != 1 or float(step.coefficient) != 1
+                adjusts = grad_scale != 1 or step.coefficient != 1
                 form = form_of(p, p.grad, scalars, moments, new=new, may_fuse=fused, adjusts=adjusts)
                 all_of_them.append((g, i, "", form))
     with step.restored_on_error(step.select([(g, i, i + 1) for g, i, _, form in all_of_them if form & NEW])):
@@ -89,7 +89,7 @@ def update(step: Step, parameters: list[Unsupported], grad_scale: float) -> bool
             by_reference += [{**group, "params": mixed}] if mixed else []
     _by_reference.check(step, by_reference)
     if by_torch:
-        with _adjusted(by_torch, grad_scale, float(step.coefficient)):
+        with _adjusted(by_torch, grad_scale, step.coefficient):
             call_torch(step, by_torch)
         step.note("torch", devices)
     _by_reference.update(step, by_reference, grad_scale)

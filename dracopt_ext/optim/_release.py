@@ -75,6 +75,9 @@ class GradientRelease:
 
     def begin_again(self) -> None:
         """Notes that step() was called, after which each parameter may have a gradient again."""
+        optimizer = self._reference()
+        if any(getattr(optimizer, name, None) is not None for name in ("found_inf", "grad_scale")):
+            raise RuntimeError(SCALED)
         self._stepped.clear()
 
     def _step(self, p: Tensor) -> None:

@@ -31,6 +31,8 @@ def update_scaled(step: Step, found_inf: Tensor | None, grad_scale: Tensor | Non
         _by_torch.call_torch(step, groups, scaled=True)  # torch's fused kernels read both as well
         step.note("torch", {p.device for p in params})
     elif found_inf is None or not found_inf.item():
+        if isinstance(step.coefficient, Tensor):
+            step.coefficient = step.coefficient.item()
         step.update(1.0 if grad_scale is None else grad_scale.item())
 
 

@@ -24,23 +24,30 @@ if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
 
-ONE = 1.0
-
-
 class Step:
     """One step. The kernels update what they serve; torch's own implementation, or the reference, updates the rest."""
 
-    __slots__ = ("are_plain", "coefficient", "engine", "groups", "is_odd", "kind", "optimizer", "zeroes")
+    __slots__ = ("are_plain", "engine", "groups", "is_odd", "kind", "optimizer", "options")
 
     def __init__(self, optimizer: FusedOptimizer, *, zeroes: bool = False, groups: list[Group] | None = None) -> None:
+        """With ``zeroes`` the gradients are zero after the step."""
         self.optimizer = optimizer
-        self.zeroes = zeroes  # whether the gradients are zero after the step
         self.kind = optimizer._dracopt_kind
         self.engine = engine_of(optimizer)
         self.groups: list[Group] = optimizer.param_groups if groups is None else groups
-        self.coefficient: float | Tensor = ONE  # multiplies the gradients after their division by the scale
+        # The plan's options, of csrc/bindings/step_plan.h. They are few, because each takes time to pass.
+        self.options: dict[str, Any] = {"zeroes": True} if zeroes else {}
         self.are_plain = False  # whether a plan is known to read these groups
         self.is_odd = False  # whether the state is known to be one that no plan reads
+
+    @property
+    def coefficient(self) -> Any:
+        """A number, or a tensor on a GPU, that multiplies the gradients after their division by the scale."""
+        return self.options.get("coefficient", 1.0)
+
+    @coefficient.setter
+    def coefficient(self, value: float | Tensor) -> None:
+        self.options["coefficient"] = value
 
     def take(self) -> None:
         """Updates every parameter that has a gradient."""
@@ -54,7 +61,7 @@ class Step:
             engine.plan_ran = None
             engine.others_ran = {}
             self._take()
-            if self.zeroes and (engine.plan_ran is None or not engine.plan_ran.zeroed):
+            if "zeroes" in self.options and (engine.plan_ran is None or not engine.plan_ran.zeroed):
                 zero_gradients([p for group in self.groups for p in group["params"]])
         finally:
             del engine.running[process]
@@ -80,8 +87,6 @@ class Step:
 
     def update(self, grad_scale: float = 1.0) -> None:
         """Updates every parameter that has a gradient, which is divided by ``grad_scale``."""
-        if isinstance(self.coefficient, Tensor):
-            self.coefficient = self.coefficient.item()
         if self.engine.backend == "reference":
             _by_reference.update_all(self, grad_scale)
         elif self.update_by_kernels(grad_scale) is not None:
@@ -98,14 +103,8 @@ class Step:
         plan = self._plan()
         if plan is None:
             return Todo([], [], host_decides=True, nothing_left=True)
-        options: dict[str, Any] = {}  # few, because each takes time to pass
-        if self.coefficient is not ONE:
-            options["coefficient"] = self.coefficient
-        if self.zeroes:
-            options["zeroes"] = True
-        if clipping is not None:
-            options["clipping"] = clipping
-        todo = self._run(plan, grad_scale, scaler, **options)
+        options = self.options if clipping is None else {**self.options, "clipping": clipping}
+        todo = self._run(plan, grad_scale, scaler, options)
         if todo is None or todo.host_decides:
             return todo
         self._update_in_turn(plan, todo, grad_scale, scaler, options)
@@ -131,10 +130,11 @@ class Step:
                 for group in created:
                     self.create_moments(group)
             if unsupported and not todo.nothing_left:
-                self._run(plan, grad_scale, scaler, only_looks=True, **options)  # raises before torch changes anything
+                # Raises before torch changes anything.
+                self._run(plan, grad_scale, scaler, {**options, "only_looks": True})
             _by_torch.update(self, unsupported, grad_scale)
             if not todo.nothing_left:
-                self._run(plan, grad_scale, scaler, **options)
+                self._run(plan, grad_scale, scaler, options)
         for reason in {reason: None for _, _, reason, _ in unsupported}:
             backend_module.warn_once(
                 f"{type(self.optimizer).__name__} leaves {reason} to torch's own implementation (or to the reference, "
@@ -156,8 +156,8 @@ class Step:
             self.engine.plans[key] = plan
         return plan
 
-    def _run(self, plan: StepPlan, grad_scale: float, scaler: Scaler, **options: Any) -> Todo | None:
-        """Lets a plan step the parameters, with the options of csrc/bindings/step_plan.h.
+    def _run(self, plan: StepPlan, grad_scale: float, scaler: Scaler, options: dict[str, Any]) -> Todo | None:
+        """Lets a plan step the parameters.
 
         Returns None when that is done, or else what must be done first.
         """
