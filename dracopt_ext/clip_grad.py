@@ -65,16 +65,17 @@ def _measure(
     if not samples and beside.are_on_one_gpu:
         return beside.norm_on_gpu(others[0].device, grad_scale), others, others
     device = (samples or others or [torch.zeros(())])[0].device
-    parts = [torch.tensor(total, dtype=torch.float64), *beside.sums()]
-    # The host must wait for a number that comes to the CPU.
-    squares = torch.stack([part.to(device, non_blocking=device.type != "cpu") for part in parts]).sum()
-    # torch does not round square roots correctly on the CPU.
-    norm = torch.full_like(squares, math.sqrt(squares.item())) if squares.is_cpu else squares.sqrt()
+    if device.type == "cpu":
+        squares = sum((part.item() for part in beside.sums()), total)
+        # torch does not round square roots correctly on the CPU.
+        norm = torch.tensor(math.sqrt(squares), dtype=torch.float64)
+    else:
+        norm = torch.stack([part.to(device, non_blocking=True) for part in beside.sums()]).sum().sqrt()
     return norm if grad_scale is None else norm / grad_scale.to(norm), [*samples, *others], others
 
 
 def _gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    return [grad for p in parameters if (grad := p.grad) is not None]
 
 
 class _Others:
@@ -283,9 +284,8 @@ def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | No
 @torch.no_grad()
 def zero_gradients(parameters: list[Tensor]) -> None:
     """Sets all elements of the gradients to zero, in place. Gradients with a graph are detached, as in torch."""
-    for p in parameters:
-        if p.grad is not None and p.grad.requires_grad:
-            p.grad.requires_grad_(False) if p.grad.grad_fn is None else p.grad.detach_()
+    for grad in [grad for p in parameters if (grad := p.grad) is not None and grad.requires_grad]:
+        grad.requires_grad_(False) if grad.grad_fn is None else grad.detach_()
     others, kernels = parameters, _kernels()
     if kernels is not None:
         others = _changed(kernels.zero_gradients, parameters)

@@ -44,7 +44,9 @@ NATIVE = {"cpu": frozenset({"native"})}
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ROUNDINGS = 10 * 2.0**-53
 """The most by which a norm is off, relatively: see csrc/core/squares.h."""
-CHUNKS = [4095, 4096, 4097, 4096 + 511, 4096 + 513, 3 * 4096 + 5]
+CHUNKS = [511, 512, 513, 1024, 4095, 4096, 4097, 4096 + 511, 4096 + 513, 3 * 4096 + 5]
+FOR_THREADS = 4 * 2**20
+"""Elements of which three threads get a part, whatever their dtype."""
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_rule = pytest.mark.parametrize("case", RULES, ids=str)
@@ -79,7 +81,13 @@ def test_sum_of_squares_is_the_references(dtype: torch.dtype) -> None:
             found, expected = squares_of(*some), reference.sum_of_squares(some)
             # The reference does not fuse multiplications and additions in fp64.
             assert found == expected if dtype != FP64 else found == pytest.approx(expected, rel=16 * 2.0**-53)
-        assert squares_of(*tensors) == squares_of(*random.Random(threads).sample(tensors, len(tensors)))
+    many = tensors * (FOR_THREADS // sum(map(torch.numel, tensors)) + 1)
+    torch.set_num_threads(1)
+    total = squares_of(*many)
+    assert dtype == FP64 or total == reference.sum_of_squares(many)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert squares_of(*random.Random(threads).sample(many, len(many))) == total
 
 
 def test_sum_is_exact_beyond_chunks() -> None:
@@ -203,7 +211,7 @@ def test_changes_nothing_unless_needed(case: Case, dtype: torch.dtype, largest: 
 
 @every_rule
 def test_threads_change_no_bit(case: Case) -> None:
-    given = inputs([100_000, *CHUNKS], FP32, 3)
+    given = inputs([FOR_THREADS, *CHUNKS], FP32, 2)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -543,7 +551,9 @@ def test_norm_types(norm_type: Any) -> None:
 
 
 def test_clip_grads_with_norm_has_torchs_bits() -> None:
-    ours, theirs = (with_gradients(*gradients_for((FP32, BF16, FP64))) for _ in range(2))
+    torch.set_num_threads(3)
+    large = torch.randn(FOR_THREADS)
+    ours, theirs = (with_gradients(*gradients_for((FP32, BF16, FP64)), large.clone()) for _ in range(2))
     for norm in (torch.tensor(7.0), torch.tensor(3.0, dtype=FP64), torch.tensor(0.1)):
         dracopt_ext.clip_grads_with_norm_(ours, 0.5, norm)
         utils.clip_grads_with_norm_(theirs, 0.5, norm)

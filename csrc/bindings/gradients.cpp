@@ -14,7 +14,8 @@ namespace py = pybind11;
 namespace dracopt {
 namespace {
 
-constexpr int64_t kGrainChunks = 16;
+// A thread is not worth waking for fewer bytes, because it takes the gradients out of another core's cache.
+constexpr int64_t kGrainBytes = 1 << 20;
 
 // Says whether kernels can read a plain tensor.
 bool is_readable(Tensor tensor) {
@@ -68,7 +69,7 @@ class Served {
     for (Segment& segment : segments_) segment.update = &updates[segment.dtypes[kGrad] == Dtype::fp64];
     for (const Tensor tensor : tensors_) tensor.bump_version();
     cpu::Work work{segments_.data(), segments_.size(), number_units(segments_.data(), segments_.size())};
-    run([&] { in_parallel(work.units, kGrainUnits, cpu::run_range, &work); });
+    run([&] { in_parallel(work.units, kGrainBytes / kUnitBytes, cpu::run_range, &work); });
   }
 
   // Lets other threads run Python meanwhile if the work is long.
@@ -128,7 +129,7 @@ class Served {
 py::tuple sum_of_squares_in(const py::list& list, bool of_parameters) {
   Served served(list, of_parameters, false);
   cpu::Squares squares{};
-  served.run([&] { squares = sum_of_squares(served.segments()); });
+  served.run([&] { squares = sum_of_squares(served.segments(), kGrainBytes); });
   return py::make_tuple(squares.sum, served.samples, served.others);
 }
 
@@ -190,18 +191,21 @@ Segment segment_of_gradient(Tensor gradient, std::deque<Layout>& layouts) {
   return segment;
 }
 
-cpu::Squares sum_of_squares(const std::vector<Segment>& gradients) {
+cpu::Squares sum_of_squares(const std::vector<Segment>& gradients, int64_t grain_bytes) {
   struct Share {
     const std::vector<Segment>& gradients;
     std::vector<int64_t> first_chunks;
     decltype(cpu::Kernels::squares) squares;
     ExactSum sum{};
   } share{gradients, std::vector<int64_t>(gradients.size() + 1), cpu::kernels().squares};
+  int64_t bytes = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
     share.first_chunks[i + 1] = share.first_chunks[i] + chunks_of(gradients[i].numel);
+    bytes += gradients[i].numel * itemsize(gradients[i].dtypes[kGrad]);
   }
+  const int64_t chunks = share.first_chunks.back();
   in_parallel(
-      share.first_chunks.back(), kGrainChunks,
+      chunks, std::max<int64_t>(chunks * grain_bytes / std::max<int64_t>(bytes, 1), 1),
       [](int64_t begin, int64_t end, void* context) {
         auto& mine = *static_cast<Share*>(context);
         ExactSum sum{};

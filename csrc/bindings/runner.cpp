@@ -152,7 +152,7 @@ bool clip_on_cpu(const Inventory& inventory, Updates& updates, const Scaler& sca
   {
     std::optional<py::gil_scoped_release> released;
     if (!holds_gil) released.emplace();
-    for (const OfMesh& share : shares) squares.push_back(sum_of_squares(share.gradients));
+    for (const OfMesh& share : shares) squares.push_back(sum_of_squares(share.gradients, kGrainUnits * kUnitBytes));
   }
   auto [sum, finite] = squares.front();
   if (shares.size() > 1) {

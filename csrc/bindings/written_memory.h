@@ -29,7 +29,8 @@ class WrittenMemory {
     pieces_.push_back(piece);
   }
   void sort() {
-    std::sort(pieces_.begin(), pieces_.end(), [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+    const auto precedes = [](const Piece& a, const Piece& b) { return a.begin < b.begin; };
+    if (!std::is_sorted(pieces_.begin(), pieces_.end(), precedes)) std::sort(pieces_.begin(), pieces_.end(), precedes);
   }
 
   // Appends the owners of pieces that overlap each other. Needs sorted pieces, and must precede the search for readers.
