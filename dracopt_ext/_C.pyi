@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 import torch
 
 class Triton:
-    """What a plan must know of the Triton kernels; see csrc/bindings/backends.h."""
+    """The facts of the Triton kernels that a plan needs; see csrc/bindings/backends.h."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class StepPlan:
         """How many parameters the last call updated, by the device's type and the backend's name."""
     @property
     def zeroed(self) -> bool:
-        """Whether the last call was a step that left all gradients zero."""
+        """Says whether the last call was a step that left all gradients zero."""
     @property
     def launches(self) -> int:
         """How many kernels the last call launched, except those that write tables."""
