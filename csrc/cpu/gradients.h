@@ -19,38 +19,21 @@ DRACOPT_HD double plus_square(double sum, float x) {
 }
 DRACOPT_HD double plus_square(double sum, double x) { return fma(x, x, sum); }
 
-// Sets `sums` to those of each lane of a whole chunk. If it is followed by numbers to fetch, `later` points to them.
-// The loop leaves the order of the memory, so the processor does not fetch by itself: on one large tensor this gains
-// two thirds.
+// Sets `sums` to those of each lane of a chunk, and returns the number of lanes. The loop follows the memory's order,
+// in which the processor fetches ahead by itself.
 template <typename T>
-DRACOPT_HD void add_chunk(const T* numbers, const char* later, double* sums) {
-  constexpr int part = 64, rows = kChunk / kRow;
-  for (int begin = 0; begin < kRow; begin += part) {
-    const int bytes = later == nullptr ? 0 : part * rows * static_cast<int>(sizeof(T));
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(later + line, 0, 2);
-    later += bytes;
-    DRACOPT_INDEPENDENT
-    for (int i = begin; i < begin + part; ++i) {
-      double sum = plus_square(0, numbers[i]);
-      for (int row = 1; row < rows; ++row) sum = plus_square(sum, numbers[row * kRow + i]);
-      sums[i] = sum;
-    }
-  }
-}
-
-// Sets `sums` to those of each lane of a part of a chunk, and returns the number of lanes.
-template <typename T>
-DRACOPT_HD int add_part(const T* numbers, int count, double* sums) {
+DRACOPT_HD int add_rows(const T* numbers, int count, double* sums) {
   int lanes = kRow;
   while (lanes / 2 >= count) lanes /= 2;  // all others are absent
   const int first = count < lanes ? count : lanes;
   DRACOPT_INDEPENDENT
   for (int i = 0; i < first; ++i) sums[i] = plus_square(0, numbers[i]);
   for (int i = first; i < lanes; ++i) sums[i] = 0;
-  for (int row = lanes; row < count; row += lanes) {
-    const int length = count - row < lanes ? count - row : lanes;
+  for (int begin = lanes; begin < count; begin += lanes) {
+    const T* const row = numbers + begin;
+    const int length = count - begin < lanes ? count - begin : lanes;
     DRACOPT_INDEPENDENT
-    for (int i = 0; i < length; ++i) sums[i] = plus_square(sums[i], numbers[row + i]);
+    for (int i = 0; i < length; ++i) sums[i] = plus_square(sums[i], row[i]);
   }
   return lanes;
 }
@@ -69,14 +52,7 @@ cpu::Squares squares_of(const Segment& segment, int64_t chunk) {
   const int64_t from = chunk * kChunk, left = segment.numel - from;
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
   const T* const numbers = load(segment, kGrad, from, count, staged);
-  int lanes = kRow;
-  if (count == kChunk) {
-    constexpr int ahead = 6 * kChunk;
-    const bool is_far = numbers != staged && left > ahead;
-    add_chunk(numbers, is_far ? reinterpret_cast<const char*>(numbers + ahead) : nullptr, sums);
-  } else {
-    lanes = add_part(numbers, count, sums);
-  }
+  const int lanes = add_rows(numbers, count, sums);
   const double sum = sum_of_pairs(sums, lanes);
   const bool finite = sum - sum == 0;
   // The squares of 64-bit numbers may be infinite where the numbers are not.
