@@ -65,12 +65,13 @@ def _measure(
     if not samples and beside.are_on_one_gpu:
         return beside.norm_on_gpu(others[0].device, grad_scale), others, others
     device = (samples or others or [torch.zeros(())])[0].device
-    if device.type == "cpu":
-        squares = sum((part.item() for part in beside.sums()), total)
-        # torch does not round square roots correctly on the CPU.
-        norm = torch.tensor(math.sqrt(squares), dtype=torch.float64)
+    parts = beside.sums()
+    if parts and device.type != "cpu":
+        norm = torch.stack([part.to(device, non_blocking=True) for part in parts]).sum().sqrt()
     else:
-        norm = torch.stack([part.to(device, non_blocking=True) for part in beside.sums()]).sum().sqrt()
+        # torch does not round square roots correctly on the CPU.
+        root = math.sqrt(sum((part.item() for part in parts), total))
+        norm = torch.tensor(root, dtype=torch.float64, device=device)
     return norm if grad_scale is None else norm / grad_scale.to(norm), [*samples, *others], others
 
 

@@ -20,6 +20,7 @@ from torch.nn import utils
 
 import dracopt_ext
 from dracopt_ext import _C, reference
+from dracopt_ext.clip_grad import global_norm
 
 from .cases import (
     CASES,
@@ -75,12 +76,10 @@ def test_sum_of_squares_is_the_references(dtype: torch.dtype) -> None:
     """The bits are those of the specification: in any dtype, for any size and with any number of threads."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(size, generator=generator).to(dtype) for size in (*SIZES, *CHUNKS)]
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for some in ([tensor] for tensor in tensors):
-            found, expected = squares_of(*some), reference.sum_of_squares(some)
-            # The reference does not fuse multiplications and additions in fp64.
-            assert found == expected if dtype != FP64 else found == pytest.approx(expected, rel=16 * 2.0**-53)
+    for some in ([tensor] for tensor in tensors):
+        found, expected = squares_of(*some), reference.sum_of_squares(some)
+        # The reference does not fuse multiplications and additions in fp64.
+        assert found == expected if dtype != FP64 else found == pytest.approx(expected, rel=16 * 2.0**-53)
     many = tensors * (FOR_THREADS // sum(map(torch.numel, tensors)) + 1)
     torch.set_num_threads(1)
     total = squares_of(*many)
@@ -210,8 +209,10 @@ def test_changes_nothing_unless_needed(case: Case, dtype: torch.dtype, largest: 
 
 
 @every_rule
-def test_threads_change_no_bit(case: Case) -> None:
-    given = inputs([FOR_THREADS, *CHUNKS], FP32, 2)
+@pytest.mark.parametrize("numel", [100_000, FOR_THREADS])
+def test_threads_change_no_bit(case: Case, numel: int) -> None:
+    """The GIL is held while a short step takes place, and released in a long one."""
+    given = inputs([numel, *CHUNKS], FP32, 2)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -649,6 +650,18 @@ def test_functions_and_shared_memory() -> None:
         (p,) = with_gradients(torch.ones(1).expand(4))
         with pytest.raises(RuntimeError, match="single memory location"):
             function([p], 1.0)
+
+
+def test_default_device() -> None:
+    gradient = torch.full((4,), 2.0)
+    (p,) = with_gradients(torch.full((4,), 2.0))
+    with torch.device("meta"):
+        assert dracopt_ext.clip_grad_norm_([], 1.0).shape == ()
+        assert global_norm([]).shape == ()
+        norm = dracopt_ext.clip_grad_norm_([p], 1.0)
+        assert global_norm([gradient]).is_cpu
+    assert norm.item() == 4
+    torch.testing.assert_close(p.grad, torch.full((4,), 0.5))
 
 
 def test_functions_raise_where_torchs_do() -> None:

@@ -149,6 +149,7 @@ py::list measure_on_gpu(const py::list& list, const py::object& norm, const py::
   const Served served(list, false, false, out.device());
   CudaLaunches launches({out.device(), Backend::cuda, Arithmetic::fp32, 0}, cpu::kernels().rules[0]);
   const Update update{nullptr, nullptr, 1, 1, false, false};
+  const Group group{};
   const uint64_t no_scalars = 0;
   Ready ready{};
   ready.streams.count = kGrad + 1;
@@ -158,7 +159,7 @@ py::list measure_on_gpu(const py::list& list, const py::object& norm, const py::
     segment.dtypes[kParam] = segment.dtypes[kGrad];
     segment.dense[kParam] = segment.dense[kGrad];
     segment.update = &update;
-    launches.add(segment, ready, Group{}, &no_scalars, 1, segment.layout == nullptr ? nullptr : &segment);
+    launches.add(segment, ready, group, &no_scalars, 1, segment.layout == nullptr ? nullptr : &segment);
   }
   const Clipping clipping{0, out, false, false, {}};
   if (launches.count() == 0) return served.others;

@@ -152,6 +152,7 @@ bool clip_on_cpu(const Inventory& inventory, Updates& updates, const Scaler& sca
   {
     std::optional<py::gil_scoped_release> released;
     if (!holds_gil) released.emplace();
+    // The update that follows wakes as many threads, and finds the gradients in their caches.
     for (const OfMesh& share : shares) squares.push_back(sum_of_squares(share.gradients, kGrainUnits * kUnitBytes));
   }
   auto [sum, finite] = squares.front();

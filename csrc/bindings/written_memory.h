@@ -83,7 +83,8 @@ class WrittenMemory {
   std::vector<uintptr_t> reach_;  // the furthest end up to each piece; empty if no two pieces overlap
 };
 
-// Returns the places of those addresses and bytes in a list that overlap others, in ascending order.
+// Takes a list of addresses and bytes. Returns the indices of entries that overlap others, in ascending order. Empty
+// entries overlap nothing.
 inline std::vector<size_t> overlapping(const std::vector<std::pair<const void*, int64_t>>& list) {
   WrittenMemory memory;
   memory.reserve(list.size());

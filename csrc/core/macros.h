@@ -7,8 +7,8 @@
 #define DRACOPT_HD inline __attribute__((always_inline))
 #endif
 
-// Marks a small function that is called for every tensor. Without the mark its callers' number decides, and a new
-// caller makes all of them slower.
+// Marks a small function that is called for every tensor. Without the mark the compiler inlines it only while it has
+// few callers, and one more makes all of them slower.
 #define DRACOPT_INLINE inline __attribute__((always_inline))
 
 // Marks a function of which one copy suffices for all callers, because each call does much.

@@ -19,8 +19,8 @@ DRACOPT_HD double plus_square(double sum, float x) {
 }
 DRACOPT_HD double plus_square(double sum, double x) { return fma(x, x, sum); }
 
-// Sets `sums` to those of each lane of a chunk, and returns the number of lanes. The loop follows the memory's order,
-// in which the processor fetches ahead by itself.
+// Sets `sums` to those of each lane of a chunk that is not empty, and returns the number of lanes. The loop follows the
+// memory's order, in which the processor fetches ahead by itself.
 template <typename T>
 DRACOPT_HD int add_rows(const T* numbers, int count, double* sums) {
   int lanes = kRow;

@@ -74,7 +74,10 @@ class GradientRelease:
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._step))
 
     def begin_again(self) -> None:
-        """Notes that step() was called, after which each parameter may have a gradient again."""
+        """Notes that step() was called, after which each parameter may have a gradient again.
+
+        Raises a RuntimeError under a GradScaler, because the gradients were stepped while they were scaled.
+        """
         optimizer = self._reference()
         if any(getattr(optimizer, name, None) is not None for name in ("found_inf", "grad_scale")):
             raise RuntimeError(SCALED)
