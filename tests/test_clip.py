@@ -706,6 +706,7 @@ for number in range(12):
     optimizer.step(zero_grad=number % 2 == 1)
 over = True
 thread.join()
+assert (p < 1).all() and p.isfinite().all()
 """
 
 

@@ -16,8 +16,8 @@ namespace dracopt {
 // Describes a gradient as the only stream of a segment, in the order of its own memory.
 Segment segment_of_gradient(Tensor gradient, std::deque<Layout>& layouts);
 
-// Adds the squares of all elements, in the order that core/squares.h defines. Wakes about one thread
-// for each `grain_bytes`.
+// Adds the squares of all elements, in the order that core/squares.h defines. Wakes about one thread for
+// each `grain_bytes`.
 cpu::Squares sum_of_squares(const std::vector<Segment>& gradients, int64_t grain_bytes);
 
 // Gives the Python module functions of lists. Each serves the dense tensors of one device and returns the others.

@@ -1,15 +1,15 @@
 // Differences between the compilers that see the rules: host C++ (once per instruction set) and CUDA C++.
 #pragma once
 
-#if defined(__CUDACC__)
-#define DRACOPT_HD __host__ __device__ __forceinline__
-#else
-#define DRACOPT_HD inline __attribute__((always_inline))
-#endif
-
 // Marks a small function that is called for every tensor. Without the mark the compiler inlines it only while it has
 // few callers, and one more makes all of them slower.
 #define DRACOPT_INLINE inline __attribute__((always_inline))
+
+#if defined(__CUDACC__)
+#define DRACOPT_HD __host__ __device__ __forceinline__
+#else
+#define DRACOPT_HD DRACOPT_INLINE
+#endif
 
 // Marks a function of which one copy suffices for all callers, because each call does much.
 #if defined(__clang__)

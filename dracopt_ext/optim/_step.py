@@ -130,7 +130,7 @@ class Step:
                 for group in created:
                     self.create_moments(group)
             if unsupported and not todo.nothing_left:
-                # Raises before torch changes anything.
+                # The plan raises before torch changes anything.
                 self._run(plan, grad_scale, scaler, {**options, "only_looks": True})
             _by_torch.update(self, unsupported, grad_scale)
             if not todo.nothing_left:
