@@ -53,6 +53,8 @@ class Case:
     """The peers that take part; None if all of the suite do."""
     tail: str = STEP
     """The part of a training step that is timed: the step alone, or more of the tail."""
+    cold: bool = False
+    """Each step finds other data in the processor's caches, as after a backward pass over a large model."""
     processes: int = 1
     """With more than one, FSDP2 shards a model of these shapes, and whole training steps are timed, too."""
 
@@ -217,14 +219,18 @@ SUITES = {
     ),
     "host": Suite(
         cases=[
-            adamw("AdamW, 1000 tensors of 1", [(1,)] * 1000),
-            adamw("AdamW, 1000 of 1, a group each", [(1,)] * 1000, groups=1000),
-            adamw(
-                "AdamW, 1000 DTensors of 1",
-                [(1,)] * 1000,
-                storage=DISTRIBUTED,
-                peers=["dracopt", "dracopt plain", "torch fused"],
-            ),
+            replace(case, name=f"{case.name}{', cold' if cold else ''}", cold=cold)
+            for cold in (False, True)
+            for case in (
+                adamw("AdamW, 1000 tensors of 1", [(1,)] * 1000),
+                adamw("AdamW, 1000 of 1, a group each", [(1,)] * 1000, groups=1000),
+                adamw(
+                    "AdamW, 1000 DTensors of 1",
+                    [(1,)] * 1000,
+                    storage=DISTRIBUTED,
+                    peers=["dracopt", "dracopt plain", "torch fused"],
+                ),
+            )
         ],
         peers=["dracopt", "torch fused"],
         interleaved=False,

@@ -98,7 +98,8 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
     if suite.interleaved:
         times = _in_turn(stepped, rounds, {name: 4 if case.large and name in SLOW else 1 for name in names})
     else:
-        times = {name: _alone(stepped[name], rounds) for name in names}
+        before: Callable[[], object] = Caches().fill if case.cold else lambda: None
+        times = {name: _alone(stepped[name], rounds, before) for name in names}
     others = None
     if used_by_others is not None:
         others = (_used_by_others() or 0.0) - used_by_others
@@ -202,11 +203,27 @@ def _in_turn(stepped: Mapping[str, Stepped], rounds: int, every: Mapping[str, in
     return times
 
 
-def _alone(stepped: Stepped, rounds: int) -> list[Times]:
+class Caches:
+    """Fills the processor's caches with other data."""
+
+    BYTES = 256 * 2**20
+    """More than the caches of nearly all processors hold."""
+
+    def __init__(self) -> None:
+        self._data = torch.zeros(self.BYTES // 4)
+
+    def fill(self) -> None:
+        self._data.add_(1)
+
+
+def _alone(stepped: Stepped, rounds: int, before: Callable[[], object]) -> list[Times]:
+    """Steps one optimizer, after calling ``before`` each time."""
+    times = []
     with _no_collection():
-        for _ in range(WARM_UP):
-            stepped.step()
-        return [stepped.step() for _ in range(rounds)]
+        for _ in range(WARM_UP + rounds):
+            before()
+            times.append(stepped.step())
+    return times[WARM_UP:]
 
 
 def _used_by_others() -> float | None:

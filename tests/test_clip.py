@@ -698,6 +698,7 @@ def replace():
     while not over:
         for name in ("step", "exp_avg"):
             state[name] = state[name].clone()
+        torch.utils.swap_tensors(state["exp_avg_sq"], state["exp_avg_sq"].clone())
         p.grad = p.grad.clone()
 
 thread = threading.Thread(target=replace)

@@ -509,7 +509,7 @@ from tests import simulated_gpu
 devices.GPU = simulated_gpu.DEVICE
 backend._C = simulated_gpu.load().module
 torch.set_num_threads(4)
-params = [torch.nn.Parameter(torch.ones(1).to(simulated_gpu.DEVICE)) for _ in range(1000)]
+params = [torch.nn.Parameter(torch.ones(1).to(simulated_gpu.DEVICE)) for _ in range(5000)]
 for p in params:
     p.grad = torch.ones(1).to(simulated_gpu.DEVICE)
 optimizer = dracopt_ext.SGD(params, lr=0.1)

@@ -544,9 +544,11 @@ for moved in (False, True):
         number += 1
         params = [torch.nn.Parameter(wrap(torch.zeros(1))) for _ in range(count)]
         optimizer = dracopt_ext.AdamW(params, lr=1.0, weight_decay=0.0, eps=0.0)
+        optimizer.param_groups[0]["params"] = params[:10]
         for p in params[:10]:
             p.grad = wrap(torch.ones(1))
         optimizer.step()
+        optimizer.param_groups[0]["params"] = params
         for p in params:
             state = optimizer.state[p] = {"step": torch.tensor(0.0)}
             state.update((key, wrap(torch.zeros(1))) for key in ("exp_avg", "exp_avg_sq"))
@@ -571,7 +573,7 @@ for moved in (False, True):
 def test_memory_runs_out_and_is_there_again(kind: str, tmp_path: Path) -> None:
     """Each larger allocation of a step fails in turn. Nothing has changed then, and the next step works.
 
-    The plan's work grows with the number of gradients, and it allocates memory at several places.
+    The plan's work grows with the number of parameters, and it allocates memory at several places.
     """
     source, library = tmp_path / "failing.cpp", tmp_path / "failing.so"
     source.write_text(FAILING_ALLOCATIONS)

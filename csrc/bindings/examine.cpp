@@ -1,8 +1,9 @@
 #include "bindings/examine.h"
 
-#include <cmath>
 #include <optional>
 #include <vector>
+
+#include "bindings/updates.h"
 
 namespace dracopt {
 namespace {
@@ -35,6 +36,10 @@ std::optional<Fault> fault_of_scalar(Tensor tensor, Tensor param) {
   if (!tensor.is_plain_on_cpu() && tensor.device() != param.device()) return Fault::device;
   if (tensor.numel() != 1) return Fault::shape;
   return {};
+}
+
+bool is_step_count(double value) {
+  return value >= 0 && value < kMaxStep && static_cast<double>(static_cast<int64_t>(value)) == value;
 }
 
 // Holds a value if a function has found that the parameter is not ready.
@@ -72,6 +77,7 @@ Otherwise examine_state_scalar(Tensor tensor, int k, Ready& ready) {
   void* const data = data_of(tensor);
   if (!is_aligned(data, format.dtype)) return unsupported(kMisaligned);
   ready.scalar_data[k] = data;
+  ready.scalar_dtypes[k] = static_cast<uint8_t>(tensor.dtype());
   ready.scalar_fp32[k] = format.dtype == Dtype::fp32;
   ready.scalar_on_gpu[k] = !tensor.is_plain_on_cpu();
   if (ready.scalar_on_gpu[k]) {
@@ -82,8 +88,7 @@ Otherwise examine_state_scalar(Tensor tensor, int k, Ready& ready) {
   if (k > 0 && ready.has_recipe) {
     return unsupported("a state on the CPU beside numbers on the GPU that it depends on");
   }
-  const double value = number_at(data, format.dtype);
-  if (k == 0 && !(value >= 0 && value < kMaxStep && std::floor(value) == value)) {
+  if (k == 0 && !is_step_count(number_at(data, format.dtype))) {
     return unsupported("step counts that are not natural numbers");
   }
   return {};
@@ -161,6 +166,7 @@ Examined examine(const Inventory& inventory, const Backends& backends, size_t i,
   if (!is_plain(located.grad)) return unsupported(why_not_plain(located.grad));
 
   streams.on_gpu = located.param().is_plain_on_gpu();
+  streams.device_index = static_cast<int8_t>(located.param().device().index);
   bool fp64 = false;
   const int wanted = inventory.wanted_values(group);
   for (int k = 0; k < wanted; ++k) {
@@ -176,10 +182,110 @@ Examined examine(const Inventory& inventory, const Backends& backends, size_t i,
   streams.count = static_cast<uint8_t>(kFirstState + group.states);
   ready.streams = streams;
   ready.has_recipe = group.gpu.has_value();
+  ready.group = located.group;
   if (auto otherwise = examine_state(inventory, located, wanted, ready)) return *otherwise;
   if (auto otherwise = examine_memory(inventory, i, ready.streams, fp64, segment)) return *otherwise;
+  for (int k = 0; k < streams.count; ++k) {
+    const Tensor tensor = inventory.tensor_of(i, k);
+    ready.dtypes[k] = static_cast<uint8_t>(tensor.dtype());
+    ready.itemsizes[k] = static_cast<uint8_t>(format_of(tensor).bytes());
+  }
+  ready.reals = static_cast<uint8_t>(format_of(located.param()).reals());
   ready.arithmetic = fp64 ? Arithmetic::fp64 : Arithmetic::fp32;
   return ready;
+}
+
+namespace {
+
+DRACOPT_INLINE bool lacks_memory(const TensorFacts& facts, int64_t itemsize) {
+  return facts.numel > 0 && (facts.storage_offset + facts.numel) * itemsize > facts.storage_bytes;
+}
+
+DRACOPT_INLINE void* data_of(const TensorFacts& facts, int64_t itemsize) {
+  return reinterpret_cast<void*>(facts.storage + static_cast<uintptr_t>(facts.storage_offset * itemsize));
+}
+
+// Says whether a tensor that is written lies at an address.
+DRACOPT_INLINE bool is_at(const TensorFacts& facts, const void* data, int64_t itemsize) {
+  return data_of(facts, itemsize) == data && !lacks_memory(facts, itemsize) && !facts.is_lazily_cloned;
+}
+
+// Says whether a tensor is plain and on the parameter's device.
+template <bool on_gpu>
+DRACOPT_INLINE bool is_beside(Tensor tensor, Tensor p, int device_index) {
+  const bool is_alike =
+      tensor.key_set() == p.key_set() || (on_gpu ? tensor.is_plain_on_gpu() : tensor.is_plain_on_cpu());
+  return is_alike && (!on_gpu || tensor.gpu_index() == device_index);
+}
+
+// Says whether a tensor's elements lie as those of the parameter, which has no gaps.
+DRACOPT_INLINE bool lies_like(Tensor tensor, const TensorFacts& facts, Tensor p, const TensorFacts& param) {
+  if (facts.dims != param.dims) return false;
+  bool same_strides = true;
+  for (size_t d = 0; d < param.dims; ++d) {
+    if (facts.sizes[d] != param.sizes[d]) return false;
+    same_strides &= facts.strides[d] == param.strides[d];
+  }
+  return same_strides || (p.is_contiguous() && tensor.is_contiguous());
+}
+
+template <bool on_gpu>
+bool is_as_before(Located& located, const Ready& ready, const Segment& segment, int scalars, bool inference_mode,
+                  AsBefore& found) {
+  const Tensor p = located.param();
+  const int device_index = ready.streams.device_index;
+  TensorFacts param;
+  if (!is_exact_tensor(located.local)) return false;
+  if (!(on_gpu ? p.is_plain_on_gpu() && p.gpu_index() == device_index : p.is_plain_on_cpu())) return false;
+  if (!p.read(param) || param.dtype != ready.dtypes[kParam]) return false;
+  if (param.numel * ready.reals != segment.numel || (p.is_inference() && !inference_mode)) return false;
+  if (!p.is_non_overlapping_and_dense() || !is_at(param, segment.data[kParam], ready.itemsizes[kParam])) return false;
+
+  {
+    const Tensor gradient = located.grad;
+    const int64_t itemsize = ready.itemsizes[kGrad];
+    TensorFacts facts;
+    if (!is_beside<on_gpu>(gradient, p, device_index) || !gradient.read(facts)) return false;
+    if (facts.dtype != ready.dtypes[kGrad] || !lies_like(gradient, facts, p, param)) return false;
+    found.gradient = data_of(facts, itemsize);
+    if (!is_aligned(found.gradient, segment.dtypes[kGrad]) || lacks_memory(facts, itemsize)) return false;
+  }
+  found.as_recorded = segment.update != nullptr;
+  for (int k = 0; k < scalars; ++k) {
+    PyObject* const value = located.values[k];
+    if (value == nullptr || !is_exact_tensor(value)) return false;
+    const Tensor scalar = located.tensors[k] = Tensor::in(value);
+    const bool is_far = on_gpu && !ready.scalar_on_gpu[k];
+    TensorFacts facts;
+    if (!(is_far ? scalar.is_plain_on_cpu() : is_beside<on_gpu>(scalar, p, device_index))) return false;
+    if (!scalar.read(facts) || facts.dtype != ready.scalar_dtypes[k] || facts.numel != 1) return false;
+    const void* const data = ready.scalar_data[k];
+    const bool fp32 = ready.scalar_fp32[k];
+    if (!is_at(facts, data, fp32 ? 4 : 8)) return false;
+    if (ready.scalar_on_gpu[k]) continue;
+    const double now = fp32 ? *static_cast<const float*>(data) : *static_cast<const double*>(data);
+    if (k == 0 && !is_step_count(now)) return false;
+    found.as_recorded = found.as_recorded && prepared_of(segment).state_scalars[k].value == now;
+  }
+  for (int k = kFirstState; k < ready.streams.count; ++k) {
+    PyObject* const value = located.values[scalars + k - kFirstState];
+    if (value == nullptr || !is_exact_tensor(value)) return false;
+    const Tensor state = located.tensors[scalars + k - kFirstState] = Tensor::in(value);
+    TensorFacts facts;
+    if (!is_beside<on_gpu>(state, p, device_index) || !state.read(facts)) return false;
+    if (facts.dtype != ready.dtypes[k] || !lies_like(state, facts, p, param)) return false;
+    if (!is_at(facts, segment.data[k], ready.itemsizes[k])) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool is_as_before(Located& located, const Ready& ready, const Segment& segment, int scalars, bool inference_mode,
+                  AsBefore& found) {
+  if (ready.group != located.group || ready.streams.strided || ready.streams.has_gaps) return false;
+  return ready.streams.on_gpu ? is_as_before<true>(located, ready, segment, scalars, inference_mode, found)
+                              : is_as_before<false>(located, ready, segment, scalars, inference_mode, found);
 }
 
 Layout layout_of(const Inventory& inventory, size_t i) {

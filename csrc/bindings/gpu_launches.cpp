@@ -21,16 +21,52 @@ size_t append(std::vector<char>& image, const std::vector<T>& items) {
 
 }  // namespace
 
-void GpuLaunches::clear() {
-  rows_.clear();
-  first_tiles_.clear();
-  layouts_.clear();
-  count_ = 0;
-  counts_steps_ = false;
+void GpuLaunches::begin() {
+  made_ = 0;
   found_inf_ = grad_scale_ = coefficient_ = {};
   measurement_ = {};
   // A step that failed may have left a part of a sum behind.
   if (std::exchange(is_measuring_, false)) written_.clear();
+}
+
+void GpuLaunches::clear() {
+  rows_.clear();
+  first_tiles_.clear();
+  slots_.clear();
+  layouts_.clear();
+  count_ = 0;
+  counts_steps_ = false;
+  is_complete_ = false;
+}
+
+void GpuLaunches::begin_again() {
+  next_row_ = next_launch_ = 0;
+  for (size_t i = 0; i < count_; ++i) {
+    for (Slot& slot : launches_[i].known) slot.update = nullptr;
+  }
+}
+
+bool GpuLaunches::again(const Segment& segment, const uint64_t* slot, size_t slot_words) {
+  if (next_row_ == launches_[next_launch_].first_row + launches_[next_launch_].gradients.size()) ++next_launch_;
+  Launch& launch = launches_[next_launch_];
+  launch.gradients[next_row_ - launch.first_row] = reinterpret_cast<uint64_t>(segment.data[kGrad]);
+  Slot& known = launch.known[slots_[next_row_]];
+  if (rows_[next_row_++].maximize != segment.update->maximize || known.words != slot_words) return false;
+  if (known.update == segment.update) return true;
+  uint64_t* const words = &launch.slots[known.at];
+  // Tensors share a slot while their scalars are equal.
+  if (known.update != nullptr) return std::memcmp(words, slot, slot_words * sizeof(*slot)) == 0;
+  std::memcpy(words, slot, slot_words * sizeof(*slot));
+  known.update = segment.update;
+  take_over(*segment.update);
+  return true;
+}
+
+// Takes over what is equal in all updates of a step.
+void GpuLaunches::take_over(const Update& update) {
+  arguments_.divisor = update.grad_scale;
+  arguments_.coefficient = update.coefficient;
+  arguments_.zeroes = update.zeroes;
 }
 
 GpuLaunches::Launch& GpuLaunches::begin_launch() {
@@ -50,11 +86,11 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
   const auto is_slot = [&](const Slot& known) {
     return known.words == slot_words && std::memcmp(&launch.slots[known.at], slot, slot_words * sizeof(*slot)) == 0;
   };
-  size_t at = launch.slots.size();
+  size_t number = launch.known.size();
   bool is_new = true;
   for (size_t i = launch.known.size(); is_new && i-- > 0 && launch.known[i].group == &group;) {
     is_new = !is_slot(launch.known[i]);
-    if (!is_new) at = launch.known[i].at;
+    if (!is_new) number = i;
   }
   const int64_t first_tile = launch.filled.tiles;
   if (!launch.filled.add(segment.numel, is_new ? slot_words : 0)) {
@@ -62,14 +98,12 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
     return add(segment, ready, group, slot, slot_words, gradient);
   }
   if (is_new) {
+    launch.known.push_back({&group, launch.slots.size(), slot_words, segment.update});
     launch.slots.insert(launch.slots.end(), slot, slot + slot_words);
-    launch.known.push_back({&group, at, slot_words});
   }
+  slots_.push_back(static_cast<uint32_t>(number));
   launch.gradients.push_back(reinterpret_cast<uint64_t>(segment.data[kGrad]));
-  arguments_.divisor = segment.update->grad_scale;
-  arguments_.coefficient = segment.update->coefficient;
-  arguments_.zeroes = segment.update->zeroes;
-
+  take_over(*segment.update);
   rows_.emplace_back();
   cuda::Row& row = rows_.back();
   for (int k = 0; k < ready.streams.count; ++k) {
@@ -81,7 +115,8 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
     counts_steps_ |= ready.scalar_on_gpu[k];
   }
   row.numel = segment.numel;
-  row.slot = static_cast<uint32_t>(at);  // upload() adds the number of gradients, which precede the slots
+  row.slot =
+      static_cast<uint32_t>(launch.known[number].at);  // make_image() adds the number of gradients before the slots
   row.layout = cuda::kDense;
   if (segment.layout != nullptr) {
     row.layout = static_cast<int32_t>(layouts_.size());
@@ -105,22 +140,29 @@ void GpuLaunches::append_layout(const Layout& layout, int streams) {
   for (int k = 0; k < streams; ++k) std::copy(layout.strides[k], layout.strides[k] + layout.dims, copy.strides[k]);
 }
 
-void GpuLaunches::upload(const Scaler& scaler, const Backends& backends, bool has_norm) {
-  if (count_ == 0) return;
-  for (size_t i = 0; i < count_; ++i) {
-    const Launch& launch = launches_[i];
-    for (size_t k = 0; k < launch.gradients.size(); ++k) {
-      rows_[launch.first_row + k].slot += static_cast<uint32_t>(launch.gradients.size());
-    }
-  }
+// Makes the table for this step, and forgets the one on the device if it is another.
+void GpuLaunches::make_image(bool has_norm) {
+  is_complete_ = false;
   image_.clear();
   append(image_, rows_);
+  auto* const rows = reinterpret_cast<cuda::Row*>(image_.data());
+  for (size_t i = 0; i < count_; ++i) {
+    const size_t count = launches_[i].gradients.size();
+    for (size_t k = 0; k < count; ++k) rows[launches_[i].first_row + k].slot += static_cast<uint32_t>(count);
+  }
   layouts_at_ = append(image_, layouts_);
   first_tiles_at_ = append(image_, first_tiles_);
   finished_at_ = append(image_, std::vector<uint32_t>(count_));
   norm_at_ = append(image_, std::vector<cuda::Norm>(has_norm ? 1 : 0));
   image_.resize((image_.size() + cuda::kVectorBytes - 1) / cuda::kVectorBytes * cuda::kVectorBytes);
+  if (image_ != written_) written_.clear();
+  has_norm_ = has_norm;
+  is_complete_ = true;
+}
 
+void GpuLaunches::upload(const Scaler& scaler, const Backends& backends, bool has_norm) {
+  if (count_ == 0) return;
+  if (!is_complete_ || has_norm != has_norm_) make_image(has_norm);
   const DeviceGuard guard(key_.device);
   const bool on_gpu = key_.device.is_gpu();  // Triton's interpreter may serve the CPU
   const int64_t stream = on_gpu ? current_stream(key_.device) : 0;
@@ -128,7 +170,7 @@ void GpuLaunches::upload(const Scaler& scaler, const Backends& backends, bool ha
   capturing_ = on_gpu && backends.is_capturing(key_.device, key_.backend);
   // A table is for the stream that wrote it, because torch may give its memory to this stream's next tensors. A graph
   // may use the table of another stream, because graphs keep their tables.
-  if (image_ != written_ || (stream != table_stream_ && !capturing_)) {
+  if (written_.empty() || (stream != table_stream_ && !capturing_)) {
     written_.clear();
     table_ = Memory(image_.size(), key_.device);
     table_stream_ = stream;
@@ -178,12 +220,14 @@ void GpuLaunches::measure(const Measurement& measurement) {
   is_measuring_ = true;
   const DeviceGuard guard(key_.device);
   for (size_t i = 0; i < count_; ++i) run_measure(launches_[i], arguments_of(i));
+  made_ += count_;
 }
 
 void GpuLaunches::launch() {
   if (count_ == 0) return;
   const DeviceGuard guard(key_.device);
   for (size_t i = 0; i < count_; ++i) run(launches_[i], arguments_of(i));
+  made_ += count_;
   is_measuring_ = false;
   found_inf_ = grad_scale_ = coefficient_ = {};
 }

@@ -44,8 +44,17 @@ class GpuLaunches {
 
   const LaunchKey& key() const { return key_; }
 
+  // Begins a step.
+  virtual void begin();
+
   // Forgets the tensors of the step before.
-  virtual void clear();
+  void clear();
+
+  // Takes the tensors of the step before once more. Each call of again() stands for a call of add() then, and for the
+  // same tensor, except that the gradient may have moved and that the scalars are others. Returns false if add() would
+  // make another table; the tensors must then be forgotten and added.
+  void begin_again();
+  bool again(const Segment& segment, const uint64_t* slot, size_t slot_words);
 
   // Appends a tensor. `slot` holds its scalars, or the recipe for them, which tensors of one group are likely to share.
   // `gradient` describes the gradient alone if it will be measured and the segment has a layout, and is null otherwise.
@@ -70,7 +79,7 @@ class GpuLaunches {
   void launch();
 
   size_t count() const { return count_; }
-  size_t made() const { return count_ * (measurement_.norm == nullptr ? 1 : 2); }
+  size_t made() const { return made_; }
   uint32_t blocks() const;
   cuda::Norm* norm() const { return reinterpret_cast<cuda::Norm*>(table_.data() + norm_at_); }
 
@@ -81,6 +90,7 @@ class GpuLaunches {
   struct Slot {
     const Group* group;
     size_t at, words;
+    const Update* update;  // whose scalars these are; null until this step has written them
   };
 
   // The words of one launch's arguments are the gradients' addresses, then the slots.
@@ -105,6 +115,8 @@ class GpuLaunches {
 
  private:
   Launch& begin_launch();
+  void take_over(const Update& update);
+  void make_image(bool has_norm);
   void append_layout(const Layout& layout, int streams);
   cuda::Arguments& arguments_of(size_t i);
 
@@ -113,10 +125,15 @@ class GpuLaunches {
 
   std::vector<cuda::Row> rows_;
   std::vector<uint32_t> first_tiles_;  // each row's first tile in its launch
+  std::vector<uint32_t> slots_;        // each row's slot, as a number in Launch::known
   std::vector<Layout> layouts_;
   std::vector<Launch> launches_;  // entries beyond count_ are from an earlier step
   size_t count_ = 0;
-  bool counts_steps_ = false;  // some state scalar lies on the device
+  size_t made_ = 0;           // in this step
+  bool is_complete_ = false;  // the image is of these rows, with a norm if `has_norm_`
+  bool has_norm_ = false;
+  size_t next_row_ = 0, next_launch_ = 0;  // of again()
+  bool counts_steps_ = false;              // some state scalar lies on the device
   cuda::Arguments arguments_;
   Memory found_inf_, grad_scale_, coefficient_;  // on this device, until the launches are made
   Measurement measurement_{};                    // of this step, if there is a norm

@@ -24,8 +24,6 @@ bool is_readable(Tensor tensor) {
          is_aligned(data_of(tensor), format.dtype);
 }
 
-constexpr Device kHost{0, -1};
-
 // The gradients of a list that the kernels of a device serve, and the list's other items.
 class Served {
  public:
@@ -41,12 +39,12 @@ class Served {
         PyObject* const item = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i));
         if (!is_tensor(item)) throw py::type_error("gradients must be tensors");
         tensors[i - begin] = Tensor::in(item);
-        prefetch(tensors[i - begin].identity());
+        tensors[i - begin].prefetch();
       }
       for (size_t i = begin; of_parameters && i < end; ++i) {
         Tensor& tensor = tensors[i - begin];
         tensor = tensor.grad();
-        if (tensor.is_defined()) prefetch(tensor.identity());
+        if (tensor.is_defined()) tensor.prefetch();
       }
       for (size_t i = begin; i < end; ++i) {
         const Tensor tensor = tensors[i - begin];

@@ -20,33 +20,50 @@ namespace dracopt {
 using Index = std::pair<int, int>;      // the index of a group, and of a parameter in it
 using Run = std::tuple<int, int, int>;  // the indices of a group, of its first parameter in the run, and after the last
 
+// The terms of a group that decide what its parameters are found to be.
+struct Terms {
+  int states = -1;
+  bool fused, capturable;
+  const char* unsupported;    // why torch must step the whole group; null if it need not
+  std::optional<Device> gpu;  // the device of hyperparameters that the kernel reads
+
+  bool operator==(const Terms&) const = default;
+};
+
 // A parameter group as this step finds it.
-struct Group {
+struct Group : Terms {
   PyObject* dict;
   PyObject* params;
+  uint64_t version;    // of the dict, when it was read
+  bool lasts;          // what was read can change only with the dict
+  Terms examined_for;  // the terms by which parameters were last examined
+  bool same_terms;     // as these
   int index;
-  int states;
-  bool maximize, fused, capturable;
-  const char* unsupported;  // why torch must step the whole group; null if it need not
+  bool maximize;
   double hyperparameters[kMaxHyperparameters];
   bool reads_memory;                           // some hyperparameter is a tensor
   uint8_t bytes[kMaxHyperparameters];          // the k-th hyperparameter's size if it is a tensor; otherwise 0
   const void* addresses[kMaxHyperparameters];  // of hyperparameters that are tensors
-  std::optional<Device> gpu;                   // the device of hyperparameters that the kernel reads
   uint16_t fp32_address, fp64_address;         // bit k: the kernel reads the k-th in that dtype
 };
 
-// A parameter that has a gradient, with what was found in its state. Pointers are borrowed, and null if missing.
+// A parameter with its gradient and what was found in its state. Pointers are borrowed, and null if missing.
 // Distributed tensors are replaced by their local tensors, except in `parameter`: see local_tensors.h.
 struct Located {
   uint32_t group, index : 31;
-  bool has_state : 1;   // the state is not empty
-  PyObject* parameter;  // as the group has it
-  PyObject* local;      // holds the parameter's elements
-  Tensor grad;
+  bool has_state : 1;               // the state is not empty
+  PyObject* parameter;              // as the group has it
+  PyObject* local;                  // holds the parameter's elements
+  Tensor tensor;                    // in `local`
+  Tensor grad;                      // undefined if the step passes over the parameter
+  PyObject* entries;                // the state
+  uint64_t version;                 // of the state, when the values were read; 0 if they must be read again
   PyObject* values[kMaxStateKeys];  // the state's scalars, then its tensors
+  Tensor tensors[kMaxStateKeys];    // in the values. Until the parameter is examined, these are an earlier step's
+  bool knows_state;                 // `entries` is right for as long as nobody edits the dict of all states
+  uint8_t wanted;                   // values that were read
 
-  Tensor param() const { return Tensor::in(local); }
+  Tensor param() const { return tensor; }
 };
 
 // The tensors of a parameter that will be read and written: the parameter, its gradient, its states.
@@ -56,6 +73,7 @@ struct Streams {
   bool on_gpu;
   bool strided;   // the streams do not all lie alike without gaps
   bool has_gaps;  // some stream extends over more than its elements
+  int8_t device_index;
 };
 
 // The parameter can be updated.
@@ -64,9 +82,17 @@ struct Ready {
   Arithmetic arithmetic;
   bool has_recipe;  // the kernel prepares the scalars
   bool first;       // the state's streams hold nothing yet, and no state scalar tells so
+  uint8_t dtypes[kMaxStreams], scalar_dtypes[kMaxStateScalars];  // torch's numbers
+  uint8_t itemsizes[kMaxStreams], reals;                         // of an element; numbers in the parameter's
   bool scalar_fp32[kMaxStateScalars], scalar_on_gpu[kMaxStateScalars];
-  uint32_t update;  // the number of its update in this step
+  uint32_t group;  // by whose terms the parameter was examined
   void* scalar_data[kMaxStateScalars];
+};
+
+// What is_as_before() finds.
+struct AsBefore {
+  void* gradient;            // its place
+  bool as_recorded = false;  // the host's state scalars are those that the step before left
 };
 
 // The parameter has no state yet, so its streams are only the parameter and the gradient.
@@ -88,10 +114,10 @@ struct Wrong {
   int8_t culprit;
 };
 
-// torch has stepped the parameter already.
-struct Stepped {};
+// The parameter has no gradient, or torch has stepped it already.
+struct PassedOver {};
 
-using Examined = std::variant<Stepped, Ready, MissingState, Unsupported, Wrong>;
+using Examined = std::variant<PassedOver, Ready, MissingState, Unsupported, Wrong>;
 
 // Says of which mesh the processes hold a distributed parameter, and along which dimensions they hold equal parts.
 struct MeshPart {
@@ -116,18 +142,38 @@ inline const Streams* streams_of(const Examined& examined) {
   return nullptr;
 }
 
+// Counts the places of an inventory by what was found there.
+struct Tally {
+  size_t ready[kBackends][2];  // by backend, on the CPU and on GPUs
+  size_t missing_states, unsupported;
+  size_t on_gpus;     // ready or missing their states
+  int64_t cpu_units;  // of what the CPU's kernels will update
+
+  size_t on_cpu() const { return ready[static_cast<int>(Backend::cpu)][0]; }
+  size_t all() const {
+    size_t sum = missing_states + unsupported;
+    for (const auto& of_backend : ready) sum += of_backend[0] + of_backend[1];
+    return sum;
+  }
+};
+
+// An inventory has a place for each parameter of the groups, in their order. A place keeps what one step has found, and
+// the next step compares.
 struct Inventory {
   const RuleEntry& rule;
   std::vector<Group> groups;
   std::vector<Tensor> hyperparameters_on_gpus;  // of all groups, if the kernels read them
   std::vector<Located> located;
-  std::vector<Distribution> distributions;   // one for each located parameter; empty if none is distributed
+  std::vector<Distribution> distributions;   // one for each place; empty if no parameter is distributed
+  bool has_subclasses = false;               // some parameter is a tensor of a subclass
   PyTypeObject* distributed_type = nullptr;  // of distributed tensors; null if there can be none
   bool replicates = false;                   // torch takes plain tensors for replicated ones
-  // One for each located parameter. Entries beyond these are from an earlier step.
-  std::vector<Examined> examined;
+  std::vector<Examined> examined;            // one for each place, as the segments
   std::vector<Segment> segments;
   std::deque<Layout> layouts;
+  Tally tally{};
+  uint64_t version = 1;      // changes with what was found at any place, except with where gradients lie
+  bool as_recorded = false;  // the host's state scalars are those that the step before left
 
   size_t size() const { return located.size(); }
   const Group& group_of(size_t i) const { return groups[located[i].group]; }
@@ -142,13 +188,39 @@ struct Inventory {
     return distributed == nullptr ? located[i].values[k] : distributed;
   }
 
+  // Says whether a distributed parameter cannot be updated by kernels.
+  bool is_set_apart(size_t i) const {
+    const Distribution* const distribution = distribution_of(i);
+    return distribution != nullptr && (distribution->wrong.has_value() || distribution->unsupported != nullptr);
+  }
+
   bool is_distributed(const PyObject* object) const { return Py_TYPE(object) == distributed_type; }
 
   // Says whether torch takes a plain tensor where it has distributed ones.
   bool may_mix(Tensor plain) const { return replicates || plain.numel() == 1; }
 
+  static Device device_of(const Streams& streams) {
+    return streams.on_gpu ? Device{kGpuType, streams.device_index} : kHost;
+  }
+
   // Returns how many scalars and tensors the state of a group's parameters must have.
   int wanted_values(const Group& group) const { return rule.state_scalars + group.states; }
+
+  // Counts the places, and gives the segments for the CPU their unit numbers.
+  void count() {
+    tally = {};
+    for (size_t i = 0; i < size(); ++i) {
+      const Streams* const streams = streams_of(examined[i]);
+      if (streams != nullptr && streams->on_gpu) ++tally.on_gpus;
+      if (std::holds_alternative<MissingState>(examined[i])) ++tally.missing_states;
+      if (std::holds_alternative<Unsupported>(examined[i])) ++tally.unsupported;
+      if (!std::holds_alternative<Ready>(examined[i])) continue;
+      ++tally.ready[static_cast<int>(streams->backend)][streams->on_gpu];
+      if (streams->backend != Backend::cpu) continue;
+      segments[i].first_unit = tally.cpu_units;
+      tally.cpu_units += units_of(segments[i].numel, segments[i].unit_numel);
+    }
+  }
 
   // Returns the tensor of a stream, which must exist.
   Tensor tensor_of(size_t i, int stream) const {

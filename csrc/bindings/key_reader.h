@@ -24,6 +24,20 @@ inline PyObject* interned(const char* name) {
   return string;
 }
 
+// Returns a dict's version: a number that no other dict has, and that this dict loses when a key or value is replaced.
+// Returns 0 if the object is no dict or Python tells no version, as from 3.14 on. A dict that shares its keys with
+// other instances of a class does not always change its version (seen in 3.13), so it counts as one without a version.
+inline uint64_t version_of([[maybe_unused]] PyObject* object) {
+#if PY_VERSION_HEX < 0x030e0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  const auto* const dict = reinterpret_cast<PyDictObject*>(object);
+  if (PyDict_Check(object) && dict->ma_values == nullptr) return dict->ma_version_tag;
+#pragma GCC diagnostic pop
+#endif
+  return 0;
+}
+
 // Brings the entries of a dict into the cache.
 inline void prefetch_entries(PyObject* dict) {
   if (!PyDict_Check(dict)) return;

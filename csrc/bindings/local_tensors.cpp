@@ -88,8 +88,8 @@ bool LocalTensors::unwrap(Inventory& inventory) {
   inventory.distributions.clear();
   inventory.distributed_type = tensor_type_;
   inventory.replicates = is_replicating_;
-  for (size_t i = 0; i < inventory.size() && tensor_type_ != nullptr; ++i) {
-    if (!inventory.is_distributed(inventory.located[i].parameter)) continue;
+  for (size_t i = 0; i < inventory.size() && inventory.has_subclasses && tensor_type_ != nullptr; ++i) {
+    if (!inventory.located[i].grad.is_defined() || !inventory.is_distributed(inventory.located[i].parameter)) continue;
     inventory.distributions.resize(inventory.size());
     if (parts_.size() < inventory.size()) parts_.resize(inventory.size());
     if (alike_.size() < inventory.size()) alike_.resize(inventory.size());
@@ -126,7 +126,9 @@ void LocalTensors::unwrap_one(Inventory& inventory, size_t i) {
     distribution.unsupported = kLocalSubclass;
     return tensor;
   };
+  located.version = 0;  // because the values become local tensors
   located.local = take(kParam, Wrong::kParameter, located.parameter);
+  located.tensor = Tensor::in(located.local);
   const Tensor parameter = Tensor::in(located.parameter);
   if (parameter.dtype() != located.param().dtype() || parameter.is_inference() != located.param().is_inference()) {
     distribution.unsupported = kDisagrees;

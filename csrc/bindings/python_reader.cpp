@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "bindings/describe.h"
 #include "bindings/state_walk.h"
@@ -54,6 +55,12 @@ bool enter_tensor(Inventory& inventory, Group& group, PyObject* key, Tensor tens
   return false;
 }
 
+// Says whether a group is what an earlier step has read from its dict.
+bool is_known(PyObject* dict, const Group& group) {
+  const uint64_t version = version_of(dict);
+  return group.lasts && group.dict == dict && group.version == version && version != 0;
+}
+
 }  // namespace
 
 PythonReader::PythonReader(const RuleEntry& rule)
@@ -72,10 +79,16 @@ bool PythonReader::read_groups(PyObject* param_groups, Inventory& inventory) {
   inventory.hyperparameters_on_gpus.clear();
   for (Py_ssize_t g = 0; g < count; ++g) {
     if (g + 2 * ahead < count) prefetch(PyList_GET_ITEM(param_groups, g + 2 * ahead));
-    if (g + ahead < count) prefetch_entries(PyList_GET_ITEM(param_groups, g + ahead));
+    if (g + ahead < count && !is_known(PyList_GET_ITEM(param_groups, g + ahead), inventory.groups[g + ahead])) {
+      prefetch_entries(PyList_GET_ITEM(param_groups, g + ahead));
+    }
     Group& group = inventory.groups[static_cast<size_t>(g)];
     group.index = static_cast<int>(g);
-    if (!read_group(PyList_GET_ITEM(param_groups, g), inventory, group)) return false;
+    PyObject* const dict = PyList_GET_ITEM(param_groups, g);
+    if (is_known(dict, group)) continue;
+    group.version = 0;  // in case that the group cannot be read
+    if (!read_group(dict, inventory, group)) return false;
+    group.version = version_of(dict);
   }
   return true;
 }
@@ -93,6 +106,7 @@ bool PythonReader::read_group(PyObject* dict, Inventory& inventory, Group& group
     return false;
   }
   group.unsupported = differentiable ? "differentiable=True" : nullptr;
+  group.lasts = true;
   group.reads_memory = false;
   group.gpu.reset();
   group.fp32_address = group.fp64_address = 0;
@@ -114,6 +128,7 @@ bool PythonReader::read_group(PyObject* dict, Inventory& inventory, Group& group
         break;
       case KeyKind::decay_rates:
         if (!PyTuple_CheckExact(value) && !PyList_CheckExact(value)) return false;
+        group.lasts &= PyTuple_CheckExact(value);
         if (PySequence_Fast_GET_SIZE(value) != 2) {
           throw py::value_error(describe_key(group.index, key) + " must be 2 numbers, not " +
                                 std::to_string(PySequence_Fast_GET_SIZE(value)));
@@ -147,6 +162,7 @@ bool PythonReader::read_number(Inventory& inventory, Group& group, PyObject* key
     return false;
   } else {
     const Tensor tensor = Tensor::in(number);
+    group.lasts = false;
     if (!enter_tensor(inventory, group, key, tensor, k)) {
       group.hyperparameters[k] = std::numeric_limits<double>::quiet_NaN();  // only torch or the kernel reads it
       return true;
@@ -165,55 +181,89 @@ bool PythonReader::locate(PyObject* state, Inventory& inventory) {
   if (!PyDict_CheckExact(state) && !py::handle(reinterpret_cast<PyObject*>(Py_TYPE(state))).is(defaultdict_)) {
     return false;
   }
+  const uint64_t version = version_of(state);
+  const uint64_t known = std::exchange(state_version_, 0);  // in case that this call fails
+  const bool same_state = state == state_ && version == known && version != 0;
   std::vector<Located>& located = inventory.located;
-  located.clear();
   size_t total = 0;
   for (const Group& group : inventory.groups) total += static_cast<size_t>(PyList_GET_SIZE(group.params));
-  located.reserve(total);
-  for (const Group& group : inventory.groups) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i) {
-      PyObject* parameter = PyList_GET_ITEM(group.params, i);
-      if (!is_tensor(parameter)) {
-        throw py::type_error(describe_key(group.index, group_keys_[0]) + "[" + std::to_string(i) +
-                             "] must be a Tensor, not " + Py_TYPE(parameter)->tp_name);
-      }
-      located.push_back(
-          {static_cast<uint32_t>(group.index), static_cast<uint32_t>(i), false, parameter, parameter, {}, {}});
-    }
-  }
+  located.resize(total);
+  inventory.has_subclasses = false;
+  StateWalk walk(state);
   // Each pass over a block follows one more pointer. These objects rarely lie in the cache, so a pass fetches those of
   // the whole block at once instead of waiting for one after the other.
-  StateWalk walk(state);
-  size_t count = 0;
+  const Group* group = inventory.groups.data();
+  Py_ssize_t index = 0;
   for (size_t begin = 0; begin < total; begin += kBlock) {
     const size_t end = std::min(begin + kBlock, total);
-    for (size_t i = begin; i < end; ++i) prefetch(located[i].param().identity());
-    const size_t first = count;
-    PyObject* states[kBlock];
-    for (size_t i = begin; i < end; ++i) {
-      const Tensor grad = located[i].param().grad();
-      if (!grad.is_defined()) {
-        walk.pass(located[i].parameter);
-        continue;
+    Located* const block = &located[begin];
+    const size_t count = end - begin;
+    for (size_t i = 0; i < count; ++i) {
+      for (; index == PyList_GET_SIZE(group->params); index = 0) ++group;
+      PyObject* const parameter = PyList_GET_ITEM(group->params, index);
+      prefetch(parameter);
+      // Unless the user has changed much, these are as in the step before.
+      block[i].tensor.prefetch();
+      prefetch(block[i].entries);
+      block[i].group = static_cast<uint32_t>(group->index);
+      block[i].index = static_cast<uint32_t>(index++) & 0x7fffffff;
+      block[i].knows_state &= same_state && block[i].parameter == parameter;
+      block[i].parameter = block[i].local = parameter;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      PyObject* const parameter = block[i].parameter;
+      if (!is_exact_tensor(parameter)) {
+        inventory.has_subclasses = true;
+        if (!is_tensor(parameter)) {
+          throw py::type_error(describe_key(block[i].group, group_keys_[0]) + "[" + std::to_string(block[i].index) +
+                               "] must be a Tensor, not " + Py_TYPE(parameter)->tp_name);
+        }
       }
-      PyObject* found = states[count - first] = walk.find(located[i].parameter);
-      if (found != nullptr) prefetch(found);
-      Located& kept = located[count++] = located[i];
-      kept.grad = grad;
+      const Tensor tensor = Tensor::in(parameter);
+      if (tensor != std::exchange(block[i].tensor, tensor)) tensor.prefetch();
     }
-    for (size_t i = first; i < count; ++i) {
-      if (states[i - first] != nullptr) prefetch_entries(states[i - first]);
+    for (size_t i = 0; i < count; ++i) {
+      Located& found = block[i];
+      found.grad = found.param().grad();
+      if (!found.knows_state && found.grad.is_defined()) {
+        found.entries = walk.find(found.parameter);
+        found.knows_state = true;
+        prefetch(found.entries);
+      } else if (!found.knows_state) {
+        walk.pass(found.parameter);
+        found.entries = nullptr;
+      }
     }
-    for (size_t i = first; i < count; ++i) {
-      PyObject* const entries = states[i - first];
-      if (entries == nullptr) continue;
-      if (!PyDict_CheckExact(entries)) return false;
-      const auto wanted = static_cast<size_t>(inventory.wanted_values(inventory.group_of(i)));
-      if (!state_keys_.read(entries, wanted, located[i].values)) return false;
-      located[i].has_state = PyDict_GET_SIZE(entries) > 0;
+    bool lacks_values[kBlock];
+    for (size_t i = 0; i < count; ++i) {
+      lacks_values[i] = block[i].grad.is_defined() && !keeps_values(inventory, block[i]);
+      if (lacks_values[i] && block[i].entries != nullptr) prefetch_entries(block[i].entries);
+    }
+    for (size_t i = 0; i < count; ++i) {
+      if (lacks_values[i] && !read_values(inventory, block[i])) return false;
     }
   }
-  located.resize(count);
+  state_ = state;
+  state_version_ = version;
+  return true;
+}
+
+// Says whether the values that an earlier step has read from a state are the state's values now.
+bool PythonReader::keeps_values(const Inventory& inventory, const Located& located) {
+  return located.entries != nullptr && located.version != 0 && located.version == version_of(located.entries) &&
+         located.wanted == inventory.wanted_values(inventory.groups[located.group]);
+}
+
+bool PythonReader::read_values(const Inventory& inventory, Located& located) {
+  std::fill_n(located.values, kMaxStateKeys, nullptr);
+  located.version = 0;
+  located.wanted = static_cast<uint8_t>(inventory.wanted_values(inventory.groups[located.group]));
+  located.has_state = false;
+  if (located.entries == nullptr) return true;
+  if (!PyDict_CheckExact(located.entries)) return false;
+  if (!state_keys_.read(located.entries, located.wanted, located.values)) return false;
+  located.has_state = PyDict_GET_SIZE(located.entries) > 0;
+  located.version = version_of(located.entries);
   return true;
 }
 

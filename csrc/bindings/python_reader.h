@@ -17,7 +17,7 @@ class PythonReader {
   // Reads the parameter groups. Throws for a hyperparameter that cannot be right.
   bool read_groups(PyObject* param_groups, Inventory& inventory);
 
-  // Finds the parameters that have a gradient, and their states.
+  // Finds the parameters' gradients and states.
   bool locate(PyObject* state, Inventory& inventory);
 
   PyObject* key_of_group(size_t k) const { return group_keys_[kDriverKeys + k]; }  // see RuleEntry::group_keys
@@ -31,9 +31,14 @@ class PythonReader {
   bool read_number(Inventory& inventory, Group& group, PyObject* key, PyObject* number, bool is_decay_rate,
                    int& count) const;
 
+  static bool keeps_values(const Inventory& inventory, const Located& located);
+  bool read_values(const Inventory& inventory, Located& located);
+
   const RuleEntry& rule_;
   const pybind11::object defaultdict_;
   KeyReader group_keys_, state_keys_;
+  PyObject* state_ = nullptr;   // the dict of all states, which the last call has read
+  uint64_t state_version_ = 0;  // of that dict; 0 if the call failed
 };
 
 }  // namespace dracopt

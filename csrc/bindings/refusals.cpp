@@ -150,8 +150,10 @@ void check_capture(const Inventory& inventory, const PythonReader& keys, const B
   bool capturing = false;
   for (size_t i = 0; i < inventory.size() && !capturing; ++i) {
     const Streams* const streams = streams_of(inventory.examined[i]);
-    if (streams == nullptr || !streams->on_gpu || device == inventory.located[i].param().device()) continue;
-    device = inventory.located[i].param().device();
+    if (streams == nullptr || !streams->on_gpu) continue;
+    const Device found{kGpuType, streams->device_index};
+    if (device == found) continue;
+    device = found;
     capturing = backends.is_capturing(*device, streams->backend);
   }
   if (!capturing) return;

@@ -21,12 +21,13 @@ namespace {
 constexpr int64_t kShortStepUnits = HeldMemory::kWorthBytes / kUnitBytes;
 
 // Advances what a step changes beside the streams: versions, and the state scalars that the host holds.
-void record(const Inventory& inventory, const Updates& updates, size_t i) {
-  // A backward through a graph that saved the old value must raise, as after torch's in-place operations.
+void record(const Inventory& inventory, size_t i) {
   const Ready& ready = *std::get_if<Ready>(&inventory.examined[i]);
   const Located& located = inventory.located[i];
+  const int scalars = inventory.rule.state_scalars, values = scalars + ready.streams.count - kFirstState;
+  // A backward through a graph that saved the old value must raise, as after torch's in-place operations.
   located.param().bump_version();
-  for (int k = kFirstState; k < ready.streams.count; ++k) inventory.tensor_of(i, k).bump_version();
+  for (int k = 0; k < values; ++k) located.tensors[k].bump_version();
   if (const Distribution* const distribution = inventory.distribution_of(i)) {
     // Graphs save distributed tensors, or views of local ones.
     if (located.parameter != located.local) Tensor::in(located.parameter).bump_version();
@@ -34,14 +35,13 @@ void record(const Inventory& inventory, const Updates& updates, size_t i) {
       if (state != nullptr) Tensor::in(state).bump_version();
     }
   }
-  for (int k = 0; k < inventory.rule.state_scalars; ++k) {
-    Tensor::in(located.values[k]).bump_version();
+  const StateScalar* const advanced = prepared_of(inventory.segments[i]).state_scalars;
+  for (int k = 0; k < scalars; ++k) {
     if (ready.scalar_on_gpu[k]) continue;  // the kernel does it
-    const double value = updates[ready.update].state_scalars[k].value;
     if (ready.scalar_fp32[k]) {
-      *static_cast<float*>(ready.scalar_data[k]) = static_cast<float>(value);
+      *static_cast<float*>(ready.scalar_data[k]) = static_cast<float>(advanced[k].value);
     } else {
-      *static_cast<double*>(ready.scalar_data[k]) = value;
+      *static_cast<double*>(ready.scalar_data[k]) = advanced[k].value;
     }
   }
 }
@@ -53,13 +53,13 @@ void count_zeroing(const Located& located) {
 }
 
 // Writes a parameter's scalars, or the recipe for them, into the slot. Returns the number of words.
-size_t fill_slot(const Inventory& inventory, const Updates& updates, size_t i, const Ready& ready, uint64_t* words) {
+size_t fill_slot(const Inventory& inventory, size_t i, const Ready& ready, uint64_t* words) {
   const RuleEntry& rule = inventory.rule;
   if (!ready.has_recipe) {
     const size_t bytes = rule.scalar_bytes[static_cast<int>(ready.arithmetic)];
     const size_t count = (bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t);
     words[count - 1] = 0;
-    std::memcpy(words, updates[ready.update].scalars.bytes, bytes);
+    std::memcpy(words, inventory.segments[i].update->scalars, bytes);
     return count;
   }
   const Group& group = inventory.group_of(i);
@@ -80,6 +80,24 @@ size_t fill_slot(const Inventory& inventory, const Updates& updates, size_t i, c
   const size_t count = cuda::Recipe::header_words + static_cast<size_t>(rule.hyperparameters + rule.state_scalars);
   std::memcpy(words, &recipe, count * sizeof(uint64_t));
   return count;
+}
+
+// The words of the last parameter that was taken.
+struct Slot {
+  void take(const Inventory& inventory, size_t i, const Ready& ready) {
+    const Update* const its = inventory.segments[i].update;
+    if (std::exchange(update, its) != its) count = fill_slot(inventory, i, ready, words);
+  }
+
+  const Update* update = nullptr;
+  size_t count = 0;
+  uint64_t words[std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
+};
+
+// Returns null unless a launch updates the parameter.
+const Ready* launched(const Examined& examined) {
+  const auto* const ready = std::get_if<Ready>(&examined);
+  return ready != nullptr && ready->streams.backend != Backend::cpu ? ready : nullptr;
 }
 
 // Keeps what a step has found alive, because other code may run meanwhile and take any of it away.
@@ -123,6 +141,19 @@ class Alive {
   std::vector<py::object> objects_;
 };
 
+// Reads the tensors from the objects that are held. Other code may have run since they were examined, and have put
+// other tensors into the objects, as swap_tensors() does.
+void read_again(Inventory& inventory) {
+  for (size_t i = 0; i < inventory.size(); ++i) {
+    if (!std::holds_alternative<Ready>(inventory.examined[i])) continue;
+    Located& located = inventory.located[i];
+    located.tensor = Tensor::in(located.local);
+    for (int k = 0; k < inventory.wanted_values(inventory.group_of(i)); ++k) {
+      located.tensors[k] = Tensor::in(located.values[k]);
+    }
+  }
+}
+
 // Gradients on the CPU that are the same part of the same mesh.
 struct OfMesh {
   MeshPart part;  // empty if the gradients are not distributed
@@ -132,6 +163,7 @@ struct OfMesh {
 std::vector<OfMesh> by_mesh(const Inventory& inventory, std::deque<Layout>& layouts) {
   std::vector<OfMesh> shares(1);
   for (size_t i = 0; i < inventory.size(); ++i) {
+    if (!inventory.located[i].grad.is_defined()) continue;
     const Distribution* const distribution = inventory.distribution_of(i);
     const MeshPart part = distribution == nullptr ? MeshPart{} : distribution->part;
     auto share = std::find_if(shares.begin(), shares.end(), [&](const OfMesh& known) { return known.part == part; });
@@ -185,7 +217,7 @@ void in_parallel(int64_t count, int64_t grain, cpu::ParallelFunc function, void*
 
 void Runner::clear() {
   updated_.clear();
-  for (const auto& launches : launches_) launches->clear();
+  for (const auto& launches : launches_) launches->begin();
 }
 
 size_t Runner::launches() const {
@@ -196,25 +228,18 @@ size_t Runner::launches() const {
 
 bool Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, const std::optional<Clipping>& clipping,
                  const Backends& backends) {
-  int64_t units = 0;
-  size_t counts[kBackends][2] = {};  // on the CPU, and on GPUs
-  for (size_t i = 0; i < inventory.size(); ++i) {
-    const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
-    if (ready == nullptr) continue;
-    const Segment& segment = inventory.segments[i];
-    if (ready->streams.backend == Backend::cpu) units += units_of(segment.numel, segment.unit_numel);
-    ++counts[static_cast<int>(ready->streams.backend)][ready->streams.on_gpu];
-  }
+  const Tally& tally = inventory.tally;
   for (int k = 0; k < kBackends; ++k) {
     const char* const name = name_of(static_cast<Backend>(k));
-    if (counts[k][0] > 0) updated_[{"cpu", name}] = counts[k][0];
-    if (counts[k][1] > 0) updated_[{kGpuName, name}] = counts[k][1];
+    if (tally.ready[k][0] > 0) updated_[{"cpu", name}] = tally.ready[k][0];
+    if (tally.ready[k][1] > 0) updated_[{kGpuName, name}] = tally.ready[k][1];
   }
-  const size_t on_cpu = counts[static_cast<int>(Backend::cpu)][0];
+  const size_t on_cpu = tally.on_cpu();
 
   // Python launches Triton's kernels and adds over processes, and a long step on the CPU lets go of the GIL.
-  const auto& by_triton = counts[static_cast<int>(Backend::triton)];
-  const bool on_host = clipping.has_value() && clipping->norm.device().is_cpu(), holds_gil = units < kShortStepUnits;
+  const auto& by_triton = tally.ready[static_cast<int>(Backend::triton)];
+  const bool on_host = clipping.has_value() && clipping->norm.device().is_cpu();
+  const bool holds_gil = tally.cpu_units < kShortStepUnits;
   const bool calls_python =
       by_triton[0] + by_triton[1] > 0 || (clipping.has_value() && !inventory.distributions.empty());
   // The norm comes before versions and steps are counted, which needs the objects.
@@ -248,9 +273,13 @@ bool Runner::run(Inventory& inventory, Updates& updates, const Scaler& scaler, c
     updated_.clear();
     return false;
   }
+  if (on_host && needs_objects) read_again(inventory);
   // Nothing can fail from here on, except on a GPU.
-  run_launches(inventory, updates, scaler, clipping.has_value() && !on_host ? &*clipping : nullptr, backends);
-  if (on_cpu > 0) run_on_cpu(inventory, updates, holds_gil);
+  if (tally.on_gpus + by_triton[0] > 0) {
+    run_launches(inventory, updates, scaler, clipping.has_value() && !on_host ? &*clipping : nullptr, backends,
+                 calls_python);
+  }
+  if (on_cpu > 0) run_on_cpu(inventory, holds_gil);
   return true;
 }
 
@@ -262,33 +291,52 @@ GpuLaunches& Runner::launches_for(const LaunchKey& key, const RuleEntry& rule, c
   return *launches_.emplace_back(std::make_unique<TritonLaunches>(key, rule, backends.triton()));
 }
 
-void Runner::run_launches(const Inventory& inventory, const Updates& updates, const Scaler& scaler,
-                          const Clipping* clipping, const Backends& backends) {
-  const auto is_launched = [&](size_t i) {
-    const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
-    return ready != nullptr && ready->streams.backend != Backend::cpu ? ready : nullptr;
-  };
+// Fills the launches with the tensors of this step.
+void Runner::fill(const Inventory& inventory, const Clipping* clipping, const Backends& backends) {
+  for (const auto& launches : launches_) launches->clear();
+  by_place_.clear();
+  by_place_.reserve(inventory.size());
   const RuleEntry& rule = inventory.rule;
-  uint64_t slot[std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
-  size_t words = 0;
-  const Ready* last = nullptr;  // the parameter whose scalars are in `slot`
+  Slot slot;
+  Segment gradient;
+  std::deque<Layout> own;  // of gradients
   for (size_t i = 0; i < inventory.size(); ++i) {
-    const Ready* const ready = is_launched(i);
-    if (ready == nullptr) continue;
-    const bool same = last != nullptr && last->update == ready->update && last->has_recipe == ready->has_recipe;
-    if (!same) words = fill_slot(inventory, updates, i, *ready, slot);
+    const Ready* const ready = launched(inventory.examined[i]);
+    if (ready == nullptr) {
+      by_place_.push_back(nullptr);
+      continue;
+    }
     const Segment& segment = inventory.segments[i];
+    slot.take(inventory, i, *ready);
     const bool by_triton = ready->streams.backend == Backend::triton;
-    const LaunchKey key{inventory.located[i].param().device(), ready->streams.backend, ready->arithmetic,
+    const LaunchKey key{inventory.device_of(ready->streams), ready->streams.backend, ready->arithmetic,
                         by_triton ? dtypes_for_triton(rule, segment, ready->streams.count) : uint16_t(0)};
-    Segment gradient;
-    std::deque<Layout> own;
     const bool has_own_layout = clipping != nullptr && segment.layout != nullptr;
     if (has_own_layout) gradient = segment_of_gradient(inventory.located[i].grad, own);
-    launches_for(key, rule, backends)
-        .add(segment, *ready, inventory.group_of(i), slot, words, has_own_layout ? &gradient : nullptr);
-    last = ready;
+    by_place_.push_back(&launches_for(key, rule, backends));
+    by_place_.back()->add(segment, *ready, inventory.group_of(i), slot.words, slot.count,
+                          has_own_layout ? &gradient : nullptr);
   }
+}
+
+// Fills the launches with the tensors of the step before, which have the same updates as then. Returns false if other
+// launches are needed.
+bool Runner::fill_again(const Inventory& inventory) {
+  for (const auto& launches : launches_) launches->begin_again();
+  Slot slot;
+  for (size_t i = 0; i < inventory.size(); ++i) {
+    if (by_place_[i] == nullptr) continue;
+    slot.take(inventory, i, std::get<Ready>(inventory.examined[i]));
+    if (!by_place_[i]->again(inventory.segments[i], slot.words, slot.count)) return false;
+  }
+  return true;
+}
+
+void Runner::run_launches(Inventory& inventory, const Updates& updates, const Scaler& scaler, const Clipping* clipping,
+                          const Backends& backends, bool calls_python) {
+  const bool is_repeated = std::exchange(filled_for_, 0) == updates.version() && fill_again(inventory);
+  if (!is_repeated) fill(inventory, clipping, backends);
+  filled_for_ = updates.version();
   GpuLaunches* owner = nullptr;  // of the norm
   GpuLaunches::Measurement measurement{nullptr, clipping, 0};
   for (const auto& launches : launches_) {
@@ -302,26 +350,23 @@ void Runner::run_launches(const Inventory& inventory, const Updates& updates, co
     if (owner != nullptr) launches->measure(measurement);
   }
   for (const auto& launches : launches_) launches->launch();
+  if (calls_python) read_again(inventory);
   for (size_t i = 0; i < inventory.size(); ++i) {
-    if (is_launched(i) != nullptr) record(inventory, updates, i);
+    if (launched(inventory.examined[i]) != nullptr) record(inventory, i);
   }
 }
 
-void Runner::run_on_cpu(Inventory& inventory, const Updates& updates, bool holds_gil) {
+void Runner::run_on_cpu(Inventory& inventory, bool holds_gil) {
   struct Share {
     cpu::Work work;
     const Inventory* inventory;
-    const Updates* updates;
     const uint32_t* places;  // the segments' places in the inventory; null if they are its own
 
-    void record_at(size_t i) const { record(*inventory, *updates, places == nullptr ? i : places[i]); }
+    void record_at(size_t i) const { record(*inventory, places == nullptr ? i : places[i]); }
   };
   Segment* const segments = places_.empty() ? inventory.segments.data() : gathered_.data();
   const size_t count = places_.empty() ? inventory.size() : gathered_.size();
-  Share share{{segments, count, number_units(segments, count)},
-              &inventory,
-              &updates,
-              places_.empty() ? nullptr : places_.data()};
+  Share share{{segments, count, inventory.tally.cpu_units}, &inventory, places_.empty() ? nullptr : places_.data()};
   if (holds_gil) {
     in_parallel(
         share.work.units, kGrainUnits,

@@ -35,12 +35,16 @@ class Runner {
   size_t launches() const;
 
  private:
-  void run_launches(const Inventory& inventory, const Updates& updates, const Scaler& scaler, const Clipping* clipping,
-                    const Backends& backends);
-  void run_on_cpu(Inventory& inventory, const Updates& updates, bool holds_gil);
+  void fill(const Inventory& inventory, const Clipping* clipping, const Backends& backends);
+  bool fill_again(const Inventory& inventory);
+  void run_launches(Inventory& inventory, const Updates& updates, const Scaler& scaler, const Clipping* clipping,
+                    const Backends& backends, bool calls_python);
+  void run_on_cpu(Inventory& inventory, bool holds_gil);
   GpuLaunches& launches_for(const LaunchKey& key, const RuleEntry& rule, const Backends& backends);
 
   std::vector<std::unique_ptr<GpuLaunches>> launches_;
+  uint64_t filled_for_ = 0;             // the version of the updates; 0 if the launches are not filled
+  std::vector<GpuLaunches*> by_place_;  // those that hold a place's tensor; null if there are none
   std::map<Where, size_t> updated_;
   // The CPU's share of the inventory; empty if the CPU updates all of it, or nothing.
   std::vector<Segment> gathered_;

@@ -20,10 +20,11 @@ void with_memory_of(Tensor tensor, const Body& body) {
 void SharedMemorySearch::compare(const Examined& before, const Segment& segment_before, const Examined& now,
                                  const Segment& segment_now) {
   const Streams *const streams_before = streams_of(before), *const streams = streams_of(now);
-  if (streams == nullptr) return;
+  if (before.index() != now.index()) written_moved_.store(true, std::memory_order_relaxed);
+  if (before.index() != now.index() || streams == nullptr) return;
   // The extent of a tensor with gaps is not remembered.
-  bool written = before.index() != now.index() || streams_before->count != streams->count || streams->has_gaps ||
-                 segment_before.numel != segment_now.numel;
+  bool written =
+      streams_before->count != streams->count || streams->has_gaps || segment_before.numel != segment_now.numel;
   for (int k = 0; k < streams->count && !written; ++k) {
     const bool moved =
         segment_before.data[k] != segment_now.data[k] || segment_before.dtypes[k] != segment_now.dtypes[k];
@@ -54,14 +55,16 @@ bool SharedMemorySearch::hyperparameters_moved(const Inventory& inventory) {
   return moved;
 }
 
-void SharedMemorySearch::set_aside(Inventory& inventory) {
+bool SharedMemorySearch::set_aside(Inventory& inventory, bool all_updated) {
   bool complete = true;
-  for (size_t i = 0; i < inventory.size() && complete; ++i) complete = streams_of(inventory.examined[i]) != nullptr;
+  for (size_t i = 0; i < inventory.size() && complete && !all_updated; ++i) {
+    complete = streams_of(inventory.examined[i]) != nullptr || !inventory.located[i].grad.is_defined();
+  }
   // The memory of unsupported parameters is not compared with that of the step before.
   if (!complete || inventory.size() != searched_) written_moved_ = true;
   if (hyperparameters_moved(inventory)) reads_moved_ = true;
+  overlapping_.clear();
   if (written_moved_ || reads_moved_) {
-    overlapping_.clear();
     find_overlapping(inventory);
     std::vector<bool> overlaps;
     if (!overlapping_.empty()) overlaps.resize(inventory.size() + inventory.groups.size());
@@ -76,6 +79,7 @@ void SharedMemorySearch::set_aside(Inventory& inventory) {
   }
   searched_ = inventory.size();
   nothing_overlapped_ = complete;
+  return !overlapping_.empty();
 }
 
 void SharedMemorySearch::sort_written_memory(const Inventory& inventory) {

@@ -20,10 +20,14 @@ class SharedMemorySearch {
   // the same time, each for other places.
   void compare(const Examined& before, const Segment& segment_before, const Examined& now, const Segment& segment_now);
 
+  // Announces that a gradient is elsewhere than in the step before, and nothing else of its parameter.
+  void note_moved_gradient() { reads_moved_.store(true, std::memory_order_relaxed); }
+
   // Sets aside the parameters that share memory, which makes them unsupported. Kernels update elements in parallel,
   // which is wrong for such parameters, while torch takes one tensor after the other. Parameters that share memory with
-  // something else that torch steps are set aside, too, because torch goes first.
-  void set_aside(Inventory& inventory);
+  // something else that torch steps are set aside, too, because torch goes first. Returns whether there are any.
+  // `all_updated` says that kernels update all parameters that have a gradient.
+  bool set_aside(Inventory& inventory, bool all_updated);
 
  private:
   bool hyperparameters_moved(const Inventory& inventory);

@@ -1,6 +1,7 @@
 #include "bindings/step_plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "bindings/examine.h"
@@ -14,7 +15,30 @@ namespace py = pybind11;
 namespace dracopt {
 namespace {
 
-constexpr int64_t kGrainTensors = 128;
+// A thread is not worth waking for fewer tensors: it takes about 60 us to wake one that sleeps, as long as to compare
+// a thousand tensors with the step before.
+constexpr int64_t kGrainTensors = 1024;
+
+// Fetches into the cache what the comparison of a place will read, as far as the step before tells. First come the
+// objects, then what these point to.
+void prefetch_objects(const Located& located, const Segment& segment, bool on_gpu) {
+  located.grad.prefetch();
+  for (int k = 0; k < kMaxStateKeys; ++k) {
+    prefetch(located.values[k]);
+    located.tensors[k].prefetch();
+  }
+  for (int k = 0; k < kMaxStreams && !on_gpu; ++k) prefetch(segment.data[k]);
+}
+
+void prefetch_parts(const Located& located) {
+  if (!located.grad.is_defined()) return;
+  located.grad.prefetch_parts();
+  located.param().prefetch_parts();
+  for (int k = 0; k < kMaxStateKeys; ++k) {
+    PyObject* const value = located.values[k];
+    if (value != nullptr && is_exact_tensor(value)) Tensor::in(value).prefetch_parts();
+  }
+}
 
 // Marks a step as running for as long as the object lives, in the process that made it. A child that is forked
 // meanwhile inherits only the number of its parent.
@@ -37,7 +61,7 @@ const RuleEntry& find_rule(const std::string& name) {
 StepPlan::StepPlan(const std::string& rule, std::string optimizer, Backends backends)
     : optimizer_(std::move(optimizer)),
       backends_(std::move(backends)),
-      inventory_{find_rule(rule), {}, {}, {}, {}, {}, {}, {}, {}},
+      inventory_(find_rule(rule)),
       reader_(inventory_.rule) {}
 
 py::object StepPlan::step(py::handle param_groups, py::handle state, Options options) {
@@ -54,17 +78,21 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
     }
   } while (!local_tensors_.unwrap(inventory_));
   examine_all(inference_mode);
-  classify(options.stepped);
-  search_.set_aside(inventory_);
+  // If all is as before, nothing is wrong, unsupported or missing, and nothing must be counted again.
+  bool is_counted = std::exchange(counted_, 0) == inventory_.version && options.stepped.empty() && !under_mode;
+  if (!is_counted) classify(options.stepped);
+  is_counted &= !search_.set_aside(inventory_, is_counted);
   if (under_mode) set_aside_all(kUnderMode);
-  check_capture(inventory_, reader_, backends_, optimizer_);
+  if (!is_counted) inventory_.count();
+  counted_ = inventory_.version;
+  if (inventory_.tally.on_gpus > 0) check_capture(inventory_, reader_, backends_, optimizer_);
 
   const bool finds_overflow =
       options.clipping.has_value() && options.clipping->checks && options.scaler.found_inf.is_plain_on_cpu();
   const bool waits = host_decides(options.scaler, finds_overflow) ||
-                     (options.scaler.coefficient.is_defined() && !all_on_gpus()) ||
+                     (options.scaler.coefficient.is_defined() && inventory_.tally.on_gpus != inventory_.tally.all()) ||
                      (options.clipping.has_value() && norm_is_elsewhere(*options.clipping, options.scaler));
-  const bool is_blocked = waits || has_todo();
+  const bool is_blocked = waits || inventory_.tally.missing_states + inventory_.tally.unsupported > 0;
   const bool adjusts = options.grad_scale != 1 || options.coefficient != 1;
   if (is_blocked && !options.created.has_value()) return make_todo(inventory_, adjusts, waits);
   if (is_blocked) throw std::runtime_error("parameters or states have changed while step() was creating states");
@@ -83,31 +111,82 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
 void StepPlan::examine_all(bool inference_mode) {
   search_.begin();
   const size_t size = inventory_.size();
-  // Each vector is checked by its own size, because memory may run out between the two.
-  if (inventory_.examined.size() < size) inventory_.examined.resize(size);
-  if (inventory_.segments.size() < size) inventory_.segments.resize(size);
+  const bool same_size = inventory_.examined.size() == size && inventory_.segments.size() == size;
+  inventory_.segments.resize(size);
+  inventory_.examined.resize(size);
+  const uint64_t version = inventory_.version++;  // in case that this fails
+  bool same_terms = true;                         // in all groups
+  for (Group& group : inventory_.groups) {
+    group.same_terms = std::exchange(group.examined_for, Terms{}) == group;
+    same_terms &= group.same_terms;
+  }
   struct Share {
     Inventory& inventory;
     const Backends& backends;
     SharedMemorySearch& search;
     bool inference_mode;  // of this thread; the other threads do not know the mode
-  } share{inventory_, backends_, search_, inference_mode};
+    bool same_terms, on_gpu;
+    std::atomic<bool> changed = false, not_recorded = false;
+  } share{inventory_,     backends_,  search_,
+          inference_mode, same_terms, size > 0 && inventory_.located.front().param().is_plain_on_gpu()};
   const auto range = [](int64_t begin, int64_t end, void* context) {
-    auto& [inventory, backends, search, in_mode] = *static_cast<Share*>(context);
-    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-      Segment segment{};
-      const Examined now = examine(inventory, backends, i, in_mode, segment);
-      search.compare(inventory.examined[i], inventory.segments[i], now, segment);
-      inventory.examined[i] = now;
-      inventory.segments[i] = segment;
+    auto& share = *static_cast<Share*>(context);
+    Inventory& inventory = share.inventory;
+    const int scalars = inventory.rule.state_scalars;
+    bool changed = false, not_recorded = false, moved = false;
+    // A GPU's kernels may have become unavailable since the step before.
+    int known_gpu = -1;
+    Backends::Found on_gpu{};
+    const auto has_same_backend = [&](const Streams& streams) {
+      if (!streams.on_gpu) return true;
+      if (streams.device_index != known_gpu) {
+        on_gpu = share.backends.for_device({kGpuType, known_gpu = streams.device_index});
+      }
+      return on_gpu.why_not == nullptr && on_gpu.backend == streams.backend;
+    };
+    const auto last = static_cast<size_t>(end);
+    for (auto i = static_cast<size_t>(begin); i < last; ++i) {
+      constexpr size_t far = 4, near = 2;  // in places
+      if (i + far < last) prefetch_objects(inventory.located[i + far], inventory.segments[i + far], share.on_gpu);
+      if (i + near < last) prefetch_parts(inventory.located[i + near]);
+      Located& located = inventory.located[i];
+      Examined& examined = inventory.examined[i];
+      Segment& segment = inventory.segments[i];
+      const bool has_gradient = located.grad.is_defined();
+      if (!has_gradient && std::holds_alternative<PassedOver>(examined)) continue;
+      const auto* const ready = std::get_if<Ready>(&examined);
+      AsBefore as_before;
+      if (has_gradient && ready != nullptr && (share.same_terms || inventory.group_of(i).same_terms) &&
+          !inventory.is_set_apart(i) && has_same_backend(ready->streams) &&
+          is_as_before(located, *ready, segment, scalars, share.inference_mode, as_before)) {
+        moved |= std::exchange(segment.data[kGrad], as_before.gradient) != as_before.gradient;
+        not_recorded |= !as_before.as_recorded;
+        continue;
+      }
+      changed = true;
+      Segment segment_now{};
+      const Examined now =
+          has_gradient ? examine(inventory, share.backends, i, share.inference_mode, segment_now) : PassedOver{};
+      share.search.compare(examined, segment, now, segment_now);
+      examined = now;
+      segment = segment_now;
+      for (int k = 0; k < kMaxStateKeys && std::holds_alternative<Ready>(now); ++k) {
+        located.tensors[k] = located.values[k] == nullptr ? Tensor() : Tensor::in(located.values[k]);
+      }
     }
+    if (moved) share.search.note_moved_gradient();
+    if (changed) share.changed = true;
+    if (not_recorded) share.not_recorded = true;
   };
   const auto count = static_cast<int64_t>(size);
-  if (count > 0 && inventory_.located.front().param().is_plain_on_gpu()) {
+  if (share.on_gpu) {
     range(0, count, &share);
   } else {
     in_parallel(count, kGrainTensors, range, &share);
   }
+  for (Group& group : inventory_.groups) group.examined_for = group;
+  if (same_size && !share.changed) inventory_.version = version;
+  inventory_.as_recorded = !share.not_recorded;
 }
 
 // Marks what torch has stepped, raises if anything else is wrong, and adds layouts to what is in order.
@@ -116,7 +195,7 @@ void StepPlan::classify(std::vector<Index>& stepped) {
   inventory_.layouts.clear();
   for (size_t i = 0; i < inventory_.size(); ++i) {
     if (std::binary_search(stepped.begin(), stepped.end(), inventory_.index_of(i))) {
-      inventory_.examined[i] = Stepped{};
+      inventory_.examined[i] = PassedOver{};
     } else if (std::holds_alternative<Unsupported>(inventory_.examined[i]) &&
                LocalTensors::is_mixed(inventory_, inventory_.located[i])) {
       inventory_.examined[i] = Wrong{Fault::distribution, Wrong::kGradient};
@@ -136,14 +215,6 @@ void StepPlan::set_aside_all(const char* reason) {
   }
 }
 
-bool StepPlan::has_todo() const {
-  return std::any_of(inventory_.examined.begin(), inventory_.examined.begin() + static_cast<int64_t>(inventory_.size()),
-                     [](const Examined& examined) {
-                       return std::holds_alternative<MissingState>(examined) ||
-                              std::holds_alternative<Unsupported>(examined);
-                     });
-}
-
 // Says whether each update may write its gradient, because no other update reads that memory. Gradients that may have a
 // graph must be detached, which is torch's work.
 bool StepPlan::may_zero(bool inference_mode) {
@@ -151,6 +222,7 @@ bool StepPlan::may_zero(bool inference_mode) {
   found.reserve(inventory_.size());
   for (size_t i = 0; i < inventory_.size(); ++i) {
     const Tensor gradient = inventory_.located[i].grad;
+    if (!gradient.is_defined()) continue;
     if (!std::holds_alternative<Ready>(inventory_.examined[i])) return false;
     if (!is_writable(gradient, inference_mode) || gradient.may_have_graph()) return false;
     found.emplace_back(inventory_.segments[i].data[kGrad], inventory_.bytes_of(i, kGrad));
@@ -159,15 +231,6 @@ bool StepPlan::may_zero(bool inference_mode) {
   const bool are_apart = overlapping(found).empty();
   apart_ = are_apart ? std::move(found) : std::vector<std::pair<const void*, int64_t>>();
   return are_apart;
-}
-
-// Says whether kernels on GPUs update all parameters.
-bool StepPlan::all_on_gpus() const {
-  for (size_t i = 0; i < inventory_.size(); ++i) {
-    const Streams* const streams = streams_of(inventory_.examined[i]);
-    if (!(streams != nullptr && streams->on_gpu)) return false;
-  }
-  return true;
 }
 
 // Says whether the host must read the scaler's numbers. After an overflow a step must do nothing. A kernel ensures this
@@ -202,8 +265,9 @@ bool StepPlan::norm_is_elsewhere(const Clipping& clipping, const Scaler& scaler)
   const Device device = clipping.norm.device();
   if (clipping.checks && scaler.found_inf.device() != device) return true;
   if (!inventory_.distributions.empty() && !device.is_cpu()) return true;
-  if (device.is_gpu() && (clipping.needs_a_norm || inventory_.size() == 0)) return true;
+  if (device.is_gpu() && (clipping.needs_a_norm || inventory_.tally.all() == 0)) return true;
   for (size_t i = 0; i < inventory_.size(); ++i) {
+    if (!inventory_.located[i].grad.is_defined()) continue;
     if (streams_of(inventory_.examined[i]) == nullptr) return true;
     if (clipping.needs_a_norm && std::holds_alternative<MissingState>(inventory_.examined[i])) return true;
     if (inventory_.located[i].param().device() != device) return true;

@@ -18,9 +18,9 @@
 
 namespace dracopt {
 
-// Belongs to one optimizer. Keeps no tensor and trusts nothing from the step before: every step reads the parameter
-// groups, gradients and states again, so it respects whatever a user did to them in between. Two exceptions are kept:
-// the result of the search for shared memory, for as long as the addresses are the same, and tables on a GPU.
+// Belongs to one optimizer. Holds no tensor, and respects whatever a user did to groups, gradients and states since the
+// step before. The plan remembers what that step found, and each step compares: dicts by their version, and of tensors
+// all that examine() looks at. The plan works out anew what has changed.
 class StepPlan {
  public:
   // `optimizer` is the name of the class, for errors.
@@ -58,9 +58,7 @@ class StepPlan {
   void examine_all(bool inference_mode);
   void classify(std::vector<Index>& stepped);
   void set_aside_all(const char* reason);
-  bool has_todo() const;
   bool host_decides(const Scaler& scaler, bool finds_overflow) const;
-  bool all_on_gpus() const;
   bool may_zero(bool inference_mode);
   bool norm_is_elsewhere(const Clipping& clipping, const Scaler& scaler) const;
 
@@ -73,6 +71,7 @@ class StepPlan {
   Updates updates_;
   Runner runner_;
   bool zeroed_ = false;
+  uint64_t counted_ = 0;  // the version of the inventory of which its tally is; 0 if there is none
   std::vector<std::pair<const void*, int64_t>> apart_;  // addresses and bytes of gradients that shared no memory
   int running_in_ = kNoProcess;  // the process, counted by cpu::forks(), in which a step is running
   static constexpr int kNoProcess = -1;

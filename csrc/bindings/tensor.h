@@ -37,6 +37,18 @@ struct Device {
   std::string name() const { return is_cpu() ? "cpu" : kGpuName + (":" + std::to_string(index)); }
 };
 
+constexpr Device kHost{0, -1};
+
+// Facts of a plain tensor, read at once.
+struct TensorFacts {
+  int dtype;  // torch's number
+  size_t dims;
+  const int64_t *sizes, *strides;
+  int64_t numel, storage_offset, storage_bytes;
+  uintptr_t storage;
+  bool is_lazily_cloned;
+};
+
 }  // namespace dracopt
 
 #if defined(DRACOPT_ANY_TORCH)

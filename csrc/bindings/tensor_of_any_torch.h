@@ -91,7 +91,7 @@ class Tensor {
   static Tensor in(PyObject* object) { return Tensor(&any_torch::at<void*>(object, places.tensor)); }
 
   bool is_defined() const { return place_ != nullptr; }
-  const void* identity() const { return *place_; }
+  bool operator==(const Tensor&) const = default;
 
   Tensor grad() const {
     void* const autograd = any_torch::at<void*>(impl(), places.autograd);
@@ -105,6 +105,8 @@ class Tensor {
     constexpr uint64_t kMark = 1;  // some versions of torch mark an object that only the tensor keeps alive
     return reinterpret_cast<PyObject*>(any_torch::at<uint64_t>(impl(), places.object) & ~kMark);
   }
+
+  uint64_t key_set() const { return any_torch::at<uint64_t>(impl(), places.keys); }
 
   bool is_plain_on_cpu() const { return has_only(places.cpu, places.cpu_keys); }
   bool is_plain_on_gpu() const { return has_only(places.gpu, places.gpu_keys); }
@@ -149,11 +151,29 @@ class Tensor {
 
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(ask<const void*>(torch_get_const_data_ptr)); }
 
+  bool read(TensorFacts& facts) const {
+    if (storage() == nullptr) return false;
+    const uintptr_t before_it = static_cast<uintptr_t>(storage_offset()) * static_cast<uintptr_t>(itemsize());
+    facts = {dtype(),          sizes().size(),  sizes().data(),        strides().data(),  numel(),
+             storage_offset(), storage_bytes(), address() - before_it, is_lazily_cloned()};
+    return true;
+  }
+
+  int gpu_index() const { return device().index; }
+
   bool may_have_graph() const { return any_torch::at<void*>(impl(), places.autograd) != nullptr; }
 
   void bump_version() const {
     void* const version = any_torch::at<void*>(impl(), places.version);
     if (version != nullptr) ++any_torch::at<std::atomic<uint32_t>>(version, places.count);
+  }
+
+  // A tensor that is gone must not be read, not even for its address.
+  void prefetch() const { __builtin_prefetch(place_); }
+
+  void prefetch_parts() const {
+    __builtin_prefetch(storage());
+    __builtin_prefetch(any_torch::at<void*>(impl(), places.version), 1);
   }
 
   HeldMemory hold_memory() const {
@@ -175,7 +195,6 @@ class Tensor {
   const void* impl() const { return *place_; }
   AtenTensorHandle handle() const { return reinterpret_cast<AtenTensorHandle>(place_); }
   const void* storage() const { return any_torch::at<void*>(impl(), places.storage); }
-  uint64_t key_set() const { return any_torch::at<uint64_t>(impl(), places.keys); }
   template <typename Answer>
   Answer ask(AOTITorchError (*function)(AtenTensorHandle, Answer*)) const {
     Answer answer{};

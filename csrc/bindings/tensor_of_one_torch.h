@@ -6,7 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/COW.h>
+#include <c10/core/impl/COWDeleter.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -44,7 +44,7 @@ class Tensor {
   static Tensor in(PyObject* object) { return Tensor(THPVariable_Unpack(object).unsafeGetTensorImpl()); }
 
   bool is_defined() const { return tensor_ != nullptr; }
-  const void* identity() const { return tensor_; }
+  bool operator==(const Tensor&) const = default;
 
   Tensor grad() const {
     const at::Tensor& grad = tensor_->grad();
@@ -62,8 +62,11 @@ class Tensor {
     return object;
   }
 
-  bool is_plain_on_cpu() const { return has_only(kCpu, kCpuKeys); }
-  bool is_plain_on_gpu() const { return has_only(kGpu, kGpuKeys); }
+  // Of two tensors with equal key sets and with a storage, either both are plain, or neither is.
+  uint64_t key_set() const { return tensor_->key_set().raw_repr(); }
+
+  DRACOPT_INLINE bool is_plain_on_cpu() const { return has_only(kCpu, kCpuKeys); }
+  DRACOPT_INLINE bool is_plain_on_gpu() const { return has_only(kGpu, kGpuKeys); }
 
   // The following functions may call Python for a Python subclass.
   DRACOPT_INLINE Device device() const {
@@ -84,11 +87,13 @@ class Tensor {
   bool is_contiguous() const { return tensor_->is_contiguous(); }
   bool is_non_overlapping_and_dense() const { return tensor_->is_non_overlapping_and_dense(); }
   int64_t storage_offset() const { return tensor_->storage_offset(); }
-  int64_t storage_bytes() const { return static_cast<int64_t>(tensor_->unsafe_storage().nbytes()); }
+  DRACOPT_INLINE int64_t storage_bytes() const { return static_cast<int64_t>(tensor_->unsafe_storage().nbytes()); }
   bool is_inference() const { return tensor_->is_inference(); }
 
   // Says whether a write must copy the storage first, as for torch's lazy clones. No parallel region may do that.
-  bool is_lazily_cloned() const { return c10::impl::cow::is_cow_data_ptr(tensor_->unsafe_storage().data_ptr()); }
+  DRACOPT_INLINE bool is_lazily_cloned() const {
+    return tensor_->unsafe_storage().data_ptr().get_deleter() == &c10::impl::cow::cow_deleter;
+  }
 
   // Returns the address of the first element. The address is no pointer yet, because an empty tensor's lies in no
   // storage.
@@ -96,6 +101,27 @@ class Tensor {
     return reinterpret_cast<uintptr_t>(tensor_->unsafe_storage().data()) +
            static_cast<uintptr_t>(storage_offset()) * static_cast<uintptr_t>(tensor_->itemsize());
   }
+
+  // Reads the facts, without asking before each who decides a tensor's sizes. Returns false if not the tensor does.
+  DRACOPT_INLINE bool read(TensorFacts& facts) const {
+    const c10::StorageImpl* const storage = tensor_->unsafe_storage().unsafeGetStorageImpl();
+    if (storage == nullptr || (tensor_->*Opened::matches)(Opened::kCustomStrides)) return false;
+    const auto& layout = tensor_->*Opened::layout;
+    const c10::DataPtr& data = storage->data_ptr();
+    facts = {dtype(),
+             layout.size(),
+             layout.sizes_data(),
+             layout.strides_data(),
+             tensor_->*Opened::numel,
+             tensor_->*Opened::offset,
+             storage_bytes(),
+             reinterpret_cast<uintptr_t>(data.get()),
+             data.get_deleter() == &c10::impl::cow::cow_deleter};
+    return true;
+  }
+
+  // Returns the index of a plain tensor's GPU.
+  DRACOPT_INLINE int gpu_index() const { return (tensor_->*Opened::device)->index(); }
 
   // Says whether a graph may lead to the tensor.
   bool may_have_graph() const { return tensor_->requires_grad(); }
@@ -105,11 +131,35 @@ class Tensor {
     if (!is_inference()) tensor_->bump_version();
   }
 
+  // Fetches what torch knows of a tensor into the cache. Works for a tensor that is gone, and for none.
+  DRACOPT_INLINE void prefetch() const {
+    constexpr size_t step = 56;  // so that no line is left out, wherever the tensor begins in one
+    static_assert(sizeof(c10::TensorImpl) >= 3 * step && sizeof(c10::TensorImpl) <= 4 * step);
+    for (size_t at = 0; at < 4 * step; at += step) __builtin_prefetch(reinterpret_cast<const char*>(tensor_) + at);
+  }
+
+  // Fetches what the tensor only points to: its storage, and the count of its changes.
+  DRACOPT_INLINE void prefetch_parts() const {
+    __builtin_prefetch(tensor_->unsafe_storage().unsafeGetStorageImpl());
+    const c10::VariableVersion& count = tensor_->version_counter();  // holds nothing else than a pointer
+    __builtin_prefetch(*reinterpret_cast<void* const*>(&count), 1);
+  }
+
   HeldMemory hold_memory() const { return HeldMemory(tensor_); }
 
  private:
   friend class Memory;
   explicit Tensor(c10::TensorImpl* tensor) : tensor_(tensor) {}
+
+  // Names members that torch lets only derived classes see.
+  struct Opened : c10::TensorImpl {
+    static constexpr auto kCustomStrides = SizesStridesPolicy::CustomStrides;
+    static constexpr auto matches = &Opened::matches_policy;
+    static constexpr auto layout = &Opened::sizes_and_strides_;
+    static constexpr auto device = &Opened::device_opt_;
+    static constexpr auto numel = &Opened::numel_;
+    static constexpr auto offset = &Opened::storage_offset_;
+  };
 
   static constexpr c10::DispatchKeySet kCpu{c10::DispatchKey::CPU};
   static constexpr c10::DispatchKeySet kCpuKeys =
@@ -125,8 +175,8 @@ class Tensor {
 #endif
 
   // Says whether the tensor has the key of a backend, otherwise only allowed keys, and a storage.
-  bool has_only(c10::DispatchKeySet key, c10::DispatchKeySet allowed) const {
-    const uint64_t keys = tensor_->key_set().raw_repr();
+  DRACOPT_INLINE bool has_only(c10::DispatchKeySet key, c10::DispatchKeySet allowed) const {
+    const uint64_t keys = key_set();
     const uint64_t any = allowed.raw_repr() | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView).raw_repr();
     return (keys & ~any) == 0 && (keys & key.raw_repr()) == key.raw_repr() && tensor_->unsafe_storage();
   }

@@ -40,8 +40,8 @@ TritonLaunches::TritonLaunches(LaunchKey key, const RuleEntry& rule, const Trito
     : GpuLaunches(key, {.tile = triton.tile, .room = std::numeric_limits<uint32_t>::max()}),
       launcher_(make_launcher(key, rule, triton)) {}
 
-void TritonLaunches::clear() {
-  GpuLaunches::clear();
+void TritonLaunches::begin() {
+  GpuLaunches::begin();
   sent_.clear();  // a step that failed may have left some
 }
 

@@ -13,7 +13,7 @@ class TritonLaunches final : public GpuLaunches {
  public:
   TritonLaunches(LaunchKey key, const RuleEntry& rule, const Triton& triton);
 
-  void clear() override;
+  void begin() override;
 
  private:
   void write_table(Memory& table, const std::vector<char>& image) override;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
+#include <variant>
 
 #include "bindings/refusals.h"
 
@@ -22,12 +24,21 @@ void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std:
                       double grad_scale, double coefficient, bool zeroes) {
   const RuleEntry& rule = inventory.rule;
   PowerMemo powers{};
-  const Ready* last = nullptr;  // neighbours nearly always have the same scalars
-  uint32_t last_group = 0;
-  StateScalar scalars[kMaxStateScalars], last_scalars[kMaxStateScalars];
-  count_ = 0;
   grad_scale_ = grad_scale;
   zeroes_ = zeroes;
+  if (std::exchange(prepared_for_, 0) == inventory.version && inventory.as_recorded && created.empty()) {
+    for (size_t i = 0; i < count_; ++i) {
+      prepare_one(prepared_[i], inventory, keys, powers, coefficient);
+    }
+    prepared_for_ = inventory.version;
+    return;
+  }
+  count_ = 0;
+  ++version_;
+  const Ready* last = nullptr;  // neighbours nearly always have the same scalars
+  uint32_t last_group = 0;
+  PreparedUpdate* prepared = nullptr;
+  StateScalar scalars[kMaxStateScalars], last_scalars[kMaxStateScalars];
   for (size_t i = 0; i < inventory.size(); ++i) {
     auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) continue;
@@ -41,29 +52,39 @@ void Updates::prepare(Inventory& inventory, const PythonReader& keys, const std:
     }
     if (!same) {
       if (count_ == prepared_.size()) prepared_.emplace_back();
-      PreparedUpdate& prepared = prepared_[count_++];
-      std::copy(scalars, scalars + rule.state_scalars, prepared.state_scalars);
+      prepared = &prepared_[count_++];
+      std::copy(scalars, scalars + rule.state_scalars, prepared->state_scalars);
       std::copy(scalars, scalars + rule.state_scalars, last_scalars);
-      const Group& group = inventory.group_of(i);
-      const auto arithmetic = static_cast<int>(ready->arithmetic);
-      const bool finite = rule.prepare[arithmetic](prepared.state_scalars, ready->first, group.hyperparameters, powers,
-                                                   &prepared.scalars);
-      if (!finite && !ready->has_recipe) refuse_scalars(inventory, keys, i);
-      prepared.update = {
-          rule.update[arithmetic][group.states], &prepared.scalars, grad_scale, coefficient, group.maximize, zeroes};
-      prepared.update.derive();
+      prepared->first_place = i;
+      prepare_one(*prepared, inventory, keys, powers, coefficient);
       last = ready;
       last_group = located.group;
     }
-    ready->update = static_cast<uint32_t>(count_ - 1);
-    inventory.segments[i].update = &prepared_[count_ - 1].update;
+    inventory.segments[i].update = prepared;
   }
+  if (created.empty()) prepared_for_ = inventory.version;
+}
+
+// Advances an update's state scalars by a step, and prepares the rest.
+void Updates::prepare_one(PreparedUpdate& prepared, const Inventory& inventory, const PythonReader& keys,
+                          PowerMemo& powers, double coefficient) {
+  const RuleEntry& rule = inventory.rule;
+  const size_t place = prepared.first_place;
+  const Ready& ready = std::get<Ready>(inventory.examined[place]);
+  const Group& group = inventory.group_of(place);
+  const auto arithmetic = static_cast<int>(ready.arithmetic);
+  const bool finite =
+      rule.prepare[arithmetic](prepared.state_scalars, ready.first, group.hyperparameters, powers, &prepared.prepared);
+  if (!finite && !ready.has_recipe) refuse_scalars(inventory, keys, place);
+  static_cast<Update&>(prepared) = {
+      rule.update[arithmetic][group.states], &prepared.prepared, grad_scale_, coefficient, group.maximize, zeroes_};
+  prepared.derive();
 }
 
 void Updates::set_coefficient(double coefficient) {
   for (size_t i = 0; i < count_; ++i) {
-    prepared_[i].update.coefficient = coefficient;
-    prepared_[i].update.derive();
+    prepared_[i].coefficient = coefficient;
+    prepared_[i].derive();
   }
 }
 
