@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant("dampening ignored", SGD, "static_cast<T>(1 - h.dampening)", "1", BITS),
     Mutant("mu_product stands still", NADAM, "state_scalars[1].multiply(mu)", "state_scalars[1].value * mu", BITS),
     Mutant("momentum of this step for the next", NADAM, "mu_next = momentum(step + 1, h)", "mu_next = mu", BITS),
-    # What a plan remembers of the step before
+    # The plan's memory of the step before
     *(
         Mutant(f"memory: {name}", file, old, new, f"test_memory::{test}")
         for name, file, old, new, test in [

@@ -89,7 +89,7 @@ struct Ready {
   void* scalar_data[kMaxStateScalars];
 };
 
-// What is_as_before() finds.
+// AsBefore holds what is_as_before() finds.
 struct AsBefore {
   void* gradient;            // its place
   bool as_recorded = false;  // the host's state scalars are those that the step before left

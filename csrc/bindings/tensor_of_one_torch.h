@@ -62,7 +62,7 @@ class Tensor {
     return object;
   }
 
-  // Of two tensors with equal key sets and with a storage, either both are plain, or neither is.
+  // Tensors that have equal key sets and a storage are all plain, or none of them is.
   uint64_t key_set() const { return tensor_->key_set().raw_repr(); }
 
   DRACOPT_INLINE bool is_plain_on_cpu() const { return has_only(kCpu, kCpuKeys); }
