@@ -250,7 +250,11 @@ def enter_inference_mode(run: Run) -> None:
 
 
 def count_far(run: Run) -> None:
-    """Makes step counts so large that their scalars are equal in some of the next steps."""
+    """Makes step counts so large that their scalars are equal in some of the next steps.
+
+    In the others they differ in the last bit, which shows because AdamW's decay leaves nothing of the parameters.
+    """
+    run.group["lr"] = 100.0
     for p, step in zip(run.params, (12000, 3, 12001, 12000), strict=True):
         if "step" in run.optimizer.state[p]:
             run.optimizer.state[p]["step"].fill_(step)
@@ -334,6 +338,7 @@ EDITS: dict[str, Callable[[Run], object]] = {
     # Gradients
     "no gradient": set_grad(lambda *_: None),
     "gradient in bf16": set_grad(lambda _, g: (setattr(g, "data", g.bfloat16()), g)[1]),
+    "gradient in fp64": set_grad(lambda _, g: (setattr(g, "data", g.double()), g)[1]),
     "gradient transposed": set_grad(lambda _, g: g.t()),
     "gradient with gaps": set_grad(lambda run, _: run.random(4, 8)[:, ::2]),
     "gradient expanded": set_grad(lambda run, _: run.random(4, 1).expand(4, 4)),

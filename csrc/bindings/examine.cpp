@@ -197,17 +197,17 @@ Examined examine(const Inventory& inventory, const Backends& backends, size_t i,
 
 namespace {
 
-DRACOPT_INLINE bool lacks_memory(const TensorFacts& facts, int64_t itemsize) {
-  return facts.numel > 0 && (facts.storage_offset + facts.numel) * itemsize > facts.storage_bytes;
+// Says whether a tensor's storage holds `bytes` bytes from its first element on, and where this lies.
+DRACOPT_INLINE bool has_memory(const TensorFacts& facts, int64_t itemsize, int64_t bytes, void*& data) {
+  const int64_t offset = facts.storage_offset * itemsize;
+  data = reinterpret_cast<void*>(facts.storage + static_cast<uintptr_t>(offset));
+  return offset + bytes <= facts.storage_bytes;
 }
 
-DRACOPT_INLINE void* data_of(const TensorFacts& facts, int64_t itemsize) {
-  return reinterpret_cast<void*>(facts.storage + static_cast<uintptr_t>(facts.storage_offset * itemsize));
-}
-
-// Says whether a tensor that is written lies at an address.
-DRACOPT_INLINE bool is_at(const TensorFacts& facts, const void* data, int64_t itemsize) {
-  return data_of(facts, itemsize) == data && !lacks_memory(facts, itemsize) && !facts.is_lazily_cloned;
+// Says whether `numel` elements that are written lie at an address.
+DRACOPT_INLINE bool is_at(const TensorFacts& facts, const void* data, int64_t itemsize, int64_t numel) {
+  void* found;
+  return has_memory(facts, itemsize, numel * itemsize, found) && found == data && !facts.is_lazily_cloned;
 }
 
 // Says whether a tensor is plain and on the parameter's device.
@@ -235,11 +235,11 @@ bool is_as_before(Located& located, const Ready& ready, const Segment& segment, 
   const Tensor p = located.param();
   const int device_index = ready.streams.device_index;
   TensorFacts param;
-  if (!is_exact_tensor(located.local)) return false;
   if (!(on_gpu ? p.is_plain_on_gpu() && p.gpu_index() == device_index : p.is_plain_on_cpu())) return false;
   if (!p.read(param) || param.dtype != ready.dtypes[kParam]) return false;
   if (param.numel * ready.reals != segment.numel || (p.is_inference() && !inference_mode)) return false;
-  if (!p.is_non_overlapping_and_dense() || !is_at(param, segment.data[kParam], ready.itemsizes[kParam])) return false;
+  if (!p.is_non_overlapping_and_dense()) return false;
+  if (!is_at(param, segment.data[kParam], ready.itemsizes[kParam], param.numel)) return false;
 
   {
     const Tensor gradient = located.grad;
@@ -247,8 +247,8 @@ bool is_as_before(Located& located, const Ready& ready, const Segment& segment, 
     TensorFacts facts;
     if (!is_beside<on_gpu>(gradient, p, device_index) || !gradient.read(facts)) return false;
     if (facts.dtype != ready.dtypes[kGrad] || !lies_like(gradient, facts, p, param)) return false;
-    found.gradient = data_of(facts, itemsize);
-    if (!is_aligned(found.gradient, segment.dtypes[kGrad]) || lacks_memory(facts, itemsize)) return false;
+    if (!has_memory(facts, itemsize, param.numel * itemsize, found.gradient)) return false;
+    if (!is_aligned(found.gradient, segment.dtypes[kGrad])) return false;
   }
   found.as_recorded = segment.update != nullptr;
   for (int k = 0; k < scalars; ++k) {
@@ -261,7 +261,7 @@ bool is_as_before(Located& located, const Ready& ready, const Segment& segment, 
     if (!scalar.read(facts) || facts.dtype != ready.scalar_dtypes[k] || facts.numel != 1) return false;
     const void* const data = ready.scalar_data[k];
     const bool fp32 = ready.scalar_fp32[k];
-    if (!is_at(facts, data, fp32 ? 4 : 8)) return false;
+    if (!is_at(facts, data, fp32 ? 4 : 8, 1)) return false;
     if (ready.scalar_on_gpu[k]) continue;
     const double now = fp32 ? *static_cast<const float*>(data) : *static_cast<const double*>(data);
     if (k == 0 && !is_step_count(now)) return false;
@@ -274,7 +274,7 @@ bool is_as_before(Located& located, const Ready& ready, const Segment& segment, 
     TensorFacts facts;
     if (!is_beside<on_gpu>(state, p, device_index) || !state.read(facts)) return false;
     if (facts.dtype != ready.dtypes[k] || !lies_like(state, facts, p, param)) return false;
-    if (!is_at(facts, segment.data[k], ready.itemsizes[k])) return false;
+    if (!is_at(facts, segment.data[k], ready.itemsizes[k], param.numel)) return false;
   }
   return true;
 }

@@ -17,8 +17,8 @@ inline constexpr char kSubclasses[] = "tensor subclasses";
 Examined examine(const Inventory& inventory, const Backends& backends, size_t i, bool inference_mode, Segment& segment);
 
 // Says whether a parameter that an earlier step found ready is as that step found it. Then examine() would find the
-// same again, which takes four times as long. The parameter's group must have the same terms. Only the gradient may lie
-// elsewhere.
+// same again, which takes four times as long. The parameter's group must have the same terms, and its local tensor must
+// be of no subclass. Only the gradient may lie elsewhere.
 bool is_as_before(Located& located, const Ready& ready, const Segment& segment, int scalars, bool inference_mode,
                   AsBefore& found);
 

@@ -216,9 +216,7 @@ struct Inventory {
       if (std::holds_alternative<Unsupported>(examined[i])) ++tally.unsupported;
       if (!std::holds_alternative<Ready>(examined[i])) continue;
       ++tally.ready[static_cast<int>(streams->backend)][streams->on_gpu];
-      if (streams->backend != Backend::cpu) continue;
-      segments[i].first_unit = tally.cpu_units;
-      tally.cpu_units += units_of(segments[i].numel, segments[i].unit_numel);
+      if (streams->backend == Backend::cpu) append_units(segments[i], tally.cpu_units);
     }
   }
 

@@ -39,7 +39,7 @@ inline uint64_t version_of([[maybe_unused]] PyObject* object) {
 }
 
 // Brings the entries of a dict into the cache.
-inline void prefetch_entries(PyObject* dict) {
+DRACOPT_INLINE void prefetch_entries(PyObject* dict) {
   if (!PyDict_Check(dict)) return;
   const auto* entries = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
   for (int line = 0; line < 6; ++line) prefetch(entries + 64 * line);

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kShortStepUnits = HeldMemory::kWorthBytes / kUnitBytes;
 
 // Advances what a step changes beside the streams: versions, and the state scalars that the host holds.
-void record(const Inventory& inventory, size_t i) {
+DRACOPT_INLINE void record(const Inventory& inventory, size_t i) {
   const Ready& ready = *std::get_if<Ready>(&inventory.examined[i]);
   const Located& located = inventory.located[i];
   const int scalars = inventory.rule.state_scalars, values = scalars + ready.streams.count - kFirstState;
@@ -82,8 +82,8 @@ size_t fill_slot(const Inventory& inventory, size_t i, const Ready& ready, uint6
   return count;
 }
 
-// The words of the last parameter that was taken.
-struct Slot {
+// Holds a slot's words. Neighbours that share an update share the words.
+struct SlotWords {
   void take(const Inventory& inventory, size_t i, const Ready& ready) {
     const Update* const its = inventory.segments[i].update;
     if (std::exchange(update, its) != its) count = fill_slot(inventory, i, ready, words);
@@ -297,7 +297,7 @@ void Runner::fill(const Inventory& inventory, const Clipping* clipping, const Ba
   by_place_.clear();
   by_place_.reserve(inventory.size());
   const RuleEntry& rule = inventory.rule;
-  Slot slot;
+  SlotWords slot;
   Segment gradient;
   std::deque<Layout> own;  // of gradients
   for (size_t i = 0; i < inventory.size(); ++i) {
@@ -323,7 +323,7 @@ void Runner::fill(const Inventory& inventory, const Clipping* clipping, const Ba
 // launches are needed.
 bool Runner::fill_again(const Inventory& inventory) {
   for (const auto& launches : launches_) launches->begin_again();
-  Slot slot;
+  SlotWords slot;
   for (size_t i = 0; i < inventory.size(); ++i) {
     if (by_place_[i] == nullptr) continue;
     slot.take(inventory, i, std::get<Ready>(inventory.examined[i]));

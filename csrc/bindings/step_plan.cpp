@@ -19,24 +19,31 @@ namespace {
 // a thousand tensors with the step before.
 constexpr int64_t kGrainTensors = 1024;
 
-// Fetches into the cache what the comparison of a place will read, as far as the step before tells. First come the
-// objects, then what these point to.
-void prefetch_objects(const Located& located, const Segment& segment, bool on_gpu) {
+// Fetches what the comparison of a place will read, as far as the step before tells. First come the objects and the
+// numbers, then what the objects point to.
+DRACOPT_INLINE void prefetch_objects(const Inventory& inventory, size_t i) {
+  const Located& located = inventory.located[i];
   located.grad.prefetch();
-  for (int k = 0; k < kMaxStateKeys; ++k) {
+  for (int k = 0; k < located.wanted; ++k) {
     prefetch(located.values[k]);
     located.tensors[k].prefetch();
   }
-  for (int k = 0; k < kMaxStreams && !on_gpu; ++k) prefetch(segment.data[k]);
+  const auto* const ready = std::get_if<Ready>(&inventory.examined[i]);
+  if (ready == nullptr) return;
+  for (int k = 0; k < inventory.rule.state_scalars; ++k) prefetch(ready->scalar_data[k]);
 }
 
-void prefetch_parts(const Located& located) {
+DRACOPT_INLINE void prefetch_parts(const Located& located) {
   if (!located.grad.is_defined()) return;
-  located.grad.prefetch_parts();
-  located.param().prefetch_parts();
-  for (int k = 0; k < kMaxStateKeys; ++k) {
+  located.grad.prefetch_storage();
+  const auto of_written = [](Tensor tensor) {
+    tensor.prefetch_storage();
+    tensor.prefetch_version();
+  };
+  of_written(located.param());
+  for (int k = 0; k < located.wanted; ++k) {
     PyObject* const value = located.values[k];
-    if (value != nullptr && is_exact_tensor(value)) Tensor::in(value).prefetch_parts();
+    if (value != nullptr && is_exact_tensor(value)) of_written(Tensor::in(value));
   }
 }
 
@@ -147,7 +154,7 @@ void StepPlan::examine_all(bool inference_mode) {
     const auto last = static_cast<size_t>(end);
     for (auto i = static_cast<size_t>(begin); i < last; ++i) {
       constexpr size_t far = 4, near = 2;  // in places
-      if (i + far < last) prefetch_objects(inventory.located[i + far], inventory.segments[i + far], share.on_gpu);
+      if (i + far < last) prefetch_objects(inventory, i + far);
       if (i + near < last) prefetch_parts(inventory.located[i + near]);
       Located& located = inventory.located[i];
       Examined& examined = inventory.examined[i];
@@ -157,7 +164,8 @@ void StepPlan::examine_all(bool inference_mode) {
       const auto* const ready = std::get_if<Ready>(&examined);
       AsBefore as_before;
       if (has_gradient && ready != nullptr && (share.same_terms || inventory.group_of(i).same_terms) &&
-          !inventory.is_set_apart(i) && has_same_backend(ready->streams) &&
+          (!inventory.has_subclasses || is_exact_tensor(located.local)) && !inventory.is_set_apart(i) &&
+          has_same_backend(ready->streams) &&
           is_as_before(located, *ready, segment, scalars, share.inference_mode, as_before)) {
         moved |= std::exchange(segment.data[kGrad], as_before.gradient) != as_before.gradient;
         not_recorded |= !as_before.as_recorded;

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "core/macros.h"
+#include "core/prefetch.h"
 
 namespace dracopt {
 

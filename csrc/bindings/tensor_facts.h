@@ -117,6 +117,4 @@ inline double number_at(const void* data, Dtype dtype) {
   return number;
 }
 
-inline void prefetch(const void* address) { __builtin_prefetch(address); }
-
 }  // namespace dracopt

@@ -169,12 +169,11 @@ class Tensor {
   }
 
   // A tensor that is gone must not be read, not even for its address.
-  void prefetch() const { __builtin_prefetch(place_); }
+  DRACOPT_INLINE void prefetch() const { dracopt::prefetch(place_); }
 
-  void prefetch_parts() const {
-    __builtin_prefetch(storage());
-    __builtin_prefetch(any_torch::at<void*>(impl(), places.version), 1);
-  }
+  DRACOPT_INLINE void prefetch_storage() const { dracopt::prefetch(storage()); }
+
+  DRACOPT_INLINE void prefetch_version() const { dracopt::prefetch(any_torch::at<void*>(impl(), places.version)); }
 
   HeldMemory hold_memory() const {
     AtenTensorHandle alias;

@@ -14,6 +14,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
+#include <cstring>
 #include <span>
 
 namespace dracopt {
@@ -132,24 +133,36 @@ class Tensor {
   }
 
   // Fetches what torch knows of a tensor into the cache. Works for a tensor that is gone, and for none.
-  DRACOPT_INLINE void prefetch() const {
-    constexpr size_t step = 56;  // so that no line is left out, wherever the tensor begins in one
-    static_assert(sizeof(c10::TensorImpl) >= 3 * step && sizeof(c10::TensorImpl) <= 4 * step);
-    for (size_t at = 0; at < 4 * step; at += step) __builtin_prefetch(reinterpret_cast<const char*>(tensor_) + at);
+  DRACOPT_INLINE void prefetch() const { prefetch_members(tensor_, sizeof(c10::TensorImpl)); }
+
+  // Fetches what is asked of the tensor's storage, which lies before its last 32 bytes.
+  DRACOPT_INLINE void prefetch_storage() const {
+    prefetch_members(tensor_->unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl) - 32);
   }
 
-  // Fetches what the tensor only points to: its storage, and the count of its changes.
-  DRACOPT_INLINE void prefetch_parts() const {
-    __builtin_prefetch(tensor_->unsafe_storage().unsafeGetStorageImpl());
-    const c10::VariableVersion& count = tensor_->version_counter();  // holds nothing else than a pointer
-    __builtin_prefetch(*reinterpret_cast<void* const*>(&count), 1);
+  // Fetches the count of the tensor's changes.
+  DRACOPT_INLINE void prefetch_version() const {
+    const c10::VariableVersion& version = tensor_->version_counter();
+    static_assert(sizeof(version) == sizeof(uintptr_t), "it holds nothing else than a pointer");
+    uintptr_t count;
+    std::memcpy(&count, &version, sizeof(count));
+    dracopt::prefetch(reinterpret_cast<void*>(count + kFirstMember));
   }
 
   HeldMemory hold_memory() const { return HeldMemory(tensor_); }
 
  private:
+  static constexpr uintptr_t kFirstMember = sizeof(c10::intrusive_ptr_target);
+
   friend class Memory;
   explicit Tensor(c10::TensorImpl* tensor) : tensor_(tensor) {}
+
+  // Fetches the members of an object, which begin behind what all such objects have. The object may be null.
+  DRACOPT_INLINE static void prefetch_members(const void* object, size_t bytes) {
+    const auto first = reinterpret_cast<uintptr_t>(object);
+    for (uintptr_t at = kFirstMember; at < bytes; at += 64) dracopt::prefetch(reinterpret_cast<void*>(first + at));
+    dracopt::prefetch(reinterpret_cast<void*>(first + bytes - 1));  // objects seldom begin with a line
+  }
 
   // Names members that torch lets only derived classes see.
   struct Opened : c10::TensorImpl {

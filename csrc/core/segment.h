@@ -6,6 +6,7 @@
 
 #include "core/dtype.h"
 #include "core/layout.h"
+#include "core/prefetch.h"
 
 namespace dracopt {
 
@@ -62,13 +63,16 @@ inline int64_t units_of(int64_t numel, int32_t unit_numel) {
   return numel <= unit_numel ? 1 : numel / unit_numel + (numel % unit_numel != 0);
 }
 
+// Appends a segment to a list of `units` units, which grows.
+inline void append_units(Segment& segment, int64_t& units) {
+  segment.first_unit = units;
+  units += units_of(segment.numel, segment.unit_numel);
+}
+
 // Counts the units of a list, and gives each segment the number of its first unit.
 inline int64_t number_units(Segment* segments, size_t count) {
   int64_t units = 0;
-  for (size_t i = 0; i < count; ++i) {
-    segments[i].first_unit = units;
-    units += units_of(segments[i].numel, segments[i].unit_numel);
-  }
+  for (size_t i = 0; i < count; ++i) append_units(segments[i], units);
   return units;
 }
 
@@ -82,11 +86,18 @@ inline size_t segment_at(const Segment* segments, size_t count, int64_t unit) {
   return low;
 }
 
-// Updates the units [begin, end) of the list.
+// Fetches the first line of each stream.
+DRACOPT_INLINE void prefetch_streams(const Segment& segment) {
+  for (int k = 0; k < kMaxStreams && segment.data[k] != nullptr; ++k) prefetch(segment.data[k]);
+}
+
+// Updates the units [begin, end) of the list. The processor does not foresee where the next tensors lie.
 inline void run_units(const Segment* segments, size_t count, int64_t begin, int64_t end) {
+  constexpr size_t ahead = 4;
   for (size_t i = segment_at(segments, count, begin); i < count; ++i) {
     const Segment& segment = segments[i];
     if (segment.first_unit >= end) break;
+    if (i + ahead < count) prefetch_streams(segments[i + ahead]);
     const int64_t from = begin > segment.first_unit ? (begin - segment.first_unit) * segment.unit_numel : 0;
     const int64_t units = end - segment.first_unit;
     const int64_t to = units < units_of(segment.numel, segment.unit_numel) ? units * segment.unit_numel : segment.numel;

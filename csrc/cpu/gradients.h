@@ -70,7 +70,6 @@ DRACOPT_HD void change_in_place(const Segment& segment, int64_t begin, int64_t e
   alignas(64) T staged[kTile<T>];
   for (int64_t from = begin; from < end; from += kTile<T>) {
     const int64_t count = end - from < kTile<T> ? end - from : kTile<T>;
-    prefetch<T>(segment, kGrad, from, end);
     T* const tile = load(segment, kGrad, from, count, staged);
     DRACOPT_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) tile[i] = change(tile[i]);

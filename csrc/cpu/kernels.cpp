@@ -80,12 +80,15 @@ template <typename Rule, typename T, int N>
 void apply_staged(const Segment& segment, int64_t from, int64_t count) {
   alignas(64) T staged[kFirstState + N][kTile<T>];
   T* tiles[kFirstState + N];
-  for (int k = 0; k < kFirstState + N; ++k) tiles[k] = load(segment, k, from, count, staged[k]);
+  const bool in_place = all_dense(segment, kFirstState + N, dtype_of<T>);
+  for (int k = 0; k < kFirstState + N; ++k) {
+    tiles[k] = in_place ? static_cast<T*>(segment.data[k]) + from : load(segment, k, from, count, staged[k]);
+  }
   if (segment.update->divides) {
     tiles[kGrad] = divided(tiles[kGrad], segment.update->grad_scale, count, staged[kGrad]);
   }
   apply<Rule, T, N>(segment, tiles, count);
-  for (int k = 0; k < kFirstState + N; ++k) {
+  for (int k = 0; k < kFirstState + N && !in_place; ++k) {
     if (k != kGrad && tiles[k] == staged[k]) store(segment, k, from, count, staged[k]);
   }
 }
@@ -97,7 +100,6 @@ void update(const Segment& segment, int64_t begin, int64_t end) {
   const bool all_bf16 = !segment.update->divides && all_dense(segment, kFirstState + N, Dtype::bf16);
   for (int64_t from = begin; from < end; from += kTile<T>) {
     const int64_t count = end - from < kTile<T> ? end - from : kTile<T>;
-    for (int k = 0; k < kFirstState + N; ++k) prefetch<T>(segment, k, from, end);
     if (all_bf16) {
       apply_bf16<Rule, N>(segment, from, count);
     } else {

@@ -10,21 +10,11 @@ inline namespace DRACOPT_ISA {
 template <typename T>
 constexpr int64_t kTile = 512 / sizeof(T);  // elements
 
-// Prefetches a later tile, because the processor's own prefetchers lose track of so many streams at once. On one large
-// tensor this gains a fifth.
-template <typename T>
-void prefetch(const Segment& segment, int stream, int64_t from, int64_t end) {
-  from += 8 * kTile<T>;
-  if (from >= end || !segment.dense[stream]) return;
-  const int64_t bytes = itemsize(segment.dtypes[stream]);
-  const char* const tile = static_cast<const char*>(segment.data[stream]) + from * bytes;
-  for (int64_t line = 0; line < kTile<T> * bytes; line += 64) __builtin_prefetch(tile + line);
-}
-
 inline bool all_dense(const Segment& segment, int streams, Dtype dtype) {
-  bool all = true;
-  for (int k = 0; k < streams; ++k) all &= segment.dense[k] && segment.dtypes[k] == dtype;
-  return all;
+  for (int k = 0; k < streams; ++k) {
+    if (!segment.dense[k] || segment.dtypes[k] != dtype) return false;
+  }
+  return true;
 }
 
 // Calls `body(offset, stride, n)` for runs of n elements that lie `stride` apart. Together the runs are the `count`
