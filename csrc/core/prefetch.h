@@ -5,10 +5,10 @@
 
 namespace dracopt {
 
-// Fetches the line of an address, which may be any, into the second-level cache. There it is near enough, and a
-// processor waits for more lines at a time than its first-level cache can take in.
+// Fetches the line of an address, which may be any, into the second-level cache. That is near enough, and more lines
+// can be under way to it than to the first level.
 //
-// Functions that only prefetch must be DRACOPT_INLINE: GCC finds that they have no effect, and leaves out the calls.
+// Functions that only prefetch must be DRACOPT_INLINE. GCC finds that others have no effect, and leaves out the calls.
 DRACOPT_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 }  // namespace dracopt
