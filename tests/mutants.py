@@ -49,6 +49,7 @@ ANY_TORCH, ONE_TORCH = (f"csrc/bindings/tensor_of_{which}_torch.h" for which in 
 TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
 ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
+PATCHES, RUNS = "csrc/cpu/patches.h", "csrc/cpu/runs.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
 PLAN, READER, EXAMINE, UPDATES, RUNNER, TODO, REFUSALS, SEARCH, LAUNCHES = (
     f"csrc/bindings/{name}.cpp"
@@ -253,13 +254,13 @@ MUTANTS = [
         "test_gpu::test_triton_serves_where_cuda_does_not",
     ),
     # The loop and its tiles
-    Mutant("lost tail", KERNELS, "i < words; ++i)", "i < (words & ~7); ++i)", BITS),
+    Mutant("lost tail", KERNELS, "i < count; ++i) {\n    T of", "i < (count & ~7); ++i) {\n    T of", BITS),
     Mutant("maximize ignored", SEGMENT, "(maximize ? -1 : 1) * coefficient", "coefficient", BITS),
     Mutant(
         "grad_scale ignored",
-        KERNELS,
-        "if (segment.update->divides) {",
-        "if (false) {",
+        TILES,
+        "if (!update.divides) return tile;",
+        "return tile;",
         "test_dtypes::test_grad_scale_is_divided_by",
     ),
     Mutant(
@@ -282,6 +283,25 @@ MUTANTS = [
         "offset += strides[d - 1] - index[d] * strides[d];",
         "offset += strides[d - 1] - strides[d];",
         "test_layouts::test_one_layout",
+    ),
+    Mutant(
+        "a run that is not all of the tile in place",
+        TILES,
+        "if (n == count && stride == 1)",
+        "if (n == count)",
+        "test_layouts::test_one_layout",
+    ),
+    *(
+        Mutant(f"patches: {name}", file, old, new, f"test_layouts::{test}")
+        for name, file, old, new, test in [
+            ("copies not written back", KERNELS, "rows[k].first == staged[k]) store", "false) store", "test_patches"),
+            ("rows that lie apart as one", KERNELS, "adjacent &= rows[k].pitch ==", "adjacent |= 0 ==", "test_patches"),
+            ("gradients stay", KERNELS, "zeroes) clear(patches", "divides > 1) clear(patches", "test_patches"),
+            ("short rows in place", PATCHES, "pitch == patch.columns || patch", "true || patch", "test_patches"),
+            ("the last ones of a tensor lost", PATCHES, "element == numel_ || ", "", "test_patches"),
+            ("outer dimensions ignored", PATCHES, "if (d != row_dim_) take(d, 1);", "", "test_patches"),
+            ("cut beyond the end", PATCHES, "size(d) - begin < most ? size(d) - begin : most", "most", "test_patches"),
+        ]
     ),
     Mutant(
         "strides ignored",
@@ -314,7 +334,7 @@ MUTANTS = [
     Mutant(
         "NaN rounded to zero",
         DTYPE,
-        "x != x ? 0x7fc00000u : bits",
+        "x != x ? Bits{} + 0x7fc00000u : bits",
         "bits",
         "test_dtypes::test_every_rounding_to_16_bits_is_right",
     ),
@@ -380,10 +400,10 @@ MUTANTS = [
     ),
     Mutant(
         "halves of a pair swapped",
-        DTYPE,
-        "narrow_pair(from[0], from[1], Bf16())",
-        "narrow_pair(from[1], from[0], Bf16())",
-        "test_dtypes::test_reference",
+        RUNS,
+        "low >> 16 | (high & 0xffff0000u)",
+        "high >> 16 | (low & 0xffff0000u)",
+        "test_core::test_conversions",
     ),
     Mutant(
         "the search trusts what lay at another place",
@@ -1625,8 +1645,8 @@ MUTANTS = [
     Mutant(
         "tail: gradients stay",
         KERNELS,
-        "if (segment.update->zeroes) clear",
-        "if (false) clear",
+        "if (segment.update->zeroes) clear<T>(",
+        "if (false) clear<T>(",
         "test_zero_grad::test_step_that_zeroes",
     ),
     Mutant(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 from dracopt_ext import _C
 from dracopt_ext.backend import NATIVE
 
+from .isa import ISA_FLAGS
 from .mutants import MUTANTS
 
 ROOT = Path(__file__).parents[1]
@@ -138,9 +138,7 @@ def test_module_needs_no_openmp_of_its_own() -> None:
 @pytest.mark.skipif(shutil.which("nm") is None or shutil.which(COMPILER) is None, reason="needs nm and a compiler")
 def test_instruction_sets_share_no_function(tmp_path: Path) -> None:
     """Every weak or global function of an object compiled for an instruction set carries that set in its name."""
-    for isa, flags in {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mfma"]}.items():
-        if flags and platform.machine() != "x86_64":
-            continue
+    for isa, flags in ISA_FLAGS.items():
         command = [
             COMPILER,
             "-std=c++20",

@@ -1,5 +1,5 @@
-"""Tests the rules' scalars, the numbering of strided elements and the sharing of work, compiled on their own. No torch
-is needed, and no tensor is allocated, however many elements it has."""
+"""Tests the rules' scalars, the numbering of strided elements, the sharing of work, conversions and kernels. They are
+compiled on their own, without torch, and for a 64-bit Arm as well if a cross compiler and an emulator are installed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,38 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from .isa import ISA_FLAGS, runs
+
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
+MACHINES = {
+    "this machine": (COMPILER, []),
+    "aarch64": ("aarch64-linux-gnu-g++", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]),
+}
+"""The compiler for each machine, and the command that runs its programs."""
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
+OutputOf = Callable[..., str]
 
 
-def output_of(program: str, folder: Path) -> str:
+def compile_and_run(machine: str, folder: Path, program: str, *flags: str) -> str:
+    """Returns what the program prints."""
+    compiler, emulator = MACHINES[machine]
+    if any(shutil.which(tool) is None for tool in (compiler, *emulator[:1])):
+        pytest.skip(f"no compiler or emulator for {machine}")
     (folder / "program.cpp").write_text(program)
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([COMPILER, *flags, "program.cpp", "-o", "program"], cwd=folder, check=True)
-    return subprocess.run([folder / "program"], capture_output=True, text=True, check=True).stdout
+    common = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *common, *flags, "program.cpp", "-o", "program"], cwd=folder, check=True)
+    return subprocess.run([*emulator, folder / "program"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(params=MACHINES)
+def output_of(request: pytest.FixtureRequest, tmp_path: Path) -> OutputOf:
+    return lambda program, *flags: compile_and_run(request.param, tmp_path, program, *flags)
 
 
 POWERS = """
@@ -43,8 +60,8 @@ int main() {
 """
 
 
-def test_bias_corrections_are_those_of_libm_up_to_a_million_steps(tmp_path: Path) -> None:
-    assert output_of(POWERS, tmp_path) == "0 0", "powers that round to another fp32 scalar; those more than an ulp off"
+def test_bias_corrections_are_those_of_libm_up_to_a_million_steps(output_of: OutputOf) -> None:
+    assert output_of(POWERS) == "0 0", "powers that round to another fp32 scalar; those more than an ulp off"
 
 
 MOMENTA = """
@@ -75,8 +92,8 @@ int main() {
 """
 
 
-def test_nadams_momenta_are_those_of_libm_up_to_a_million_steps(tmp_path: Path) -> None:
-    assert output_of(MOMENTA, tmp_path) == "0 0 1 1", "other fp32 scalars; more than an ulp off; exponential; its ends"
+def test_nadams_momenta_are_those_of_libm_up_to_a_million_steps(output_of: OutputOf) -> None:
+    assert output_of(MOMENTA) == "0 0 1 1", "other fp32 scalars; more than an ulp off; exponential; its ends"
 
 
 # The segments' update function records its range. No memory is allocated: the largest has 2^40 elements.
@@ -131,8 +148,8 @@ int main() {
 """
 
 
-def test_work_is_shared_without_gap_or_overlap_beyond_two_to_the_31(tmp_path: Path) -> None:
-    assert output_of(SHARING, tmp_path) == "0"
+def test_work_is_shared_without_gap_or_overlap_beyond_two_to_the_31(output_of: OutputOf) -> None:
+    assert output_of(SHARING) == "0"
 
 
 LAYOUTS = """
@@ -166,9 +183,9 @@ int main() {
 """
 
 
-def test_layouts_join_what_all_streams_traverse_as_one(tmp_path: Path) -> None:
+def test_layouts_join_what_all_streams_traverse_as_one(output_of: OutputOf) -> None:
     giga = 2**30
-    assert output_of(LAYOUTS, tmp_path).splitlines() == [
+    assert output_of(LAYOUTS).splitlines() == [
         "120:1,1 11",
         "4:30,1 5:6,4 6:1,20 10",
         "120:1,1 11",
@@ -200,9 +217,258 @@ int main() {
 """
 
 
-def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
+def test_offsets_beyond_two_to_the_31(output_of: OutputOf) -> None:
     big = 2**32
-    assert output_of(EXTREMES, tmp_path).split() == [f"{2 + (big - 2) * 5}+5x2", "3+5x2"]
+    assert output_of(EXTREMES).split() == [f"{2 + (big - 2) * 5}+5x2", "3+5x2"]
+
+
+# Cuts tensors of which one is transposed, and shares them among threads. No memory is allocated.
+PATCHES = """
+#include <cstdio>
+#include <initializer_list>
+#include <vector>
+#include "cpu/patches.h"
+using namespace dracopt;
+static long faults = 0;
+
+static void check(std::vector<int64_t> sizes, std::vector<int64_t> other) {
+  Segment segment{};
+  Layout layout{};
+  layout.dims = static_cast<int>(sizes.size());
+  segment.numel = 1;
+  for (int d = layout.dims - 1; d >= 0; --d) {
+    layout.sizes[d] = sizes[static_cast<size_t>(d)];
+    layout.strides[0][d] = segment.numel;
+    layout.strides[1][d] = other[static_cast<size_t>(d)];
+    segment.numel *= layout.sizes[d];
+  }
+  segment.layout = &layout;
+  const int row_dim = find_row_dim(layout, 2);
+  faults += row_dim == layout.dims - 1;
+  if (row_dim == layout.dims - 1) return;
+  const Patches<float> patches(segment, 2, row_dim);
+  faults += patches.first_from(0) != 0;
+  const int64_t all = patches.first_from(segment.numel);
+  // Ranges share the patches without gap or overlap, and about evenly.
+  for (int64_t threads : {1, 2, 3, 7, 64}) {
+    const int64_t share = segment.numel / threads;
+    int64_t before = 0;
+    for (int64_t t = 1; t <= threads; ++t) {
+      const int64_t end = patches.first_from(t == threads ? segment.numel : t * share);
+      faults += end < before || end > all || (all > 64 * 64 && end - before > 2 * all / threads);
+      before = end;
+    }
+    faults += before != all;
+  }
+  if (segment.numel > 1000000) return;
+  // Every element belongs to one patch, at one place in both tensors.
+  std::vector<int> found(static_cast<size_t>(segment.numel));
+  for (int64_t number = 0; number < all; ++number) {
+    const Patch patch = patches.at(number);
+    faults += patch.rows < 1 || patch.columns < 1 || patch.rows * patch.columns > Patches<float>::kMost;
+    for (int64_t row = 0; row < patch.rows; ++row) {
+      for (int64_t column = 0; column < patch.columns; ++column) {
+        int64_t at = patch.offsets[0] + row * patches.row_stride(0) + column * patches.column_stride(0), theirs = 0;
+        ++found[static_cast<size_t>(at)];
+        for (int d = layout.dims - 1; d >= 0; at /= layout.sizes[d--]) {
+          theirs += at % layout.sizes[d] * layout.strides[1][d];
+        }
+        faults += theirs != patch.offsets[1] + row * patches.row_stride(1) + column * patches.column_stride(1);
+      }
+    }
+  }
+  for (int times : found) faults += times != 1;
+}
+
+int main() {
+  const int64_t G = int64_t(1) << 30;
+  check({3, 2}, {1, 3});
+  check({64, 64}, {1, 64});
+  check({129, 65}, {1, 129});
+  check({1000, 130}, {2, 2000});
+  check({7, 300, 9}, {2700, 1, 300});          // channels_last
+  check({3, 5, 70, 11}, {1, 3, 15, 1050});     // their order is the reverse
+  check({70, 5, 70}, {1, 0, 70});              // they are expanded along the second
+  check({4 * G, 1000}, {1, 4 * G});
+  check({5, 8 * G, 3}, {24 * G, 1, 8 * G});
+  std::printf("%ld", faults);
+}
+"""
+
+
+def test_patches_hold_every_element_once(output_of: OutputOf) -> None:
+    assert output_of(PATCHES) == "0"
+
+
+# Compares the processor's conversions with the integer arithmetic that defines them, NaNs included.
+CONVERSIONS = """
+#include <cstdio>
+#include <cstring>
+#include "cpu/runs.h"
+using namespace dracopt;
+static long wrong = 0;
+
+static uint32_t bits(float x) { return bits_of(x); }
+static uint32_t bits(Bf16 x) { return x.bits; }
+static uint32_t bits(Fp16 x) { return x.bits; }
+
+// The order of a block's numbers once they are widened.
+template <typename Stored>
+static void find_order(int* order) {
+  Stored numbers[kBlock];
+  float wide[kBlock];
+  for (int i = 0; i < kBlock; ++i) numbers[i] = narrow<Stored>(static_cast<float>(i));
+  widen_block(numbers, wide);
+  for (int i = 0; i < kBlock; ++i) order[i] = static_cast<int>(wide[i]);
+}
+
+template <typename Stored>
+static void narrow_all(const uint32_t (&patterns)[kBlock]) {
+  static int order[kBlock];
+  if (order[1] == 0) find_order<Stored>(order);
+  float numbers[kBlock], permuted[kBlock];
+  std::memcpy(numbers, patterns, sizeof(numbers));
+  for (int i = 0; i < kBlock; ++i) permuted[i] = numbers[order[i]];
+  Stored run[kBlock], block[kBlock];
+  narrow_run(numbers, kBlock - 1, run);  // with a rest that fills no vector
+  run[kBlock - 1] = narrow<Stored>(numbers[kBlock - 1]);
+  narrow_block(permuted, block);
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t expected = bits(narrow<Stored>(numbers[i]));
+    wrong += (bits(run[i]) != expected) + (bits(block[i]) != expected);
+  }
+}
+
+template <typename Stored>
+static void widen_all() {
+  int order[kBlock];
+  find_order<Stored>(order);
+  for (uint32_t first = 0; first < 0x10000; first += kBlock) {
+    Stored numbers[kBlock];
+    float run[kBlock], block[kBlock];
+    for (int i = 0; i < kBlock; ++i) numbers[i].bits = static_cast<uint16_t>(first + static_cast<uint32_t>(i));
+    widen_run(numbers, kBlock - 1, run);
+    run[kBlock - 1] = widen(numbers[kBlock - 1]);
+    widen_block(numbers, block);
+    for (int i = 0; i < kBlock; ++i) {
+      wrong += (bits(run[i]) != bits(widen(numbers[i]))) + (bits(block[i]) != bits(widen(numbers[order[i]])));
+    }
+  }
+}
+
+int main() {
+  widen_all<Bf16>();
+  widen_all<Fp16>();
+  // All upper halves, with all lower ones next to which the rounding changes, and others.
+  const uint32_t lower[] = {0, 1, 0xfff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x3001, 0x7fff, 0x8000, 0x8001, 0xffff};
+  for (uint32_t upper = 0; upper < 0x10000; ++upper) {
+    for (uint32_t low : lower) {
+      for (int lane = 0; lane < kBlock; lane += kBlock - 1) {  // one number alone, and all of a block
+        uint32_t patterns[kBlock];
+        for (int i = 0; i < kBlock; ++i) patterns[i] = lane == 0 ? (upper << 16 | low) + 0x9e3779b9u * (uint32_t)i : 0;
+        patterns[lane] = upper << 16 | low;
+        narrow_all<Bf16>(patterns);
+        narrow_all<Fp16>(patterns);
+      }
+    }
+  }
+  std::printf("%ld", wrong);
+}
+"""
+
+
+def test_conversions(output_of: OutputOf) -> None:
+    assert output_of(CONVERSIONS) == "0"
+
+
+@pytest.mark.parametrize("isa", list(ISA_FLAGS)[1:])
+def test_conversions_of_instruction_sets(isa: str, tmp_path: Path) -> None:
+    if not runs(isa):
+        pytest.skip(f"this machine does not run {isa}")
+    assert compile_and_run("this machine", tmp_path, CONVERSIONS, *ISA_FLAGS[isa]) == "0"
+
+
+# Takes a step of every rule with every mixture of dtypes, in rows and transposed. Prints a digest of all streams.
+KERNELS = """
+#include <cstdio>
+#include <cstring>
+#include <vector>
+#include "cpu/kernels.cpp"
+using namespace dracopt;
+static uint64_t digest = 1;
+static uint32_t seed = 1;
+
+static void step(const RuleEntry& rule, int states, int arithmetic, const Dtype* dtypes, int64_t rows,
+                 int64_t columns) {
+  std::vector<double> memory[kMaxStreams];
+  Segment segment{};
+  Layout layout{2, {rows, columns}, {}};
+  segment.numel = rows * columns;
+  for (int k = 0; k < kFirstState + states; ++k) {
+    const bool transposed = rows > 1 && k == kGrad;
+    layout.strides[k][0] = transposed ? 1 : columns;
+    layout.strides[k][1] = transposed ? rows : 1;
+    memory[k].resize(static_cast<size_t>(segment.numel));
+    segment.data[k] = memory[k].data();
+    segment.dtypes[k] = dtypes[k < kFirstState ? k : kFirstState];
+    segment.dense[k] = !transposed;
+    as_stored(segment.data[k], segment.dtypes[k], [&](auto* data) {
+      for (int64_t i = 0; i < segment.numel; ++i) {
+        seed = seed * 1664525 + 1013904223;
+        const float number = static_cast<float>(static_cast<int32_t>(seed) >> 8) * 0x1p-23f;
+        data[i] = narrow<std::remove_pointer_t<decltype(data)>>(k < kFirstState ? number : number * number);
+      }
+    });
+  }
+  segment.layout = rows > 1 ? &layout : nullptr;
+  const double hyperparameters[kMaxHyperparameters] = {0.01, 0.9, rule.index == 2 ? 0.1 : 0.99, 1e-8, 0.1, 0.5, 1};
+  StateScalar scalars[kMaxStateScalars] = {{5, true}, {0.7, true}};
+  PowerMemo powers{};
+  Scalars prepared;
+  rule.prepare[arithmetic](scalars, false, hyperparameters, powers, &prepared);
+  Update update{rule.update[arithmetic][states], &prepared, 1, 1, false, false};
+  update.derive();
+  segment.update = &update;
+  update.function(segment, 0, segment.numel / 2);
+  update.function(segment, segment.numel / 2, segment.numel);
+  for (const auto& stream : memory) {
+    for (double bytes : stream) digest = (digest ^ __builtin_bit_cast(uint64_t, bytes)) * 1099511628211u;
+  }
+}
+
+int main() {
+  const Dtype all[] = {Dtype::fp32, Dtype::fp64, Dtype::bf16, Dtype::fp16};
+  for (size_t r = 0; r < isa_kernels.rule_count; ++r) {
+    for (int states = 0; states <= kMaxStates; ++states) {
+      for (Dtype param : all) {
+        for (Dtype grad : all) {
+          for (Dtype state : all) {
+            const Dtype dtypes[] = {param, grad, state};
+            const int arithmetic = param == Dtype::fp64 || grad == Dtype::fp64 || state == Dtype::fp64;
+            if (isa_kernels.rules[r].update[arithmetic][states] == nullptr) continue;
+            step(isa_kernels.rules[r], states, arithmetic, dtypes, 1, 517);
+            step(isa_kernels.rules[r], states, arithmetic, dtypes, 70, 81);
+          }
+        }
+      }
+    }
+  }
+  std::printf("%016llx", static_cast<unsigned long long>(digest));
+}
+"""
+AS_BUILT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def test_kernels_give_the_same_bits(output_of: OutputOf, tmp_path: Path) -> None:
+    assert output_of(KERNELS, *AS_BUILT) == compile_and_run("this machine", tmp_path, KERNELS)
+
+
+@pytest.mark.parametrize("isa", list(ISA_FLAGS)[1:])
+def test_kernels_of_instruction_sets_give_the_same_bits(isa: str, tmp_path: Path) -> None:
+    if not runs(isa):
+        pytest.skip(f"this machine does not run {isa}")
+    plain = compile_and_run("this machine", tmp_path, KERNELS)
+    assert compile_and_run("this machine", tmp_path, KERNELS, *AS_BUILT, *ISA_FLAGS[isa]) == plain
 
 
 # Launches must share out all tensors, and blocks all of their tiles. No memory is allocated: the largest has 2^42
@@ -319,8 +585,8 @@ int main() {
 """
 
 
-def test_launches_hold_every_tile_once(tmp_path: Path) -> None:
-    *launches, faults = output_of(LAUNCHES, tmp_path).split()
+def test_launches_hold_every_tile_once(output_of: OutputOf) -> None:
+    *launches, faults = output_of(LAUNCHES).split()
     assert faults == "0"
     assert launches == ["1", "1", "1", "2", "3", "15", "2"]
 
@@ -401,10 +667,10 @@ int main() {
 """
 
 
-def test_fast_math(tmp_path: Path) -> None:
+def test_fast_math(output_of: OutputOf) -> None:
     """All significands in two binades, all exponents and special numbers give the bits of IEEE's operations, or none.
 
     The host makes the estimates here. ``benchmarks/kernels/check.cpp`` compares all roots and reciprocals, and 34
     billion quotients, with a GPU's own estimates. test_cuda_build.py counts the steps of FastMath and of the compiler.
     """
-    assert output_of(FAST_MATH, tmp_path) == "0"
+    assert output_of(FAST_MATH) == "0"

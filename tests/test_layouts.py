@@ -213,6 +213,62 @@ def test_large_strided_tensors_are_split_between_threads(threads: int) -> None:
         assert_same_bits(train(case.ours, options, *given(shape=(301, 333)), place, place_grad), expected)
 
 
+# Shapes of several patches, of which the last ones are cut off, and of rows that are shorter than a patch's
+PATCHED = {
+    "rows": ((130, 150), (1, 0)),
+    "short rows": ((3, 300, 9), (0, 2, 1)),  # channels_last
+    "long rows": ((2, 70, 200), (0, 2, 1)),
+    "reversed": ((70, 3, 140), (2, 1, 0)),
+}
+
+every_patch = pytest.mark.parametrize("patch", PATCHED)
+
+
+def in_order(order: tuple[int, ...]) -> Place:
+    """Makes copies that lie in memory in this order of dimensions, the slowest first."""
+    back = tuple(order.index(d) for d in range(len(order)))
+    return lambda tensor: contiguous(tensor.permute(order)).permute(back)
+
+
+@every_rule
+@every_patch
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16, FP64], ids=str)
+@pytest.mark.parametrize("where", ["parameter", "gradient", "states"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_patches(case: Case, patch: str, dtype: torch.dtype, where: str, threads: int) -> None:
+    """The gradient is divided before, because 3 has no exact reciprocal, and becomes zero in the last step."""
+    shape, order = PATCHED[patch]
+    torch.set_num_threads(threads)
+    results = []
+    for place in (contiguous, in_order(order)):
+        p, g, s = (place if name == where else contiguous for name in ("parameter", "gradient", "states"))
+        (value,), gradients = given(dtype, shape, steps=2)
+        parameter = nn.Parameter(p(value))
+        optimizer: Any = case.ours([parameter], **{**case.options, "backend": "native"})
+        optimizer.grad_scale = torch.tensor(3.0)
+        for number, (grad,) in enumerate(gradients):
+            parameter.grad = g(grad)
+            optimizer.step(zero_grad=number == 1)
+            state = optimizer.state[parameter]
+            state.update({name: s(value) for name, value in state.items() if value.dim() > 0})
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+        results.append({"p": parameter.detach(), **{k: v for k, v in state.items() if v.dim() > 0}})
+    assert_same_bits(*results)
+
+
+@every_patch
+@every_fault
+def test_patches_bite(patch: str, fault: type[NoOp]) -> None:
+    case = RULES[1]
+    shape, order = PATCHED[patch]
+    expected = train(case.ours, case.options, *given(shape=shape))
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same_bits(
+            train(fault(case.ours), case.options, *given(shape=shape), place_grad=in_order(order)), expected
+        )
+
+
 def test_dense_states_of_a_parameter_with_gaps() -> None:
     """The states that a step creates lie without gaps."""
     base = torch.ones(6, 8)

@@ -22,11 +22,6 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// Two neighbours of a bf16 stream, the first in the lower half. A pair may lie at any address that a Bf16 may have.
-struct __attribute__((packed, may_alias)) Bf16Pair {
-  uint32_t bits;
-};
-
 template <typename Stored>
 constexpr Dtype dtype_of = std::is_same_v<Stored, float>    ? Dtype::fp32
                            : std::is_same_v<Stored, double> ? Dtype::fp64
@@ -41,8 +36,9 @@ DRACOPT_HD double widen(double x) { return x; }
 
 DRACOPT_HD float widen(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
-// The host works on the bits as integers, so that every compiler vectorises the conversion and no mode of the processor
-// changes it. A GPU has one instruction, which gives the same result except for the bits of a NaN.
+// The host works on the bits as integers. That defines what the instructions of cpu/runs.h do, and serves processors
+// without them. A NaN becomes quiet and keeps its sign and its leading bits. A GPU has one instruction, which gives the
+// same result except for the bits of a NaN.
 DRACOPT_HD float widen(Fp16 x) {
 #if defined(__CUDA_ARCH__)
   float wide;
@@ -51,16 +47,18 @@ DRACOPT_HD float widen(Fp16 x) {
 #else
   constexpr uint32_t rebias = (127 - 15) << 23, infinity = 0x7c00 << 13, smallest_normal = 0x0400 << 13;
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const uint32_t normal = magnitude + rebias + (magnitude >= infinity ? rebias : 0);
+  const uint32_t quiet = magnitude > infinity ? 0x00400000u : 0;
+  const uint32_t normal = (magnitude + rebias + (magnitude >= infinity ? rebias : 0)) | quiet;
   const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(x.bits & 0x7fffu)) * 0x1p-24f);
   return float_of((magnitude < smallest_normal ? subnormal : normal) | (x.bits & 0x8000u) << 16);
 #endif
 }
 
-// The upper half of the result is x in bf16, rounded to nearest, ties to even.
-DRACOPT_HD uint32_t round_to_bf16(float x) {
-  const uint32_t bits = bits_of(x);
-  return x != x ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
+// The upper half of the result is x in bf16, rounded to nearest, ties to even. Serves a number or a vector of them.
+template <typename Bits, typename Float>
+DRACOPT_HD Bits round_to_bf16(Float x) {
+  const auto bits = __builtin_bit_cast(Bits, x);
+  return x != x ? Bits{} + 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
 }
 
 DRACOPT_HD uint16_t round_to_fp16(float x) {
@@ -75,7 +73,8 @@ DRACOPT_HD uint16_t round_to_fp16(float x) {
   // The last place of 0.5f is the smallest fp16 number, so the addition rounds.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t finite = magnitude < smallest_normal ? subnormal : normal;
-  return static_cast<uint16_t>((x != x ? 0x7e00u : magnitude >= too_large ? 0x7c00u : finite) | sign);
+  const uint32_t nan = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+  return static_cast<uint16_t>((x != x ? nan : magnitude >= too_large ? 0x7c00u : finite) | sign);
 #endif
 }
 
@@ -85,7 +84,7 @@ DRACOPT_HD Stored narrow(T x) {
   if constexpr (std::is_floating_point_v<Stored>) {
     return static_cast<Stored>(x);
   } else if constexpr (std::is_same_v<Stored, Bf16>) {
-    return {static_cast<uint16_t>(round_to_bf16(static_cast<float>(x)) >> 16)};
+    return {static_cast<uint16_t>(round_to_bf16<uint32_t>(static_cast<float>(x)) >> 16)};
   } else {
     return {round_to_fp16(static_cast<float>(x))};
   }
@@ -98,7 +97,7 @@ DRACOPT_HD uint32_t narrow_pair(float low, float high, Bf16) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 #else
-  return round_to_bf16(low) >> 16 | (round_to_bf16(high) & 0xffff0000u);
+  return round_to_bf16<uint32_t>(low) >> 16 | (round_to_bf16<uint32_t>(high) & 0xffff0000u);
 #endif
 }
 
@@ -128,29 +127,6 @@ DRACOPT_HD void as_stored(Void* data, Dtype dtype, const Body& body) {
       return body(static_cast<LikeVoid<Void, Bf16>*>(data));
     case Dtype::fp16:
       return body(static_cast<LikeVoid<Void, Fp16>*>(data));
-  }
-}
-
-// The update loop reads and writes this many numbers at once: one, or a pair.
-template <typename Word>
-constexpr int kLanes = std::is_same_v<Word, Bf16Pair> ? 2 : 1;
-
-template <typename Word, typename T>
-DRACOPT_HD void unpack(Word word, T* to) {
-  if constexpr (kLanes<Word> == 2) {  // takes half the operations of two single numbers
-    to[0] = float_of(word.bits << 16);
-    to[1] = float_of(word.bits & 0xffff0000u);
-  } else {
-    to[0] = widen(word);
-  }
-}
-
-template <typename Word, typename T>
-DRACOPT_HD Word pack(const T* from) {
-  if constexpr (kLanes<Word> == 2) {
-    return {narrow_pair(from[0], from[1], Bf16())};
-  } else {
-    return narrow<Word>(from[0]);
   }
 }
 

@@ -24,6 +24,9 @@ extern const cpu::Kernels isa_kernels;
 namespace avx512 {
 extern const cpu::Kernels isa_kernels;
 }
+namespace avx512bf16 {
+extern const cpu::Kernels isa_kernels;
+}
 #endif
 
 namespace cpu {
@@ -47,11 +50,15 @@ std::string printable(const std::string& bytes) {
 
 const Kernels& choose() {
 #if defined(DRACOPT_X86_64)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  const Candidate candidates[] = {
-      {&avx512::isa_kernels, has_avx512}, {&avx2::isa_kernels, has_avx2}, {&baseline::isa_kernels, true}};
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  const Candidate candidates[] = {{&avx512bf16::isa_kernels, has_bf16},
+                                  {&avx512::isa_kernels, has_avx512},
+                                  {&avx2::isa_kernels, has_avx2},
+                                  {&baseline::isa_kernels, true}};
 #else
   const Candidate candidates[] = {{&baseline::isa_kernels, true}};
 #endif

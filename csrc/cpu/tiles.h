@@ -3,12 +3,13 @@
 #pragma once
 
 #include "core/segment.h"
+#include "cpu/runs.h"
 
 namespace dracopt {
 inline namespace DRACOPT_ISA {
 
 template <typename T>
-constexpr int64_t kTile = 512 / sizeof(T);  // elements
+constexpr int64_t kTile = 2048 / sizeof(T);  // elements
 
 inline bool all_dense(const Segment& segment, int streams, Dtype dtype) {
   for (int k = 0; k < streams; ++k) {
@@ -47,8 +48,10 @@ DRACOPT_HD void for_each_run(const Layout& layout, int stream, int64_t from, int
 template <typename T, typename Stored>
 void gather(const Stored* from, int64_t stride, int64_t count, T* to) {
   if (stride == 1) {
-    DRACOPT_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+    widen_run(from, count, to);
+  } else if (stride == 0) {
+    const T number = static_cast<T>(widen(*from));
+    for (int64_t i = 0; i < count; ++i) to[i] = number;
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
   }
@@ -57,22 +60,30 @@ void gather(const Stored* from, int64_t stride, int64_t count, T* to) {
 template <typename T, typename Stored>
 void scatter(const T* from, int64_t count, Stored* to, int64_t stride) {
   if (stride == 1) {
-    DRACOPT_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) to[i] = narrow<Stored>(from[i]);
+    narrow_run(from, count, to);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow<Stored>(from[i]);
   }
 }
 
+// Returns the `count` elements from number `from` on as a copy in `staged`, or in place if they are neighbours.
 template <typename T>
-DRACOPT_APART void stage(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
-  as_stored(static_cast<const void*>(segment.data[stream]), segment.dtypes[stream], [&](const auto* data) {
+DRACOPT_APART T* stage(const Segment& segment, int stream, int64_t from, int64_t count, T* staged) {
+  T* found = staged;
+  as_stored(segment.data[stream], segment.dtypes[stream], [&](auto* data) {
     if (segment.dense[stream]) return gather(data + from, 1, count, staged);
     for_each_run(*segment.layout, stream, from, count, [&](int64_t offset, int64_t stride, int64_t n) {
+      if constexpr (std::is_same_v<decltype(data), T*>) {
+        if (n == count && stride == 1) {
+          found = data + offset;
+          return;
+        }
+      }
       gather(data + offset, stride, n, staged);
       staged += n;
     });
   });
+  return found;
 }
 
 // Returns the `count` elements from number `from` on, in place or as a copy in `staged`.
@@ -81,8 +92,7 @@ DRACOPT_HD T* load(const Segment& segment, int stream, int64_t from, int64_t cou
   if (segment.dense[stream] && segment.dtypes[stream] == dtype_of<T>) {
     return static_cast<T*>(segment.data[stream]) + from;
   }
-  stage(segment, stream, from, count, staged);
-  return staged;
+  return stage(segment, stream, from, count, staged);
 }
 
 // Writes the staged elements back.
@@ -109,9 +119,11 @@ DRACOPT_APART void clear(const Segment& segment, int stream, int64_t from, int64
   }
 }
 
+// Returns the gradient's tile, divided in `staged` where the loop's factor does not suffice.
 template <typename T>
-T* divided(const T* tile, double divisor, int64_t count, T* staged) {
-  const T by = static_cast<T>(divisor);
+T* divided(const Update& update, T* tile, int64_t count, T* staged) {
+  if (!update.divides) return tile;
+  const T by = static_cast<T>(update.grad_scale);
   DRACOPT_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) staged[i] = tile[i] / by;
   return staged;
