@@ -18,7 +18,8 @@ class Storage:
     grad: str = "float32"
     state: str = "float32"
     layout: str = "contiguous"
-    """``contiguous``, ``channels_last`` (for tensors of four dimensions) or ``transposed gradient``."""
+    """``contiguous``, ``channels_last`` (for tensors of four dimensions), ``transposed gradient`` or
+    ``expanded gradient`` (one row for all)."""
     distributed: bool = False
     """Each tensor is a DTensor whose only shard is in this process."""
 
@@ -28,6 +29,7 @@ STEP, CLIP_AND_STEP, UNSCALE_CLIP_AND_STEP, CLIP = "step", "clip and step", "uns
 
 PLAIN = Storage()
 BF16 = Storage("bfloat16", "bfloat16", "bfloat16")
+FP16 = Storage("float16", "float16", "float16")
 DISTRIBUTED = Storage(distributed=True)
 
 
@@ -179,23 +181,30 @@ SUITES = {
     "storage": Suite(
         cases=[
             adamw("AdamW, all bf16, 64M", SQUARE, storage=BF16, bytes_per_parameter=14),
-            adamw(
-                "AdamW, bf16 with fp32 states, 64M",
-                SQUARE,
-                storage=replace(BF16, state="float32"),
-                bytes_per_parameter=22,
-                baseline=None,  # torch's CPU kernels refuse it
-                peers=["dracopt", "dracopt plain"],
-            ),
-            sgd(
-                "SGD momentum, all bf16, 64M",
-                SQUARE,
-                nesterov=False,
-                storage=BF16,
-                bytes_per_parameter=10,
-                baseline="torch foreach",  # torch's fused kernel leaves whole vectors out
-                peers=["dracopt", "dracopt plain", "torch foreach"],
-            ),
+            adamw("AdamW, all fp16, 64M", SQUARE, storage=FP16, bytes_per_parameter=14),
+            *[
+                adamw(
+                    f"AdamW, {name} with fp32 states, 64M",
+                    SQUARE,
+                    storage=replace(storage, state="float32"),
+                    bytes_per_parameter=22,
+                    baseline=None,  # torch's CPU kernels refuse it
+                    peers=["dracopt", "dracopt plain"],
+                )
+                for name, storage in (("bf16", BF16), ("fp16", FP16))
+            ],
+            *[
+                sgd(
+                    f"SGD momentum, all {name}, 64M",
+                    SQUARE,
+                    nesterov=False,
+                    storage=storage,
+                    bytes_per_parameter=10,
+                    baseline="torch for-loop",  # torch's fused kernel leaves whole vectors out
+                    peers=["dracopt", "dracopt plain", "torch foreach", "torch for-loop"],
+                )
+                for name, storage in (("bf16", BF16), ("fp16", FP16))
+            ],
             Case(
                 "NAdam, 1000 tensors of 256",
                 "NAdam",
@@ -213,6 +222,19 @@ SUITES = {
                 peers=["dracopt", "dracopt plain", "torch foreach"],
                 baseline="torch foreach",  # torch's fused kernel applies the wrong elements
             ),
+            *[
+                Case(
+                    f"SGD, {gradient}, 64M",
+                    "SGD",
+                    {"lr": 1e-2},
+                    bytes_per_parameter,
+                    SQUARE,
+                    storage=Storage(layout=gradient),
+                    baseline="torch for-loop",
+                    peers=["dracopt", "torch foreach", "torch for-loop"],
+                )
+                for gradient, bytes_per_parameter in (("transposed gradient", 12), ("expanded gradient", 8))
+            ],
         ],
         peers=["dracopt", "dracopt plain", "torch fused"],
         interleaved=True,

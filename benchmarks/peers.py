@@ -29,17 +29,19 @@ def make_groups(case: Case, device: str) -> Groups:
     generator = torch.Generator(device).manual_seed(0)
     storage = case.storage
 
-    def tensor(shape: Shape, dtype: str, transposed: bool = False) -> torch.Tensor:
+    def tensor(shape: Shape, dtype: str, layout: str = "contiguous") -> torch.Tensor:
         found = torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype))
         if storage.distributed:
             return distributed(found)
         if storage.layout == "channels_last" and len(shape) == 4:
             return found.to(memory_format=torch.channels_last)
-        return found.mT.contiguous().mT if transposed else found
+        if layout == "transposed gradient":
+            return found.mT.contiguous().mT
+        return found[:1].expand(shape) if layout == "expanded gradient" else found
 
     params = [torch.nn.Parameter(tensor(shape, storage.param)) for shape in case.shapes]
     for p in params:
-        p.grad = tensor(tuple(p.shape), storage.grad, storage.layout == "transposed gradient")
+        p.grad = tensor(tuple(p.shape), storage.grad, storage.layout)
         if case.zero_gradients:
             p.grad.zero_()
     lr, size = case.options["lr"], len(params) // case.groups

@@ -312,6 +312,10 @@ def update(
     def widened(tensor: Tensor) -> Tensor:
         return real(tensor).to(dtype)
 
+    def store(x: Tensor, to: Tensor) -> None:
+        # fp64 is rounded to fp32 first, which torch does on some processors only.
+        real(to).copy_(x.float() if real(to).element_size() == 2 else x)
+
     g = widened(grad.resolve_conj())
     if grad_scale != 1:
         g = g / torch.tensor(grad_scale, dtype=dtype, device=g.device)
@@ -322,13 +326,13 @@ def update(
         of_rule.update({name: widened(value) for name, value in moments.items()})
     p = RULES[rule](widened(param), -g if maximize else g, of_rule, **numbers(rule, group))
     # Nothing is modified before the rule has finished, because it may raise.
-    real(param).copy_(p)
+    store(p, param)
     for name in STATE_SCALARS:
         if name in state:
             state[name].copy_(of_rule[name])
     for name, moment in moments.items():
         if name in of_rule:
-            real(moment).copy_(of_rule[name])
+            store(of_rule[name], moment)
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> float:

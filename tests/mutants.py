@@ -297,8 +297,8 @@ MUTANTS = [
             ("copies not written back", KERNELS, "rows[k].first == staged[k]) store", "false) store", "test_patches"),
             ("rows that lie apart as one", KERNELS, "adjacent &= rows[k].pitch ==", "adjacent |= 0 ==", "test_patches"),
             ("gradients stay", KERNELS, "zeroes) clear(patches", "divides > 1) clear(patches", "test_patches"),
-            ("short rows in place", PATCHES, "pitch == patch.columns || patch", "true || patch", "test_patches"),
-            ("the last ones of a tensor lost", PATCHES, "element == numel_ || ", "", "test_patches"),
+            ("gaps in a row ignored", PATCHES, "patches.column_stride(stream) == 1 && ", "", "test_patches"),
+            ("more than there are", PATCHES, "number < count_ ? number : count_", "number", "test_patches"),
             ("outer dimensions ignored", PATCHES, "if (d != row_dim_) take(d, 1);", "", "test_patches"),
             ("cut beyond the end", PATCHES, "size(d) - begin < most ? size(d) - begin : most", "most", "test_patches"),
         ]

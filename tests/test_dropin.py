@@ -258,7 +258,7 @@ def test_schedulers(name: str, schedule: int) -> None:
             loop(optimizer, model, x, y, steps=1)
             scheduler.step()
         found.append(snapshot(optimizer))
-    assert_same_bits(*found)
+    Case(name).assert_agree(*found, steps=4)
 
 
 # Checkpoints
@@ -343,7 +343,7 @@ def test_old_checkpoints_with_numbers_for_steps() -> None:
         optimizer.load_state_dict(state)
         feed(optimizer, params, seed=2)
         found.append(snapshot(optimizer))
-    assert_same_bits(*found)
+    Case("AdamW").assert_agree(*found, steps=6)
 
 
 @every_class
@@ -531,7 +531,7 @@ def test_capturable_with_fused_runs_on_the_cpu_as_in_torch(name: str) -> None:
             p.grad = grad.clone()
             optimizer.step()
         found.append(snapshot(optimizer))
-    assert_same_bits(*found)
+    Case(name).assert_agree(*found, steps=3)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam"])

@@ -34,23 +34,27 @@ struct Patch {
 template <typename T>
 class Patches {
  public:
-  static constexpr int64_t kMost = 16384 / sizeof(T);  // elements; copies of a few streams fit into a core's caches
-  static constexpr int64_t kColumns = 64;              // the most; a loop over as many is worth while
+  // The most elements: 72 rows of 64 in fp32, or all 9 rows of 512 in a 3x3 kernel. Copies fit into a core's caches.
+  static constexpr int64_t kMost = 18432 / sizeof(T);
+  static constexpr int64_t kLongRow = 64;  // a loop over as many is worth while
 
   Patches(const Segment& segment, int streams, int row_dim)
-      : layout_(*segment.layout), streams_(streams), row_dim_(row_dim), numel_(segment.numel) {
+      : layout_(*segment.layout), streams_(streams), row_dim_(row_dim) {
     const int64_t width = size(last()), height = size(row_dim);
-    columns_ = width < kColumns ? width : kColumns;
+    columns_ = width < kLongRow ? width : kLongRow;
     rows_ = kMost / columns_ < height ? kMost / columns_ : height;
-    count_ = numel_ / width / height * parts(width, columns_) * parts(height, rows_);
-    average_ = numel_ / count_;
+    // Few rows may be longer.
+    const int64_t longer = kMost / rows_ / kLongRow * kLongRow;
+    if (longer > columns_) columns_ = width < longer ? width : longer;
+    count_ = segment.numel / width / height * parts(width, columns_) * parts(height, rows_);
+    average_ = segment.numel / count_;
   }
 
   // Returns the number of the first patch of a range that begins with this element, or the number of all patches. So
   // ranges share the patches as they share the elements, about.
   int64_t first_from(int64_t element) const {
     const int64_t number = element / average_ + (element % average_ != 0);
-    return element == numel_ || number > count_ ? count_ : number;
+    return number < count_ ? number : count_;
   }
 
   Patch at(int64_t number) const {
@@ -79,7 +83,6 @@ class Patches {
 
   const Layout& layout_;
   const int streams_, row_dim_;
-  const int64_t numel_;
   int64_t rows_, columns_, count_, average_;
 };
 
@@ -101,7 +104,7 @@ void for_each_run_in(const Patches<T>& patches, const Patch& patch, const Segmen
   const int64_t down = patches.row_stride(stream), right = patches.column_stride(stream);
   as_stored(segment.data[stream], segment.dtypes[stream], [&](auto* data) {
     data += patch.offsets[stream];
-    if (down < right) {
+    if (down > 0 && down < right) {
       for (int64_t column = 0; column < patch.columns; ++column, data += right) {
         prefetch_run(data + kColumnsAhead * right, down, patch.rows);
         body(data, down, patch.rows, column, patch.columns);
@@ -126,7 +129,7 @@ template <typename T>
 DRACOPT_APART Rows<T> load(const Patches<T>& patches, const Patch& patch, const Segment& segment, int stream,
                            T* staged) {
   const int64_t pitch = patches.row_stride(stream);
-  const bool has_rows = pitch == patch.columns || patch.columns == Patches<T>::kColumns;
+  const bool has_rows = pitch == patch.columns || patch.columns >= Patches<T>::kLongRow;
   if (segment.dtypes[stream] == dtype_of<T> && patches.column_stride(stream) == 1 && has_rows) {
     return {static_cast<T*>(segment.data[stream]) + patch.offsets[stream], pitch};
   }
