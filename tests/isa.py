@@ -8,11 +8,12 @@ from pathlib import Path
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"]
+    widths = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=512"]
+    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *widths]
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 
 def runs(isa: str) -> bool:
     info = Path("/proc/cpuinfo")
     features = set(info.read_text().replace("_", "").split()) if info.exists() else set()
-    return all(flag.removeprefix("-m") in features for flag in ISA_FLAGS[isa])
+    return all(flag.removeprefix("-m") in features for flag in ISA_FLAGS[isa] if "=" not in flag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +135,14 @@ def test_module_needs_no_openmp_of_its_own() -> None:
     needed = subprocess.run(["readelf", "-d", MODULE], capture_output=True, text=True, check=True).stdout
     assert "libc10" in needed
     assert not re.search(r"lib[gi]?omp", needed)
+
+
+def test_flags_of_instruction_sets_are_the_builds() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    begin, end = setup.index("ISA_FLAGS: dict"), setup.index("OPTIMIZED, LINKED =")
+    found: dict[str, Any] = {"platform": platform}
+    exec(setup[begin:end], found)
+    assert found["ISA_FLAGS"] == ISA_FLAGS
 
 
 @pytest.mark.skipif(shutil.which("nm") is None or shutil.which(COMPILER) is None, reason="needs nm and a compiler")

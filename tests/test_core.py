@@ -243,7 +243,7 @@ static void check(std::vector<int64_t> sizes, std::vector<int64_t> other) {
     segment.numel *= layout.sizes[d];
   }
   segment.layout = &layout;
-  const int row_dim = find_row_dim(layout, 2);
+  const int row_dim = find_row_dim(segment, 2);
   faults += row_dim == layout.dims - 1;
   if (row_dim == layout.dims - 1) return;
   const Patches<float> patches(segment, 2, row_dim);
@@ -282,15 +282,22 @@ static void check(std::vector<int64_t> sizes, std::vector<int64_t> other) {
 
 int main() {
   const int64_t G = int64_t(1) << 30;
-  check({3, 2}, {1, 3});
   check({64, 64}, {1, 64});
+  check({300, 2}, {1, 300});
   check({129, 65}, {1, 129});
   check({1000, 130}, {2, 2000});
   check({7, 300, 9}, {2700, 1, 300});          // channels_last
-  check({3, 5, 70, 11}, {1, 3, 15, 1050});     // their order is the reverse
+  check({40, 5, 3, 11}, {1, 40, 200, 600});    // their order is the reverse
   check({70, 5, 70}, {1, 0, 70});              // they are expanded along the second
   check({4 * G, 1000}, {1, 4 * G});
   check({5, 8 * G, 3}, {24 * G, 1, 8 * G});
+  // Patches do not pay for few elements, nor if the rows' elements share cache lines.
+  for (int64_t other : {3, 0, 17}) {
+    Segment segment{};
+    Layout layout{2, {other == 3 ? 3 : 300, 50}, {{50, 1}, {1, other}}};
+    segment.layout = &layout;
+    faults += find_row_dim(segment, 2) != (other == 17 ? 0 : 1);
+  }
   std::printf("%ld", faults);
 }
 """
@@ -388,7 +395,8 @@ def test_conversions_of_instruction_sets(isa: str, tmp_path: Path) -> None:
     assert compile_and_run("this machine", tmp_path, CONVERSIONS, *ISA_FLAGS[isa]) == "0"
 
 
-# Takes a step of every rule with every mixture of dtypes, in rows and transposed. Prints a digest of all streams.
+# Takes a step of every rule with every mixture of dtypes, in rows and transposed, plainly and with all that an Update
+# can ask for. Prints a digest of all streams.
 KERNELS = """
 #include <cstdio>
 #include <cstring>
@@ -398,46 +406,50 @@ using namespace dracopt;
 static uint64_t digest = 1;
 static uint32_t seed = 1;
 
-static void step(const RuleEntry& rule, int states, int arithmetic, const Dtype* dtypes, int64_t rows,
-                 int64_t columns) {
-  std::vector<double> memory[kMaxStreams];
+struct Shape { int64_t rows, columns; };
+
+static void step(const RuleEntry& rule, int states, int arithmetic, const Dtype* dtypes, Shape shape, Update update) {
+  std::vector<unsigned char> memory[kMaxStreams];
   Segment segment{};
-  Layout layout{2, {rows, columns}, {}};
-  segment.numel = rows * columns;
+  Layout layout{2, {shape.rows, shape.columns}, {}};
+  segment.numel = shape.rows * shape.columns;
   for (int k = 0; k < kFirstState + states; ++k) {
-    const bool transposed = rows > 1 && k == kGrad;
-    layout.strides[k][0] = transposed ? 1 : columns;
-    layout.strides[k][1] = transposed ? rows : 1;
-    memory[k].resize(static_cast<size_t>(segment.numel));
-    segment.data[k] = memory[k].data();
+    const bool transposed = shape.rows > 1 && k == kGrad;
+    layout.strides[k][0] = transposed ? 1 : shape.columns;
+    layout.strides[k][1] = transposed ? shape.rows : 1;
     segment.dtypes[k] = dtypes[k < kFirstState ? k : kFirstState];
     segment.dense[k] = !transposed;
+    const int64_t misplaced = k * itemsize(segment.dtypes[k]);
+    memory[k].resize(static_cast<size_t>(segment.numel * itemsize(segment.dtypes[k]) + misplaced));
+    segment.data[k] = memory[k].data() + misplaced;
     as_stored(segment.data[k], segment.dtypes[k], [&](auto* data) {
       for (int64_t i = 0; i < segment.numel; ++i) {
         seed = seed * 1664525 + 1013904223;
-        const float number = static_cast<float>(static_cast<int32_t>(seed) >> 8) * 0x1p-23f;
+        float number = static_cast<float>(static_cast<int32_t>(seed) >> 8) * 0x1p-23f;
+        if (i % 50 == 49) number *= i % 100 == 49 ? 0x1p-64f : 0x1p-130f;  // with a subnormal square, or result
         data[i] = narrow<std::remove_pointer_t<decltype(data)>>(k < kFirstState ? number : number * number);
       }
     });
   }
-  segment.layout = rows > 1 ? &layout : nullptr;
+  segment.layout = shape.rows > 1 ? &layout : nullptr;
   const double hyperparameters[kMaxHyperparameters] = {0.01, 0.9, rule.index == 2 ? 0.1 : 0.99, 1e-8, 0.1, 0.5, 1};
   StateScalar scalars[kMaxStateScalars] = {{5, true}, {0.7, true}};
   PowerMemo powers{};
   Scalars prepared;
   rule.prepare[arithmetic](scalars, false, hyperparameters, powers, &prepared);
-  Update update{rule.update[arithmetic][states], &prepared, 1, 1, false, false};
+  update.scalars = &prepared;
   update.derive();
   segment.update = &update;
-  update.function(segment, 0, segment.numel / 2);
-  update.function(segment, segment.numel / 2, segment.numel);
+  rule.update[arithmetic][states](segment, 0, segment.numel / 2);
+  rule.update[arithmetic][states](segment, segment.numel / 2, segment.numel);
   for (const auto& stream : memory) {
-    for (double bytes : stream) digest = (digest ^ __builtin_bit_cast(uint64_t, bytes)) * 1099511628211u;
+    for (unsigned char byte : stream) digest = (digest ^ byte) * 1099511628211u;
   }
 }
 
 int main() {
   const Dtype all[] = {Dtype::fp32, Dtype::fp64, Dtype::bf16, Dtype::fp16};
+  const Update updates[] = {{nullptr, nullptr, 1, 1, false, false}, {nullptr, nullptr, 3, 0.37, true, true}};
   for (size_t r = 0; r < isa_kernels.rule_count; ++r) {
     for (int states = 0; states <= kMaxStates; ++states) {
       for (Dtype param : all) {
@@ -446,8 +458,11 @@ int main() {
             const Dtype dtypes[] = {param, grad, state};
             const int arithmetic = param == Dtype::fp64 || grad == Dtype::fp64 || state == Dtype::fp64;
             if (isa_kernels.rules[r].update[arithmetic][states] == nullptr) continue;
-            step(isa_kernels.rules[r], states, arithmetic, dtypes, 1, 517);
-            step(isa_kernels.rules[r], states, arithmetic, dtypes, 70, 81);
+            for (const Update& update : updates) {
+              for (Shape shape : {Shape{1, 517}, {70, 81}}) {
+                step(isa_kernels.rules[r], states, arithmetic, dtypes, shape, update);
+              }
+            }
           }
         }
       }
@@ -460,7 +475,9 @@ AS_BUILT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def test_kernels_give_the_same_bits(output_of: OutputOf, tmp_path: Path) -> None:
-    assert output_of(KERNELS, *AS_BUILT) == compile_and_run("this machine", tmp_path, KERNELS)
+    plain = compile_and_run("this machine", tmp_path, KERNELS)
+    assert output_of(KERNELS, *AS_BUILT) == plain
+    assert plain != f"{1:016x}"
 
 
 @pytest.mark.parametrize("isa", list(ISA_FLAGS)[1:])

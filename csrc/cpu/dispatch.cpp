@@ -1,4 +1,7 @@
 // Picks the instruction set once, walks the segments of a range, and shares ranges between threads.
+#if defined(DRACOPT_X86_64)
+#include <cpuid.h>
+#endif
 #include <pthread.h>
 
 #include <atomic>
@@ -48,10 +51,17 @@ std::string printable(const std::string& bytes) {
   return text;
 }
 
+#if defined(DRACOPT_X86_64)
+// Older Clangs do not know this feature by its name.
+bool has_f16c() {
+  unsigned int eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 const Kernels& choose() {
 #if defined(DRACOPT_X86_64)
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");

@@ -1,6 +1,6 @@
 // The build compiles this file once per instruction set, names the set in DRACOPT_ISA and sets the compiler's target to
-// match. Include only standard headers that define no function, because the linker would merge such functions across
-// instruction sets.
+// match. Use no function of a standard header that the compiler does not always inline, because the linker would merge
+// such functions across instruction sets.
 #include "cpu/kernels.h"
 
 #include "cpu/gradients.h"
@@ -64,7 +64,8 @@ DRACOPT_INLINE void apply(const Constants<Rule, T>& constants, T* const* tiles, 
   }
 }
 
-// Updates a tile's whole blocks, in a segment whose streams are all stored so. Returns their elements' number.
+// Updates a tile's whole blocks, in a segment whose streams are all in the dtype `Stored`. Returns how many elements
+// they have.
 template <typename Rule, typename Stored, int N>
 DRACOPT_APART int64_t apply_blocks(const Segment& segment, int64_t from, int64_t count) {
   Stored* streams[kFirstState + N];
@@ -138,13 +139,13 @@ DRACOPT_APART void update_patches(const Segment& segment, int row_dim, int64_t b
 template <typename Rule, typename T, int N>
 void update(const Segment& segment, int64_t begin, int64_t end) {
   if (segment.layout != nullptr) {
-    const int row_dim = find_row_dim(*segment.layout, kFirstState + N);
+    const int row_dim = find_row_dim(segment, kFirstState + N);
     if (row_dim != segment.layout->dims - 1) return update_patches<Rule, T, N>(segment, row_dim, begin, end);
   }
   const bool in_blocks = sizeof(T) == 4 && !segment.update->divides;
   const bool all_bf16 = in_blocks && all_dense(segment, kFirstState + N, Dtype::bf16);
   const bool all_fp16 = in_blocks && all_dense(segment, kFirstState + N, Dtype::fp16);
-  const int64_t tile = all_bf16 || all_fp16 ? 4 * kTile<T> : kTile<T>;  // blocks need no memory
+  const int64_t tile = all_bf16 || all_fp16 ? 8 * kTile<T> : kTile<T>;  // blocks are not staged in memory
   for (int64_t from = begin; from < end; from += tile) {
     const int64_t count = end - from < tile ? end - from : tile;
     int64_t done = 0;

@@ -10,18 +10,23 @@
 namespace dracopt {
 inline namespace DRACOPT_ISA {
 
-// Returns the dimension in which a stream has its neighbours, if that is another than the last one. Returns the last
-// dimension if there is no such stream, and then patches do not pay.
-inline int find_row_dim(const Layout& layout, int streams) {
+// Returns the dimension that runs from row to row in the patches of a segment: the one in which a stream has its
+// neighbours. Returns the last dimension if patches do not pay: there is no such stream, the elements of its rows share
+// cache lines, or there are too few of them.
+inline int find_row_dim(const Segment& segment, int streams) {
+  constexpr int64_t line = 64, enough = 256;
+  const Layout& layout = *segment.layout;
   const int last = layout.dims - 1;
-  int nearest = last;
-  for (int k = 0; k < streams && nearest == last; ++k) {
+  for (int k = 0; k < streams; ++k) {
     const int64_t* const strides = layout.strides[k];
+    int nearest = last;
     for (int d = last - 1; d >= 0; --d) {
       if (strides[d] != 0 && strides[d] < strides[nearest]) nearest = d;
     }
+    if (nearest == last || strides[last] < line / itemsize(segment.dtypes[k])) continue;
+    if (layout.sizes[nearest] >= enough || layout.sizes[nearest] * layout.sizes[last] >= enough) return nearest;
   }
-  return nearest;
+  return last;
 }
 
 // A rectangle of elements. The layout's last dimension runs along a row, and another one from row to row.
@@ -34,18 +39,19 @@ struct Patch {
 template <typename T>
 class Patches {
  public:
-  // The most elements: 72 rows of 64 in fp32, or all 9 rows of 512 in a 3x3 kernel. Copies fit into a core's caches.
+  // The most elements: 72 rows of 64 in fp32, or 9 rows of 512. Copies of a few streams fit into a core's caches.
   static constexpr int64_t kMost = 18432 / sizeof(T);
-  static constexpr int64_t kLongRow = 64;  // a loop over as many is worth while
+  static constexpr int64_t kLongRow = 64;  // elements
 
   Patches(const Segment& segment, int streams, int row_dim)
       : layout_(*segment.layout), streams_(streams), row_dim_(row_dim) {
     const int64_t width = size(last()), height = size(row_dim);
     columns_ = width < kLongRow ? width : kLongRow;
     rows_ = kMost / columns_ < height ? kMost / columns_ : height;
-    // Few rows may be longer.
-    const int64_t longer = kMost / rows_ / kLongRow * kLongRow;
-    if (longer > columns_) columns_ = width < longer ? width : longer;
+    if (width > kLongRow) {
+      const int64_t cuts = parts(width, kMost / rows_ / kLongRow * kLongRow);  // few rows are longer
+      columns_ = parts(width, cuts);                                           // about alike
+    }
     count_ = segment.numel / width / height * parts(width, columns_) * parts(height, rows_);
     average_ = segment.numel / count_;
   }
@@ -86,34 +92,46 @@ class Patches {
   int64_t rows_, columns_, count_, average_;
 };
 
-// Fetches a run that later patches use. The processor does not foresee it.
+// Fetches a run of neighbours that later patches use. The processor does not foresee it.
 template <typename Stored>
 DRACOPT_INLINE void prefetch_run(const Stored* first, int64_t stride, int64_t count) {
   const int64_t line = 64 / static_cast<int64_t>(sizeof(Stored));
-  for (int64_t i = 0; i < count && stride <= 1; i += line) prefetch(first + i);
+  for (int64_t i = 0; i < count && stride == 1; i += line) prefetch(first + i);
 }
 
 constexpr int kPatchesAhead = 2, kColumnsAhead = 32;
 
-// Calls `body(run, stride, count, place, step)` for the rows of a stream's patch, or for its columns if a column's
-// elements are neighbours in memory. The run's first element has the number `place` in the patch, and the next element
-// has a number that is larger by `step`.
+// The runs of a stream's patch, of one length. The elements of a patch are numbered row by row.
+struct Runs {
+  int64_t length;
+  int64_t stride, step;         // from an element to the next one, in memory and in numbers
+  int64_t count;                // of runs
+  int64_t advance, renumbered;  // from a run to the next one, likewise
+  int64_t ahead;                // from a run to another one, which is fetched
+};
+
+// A patch's columns are its runs if a column's elements are neighbours in memory, else its rows. Rows that follow one
+// another are one run.
+template <typename T>
+Runs runs_of(const Patches<T>& patches, const Patch& patch, int stream) {
+  const int64_t down = patches.row_stride(stream), right = patches.column_stride(stream);
+  if (down > 0 && down < right) {
+    return {patch.rows, down, patch.columns, patch.columns, right, 1, kColumnsAhead * right};
+  }
+  if (right == 1 && down == patch.columns) return {patch.rows * patch.columns, 1, 1, 1, 0, 0, 0};
+  return {patch.columns, right, 1, patch.rows, down, patch.columns, kPatchesAhead * patch.columns};
+}
+
+// Calls `body(run, first, runs)` for each run; its first element has the number `first`.
 template <typename T, typename Body>
 void for_each_run_in(const Patches<T>& patches, const Patch& patch, const Segment& segment, int stream,
                      const Body& body) {
-  const int64_t down = patches.row_stride(stream), right = patches.column_stride(stream);
-  as_stored(segment.data[stream], segment.dtypes[stream], [&](auto* data) {
-    data += patch.offsets[stream];
-    if (down > 0 && down < right) {
-      for (int64_t column = 0; column < patch.columns; ++column, data += right) {
-        prefetch_run(data + kColumnsAhead * right, down, patch.rows);
-        body(data, down, patch.rows, column, patch.columns);
-      }
-    } else {
-      for (int64_t row = 0; row < patch.rows; ++row, data += down) {
-        prefetch_run(data + kPatchesAhead * patch.columns, right, patch.columns);
-        body(data, right, patch.columns, row * patch.columns, int64_t(1));
-      }
+  const Runs runs = runs_of(patches, patch, stream);
+  as_stored(segment.data[stream], segment.dtypes[stream], [&](auto* run) {
+    run += patch.offsets[stream];
+    for (int64_t i = 0; i < runs.count; ++i, run += runs.advance) {
+      prefetch_run(run + runs.ahead, runs.stride, runs.length);
+      body(run, i * runs.renumbered, runs);
     }
   });
 }
@@ -129,16 +147,15 @@ template <typename T>
 DRACOPT_APART Rows<T> load(const Patches<T>& patches, const Patch& patch, const Segment& segment, int stream,
                            T* staged) {
   const int64_t pitch = patches.row_stride(stream);
-  const bool has_rows = pitch == patch.columns || patch.columns >= Patches<T>::kLongRow;
+  const bool has_rows = pitch == patch.columns || patch.columns >= Patches<T>::kLongRow / 2;
   if (segment.dtypes[stream] == dtype_of<T> && patches.column_stride(stream) == 1 && has_rows) {
     return {static_cast<T*>(segment.data[stream]) + patch.offsets[stream], pitch};
   }
-  for_each_run_in(patches, patch, segment, stream,
-                  [&](const auto* run, int64_t stride, int64_t count, int64_t place, int64_t step) {
-                    if (step == 1) return gather(run, stride, count, staged + place);
-                    for (int64_t i = 0; i < count; ++i)
-                      staged[place + i * step] = static_cast<T>(widen(run[i * stride]));
-                  });
+  for_each_run_in(patches, patch, segment, stream, [&](const auto* run, int64_t first, const Runs& runs) {
+    T* const to = staged + first;
+    if (runs.step == 1) return gather(run, runs.stride, runs.length, to);
+    for (int64_t i = 0; i < runs.length; ++i) to[i * runs.step] = static_cast<T>(widen(run[i * runs.stride]));
+  });
   return {staged, patch.columns};
 }
 
@@ -146,19 +163,19 @@ DRACOPT_APART Rows<T> load(const Patches<T>& patches, const Patch& patch, const 
 template <typename T>
 DRACOPT_APART void store(const Patches<T>& patches, const Patch& patch, const Segment& segment, int stream,
                          const T* staged) {
-  for_each_run_in(patches, patch, segment, stream,
-                  [&](auto* run, int64_t stride, int64_t count, int64_t place, int64_t step) {
-                    using Stored = std::remove_pointer_t<decltype(run)>;
-                    if (step == 1) return scatter(staged + place, count, run, stride);
-                    for (int64_t i = 0; i < count; ++i) run[i * stride] = narrow<Stored>(staged[place + i * step]);
-                  });
+  for_each_run_in(patches, patch, segment, stream, [&](auto* run, int64_t first, const Runs& runs) {
+    using Stored = std::remove_pointer_t<decltype(run)>;
+    const T* const from = staged + first;
+    if (runs.step == 1) return scatter(from, runs.length, run, runs.stride);
+    for (int64_t i = 0; i < runs.length; ++i) run[i * runs.stride] = narrow<Stored>(from[i * runs.step]);
+  });
 }
 
 // Sets a stream's patch to zero.
 template <typename T>
 DRACOPT_APART void clear(const Patches<T>& patches, const Patch& patch, const Segment& segment, int stream) {
-  for_each_run_in(patches, patch, segment, stream, [&](auto* run, int64_t stride, int64_t count, int64_t, int64_t) {
-    for (int64_t i = 0; i < count; ++i) run[i * stride] = {};
+  for_each_run_in(patches, patch, segment, stream, [](auto* run, int64_t, const Runs& runs) {
+    for (int64_t i = 0; i < runs.length; ++i) run[i * runs.stride] = {};
   });
 }
 

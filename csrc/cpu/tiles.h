@@ -1,5 +1,5 @@
-// Tiles are the pieces of a stream that the update loop works on, short enough for the first-level cache. A tile that
-// is dense and in the arithmetic's own dtype is updated in place. Any other tile is staged.
+// Tiles are the pieces of a stream that the update loop works on, short enough for the first-level cache. A tile whose
+// elements are neighbours, in the arithmetic's own dtype, is updated in place. Any other tile is staged.
 #pragma once
 
 #include "core/segment.h"
@@ -9,7 +9,7 @@ namespace dracopt {
 inline namespace DRACOPT_ISA {
 
 template <typename T>
-constexpr int64_t kTile = 2048 / sizeof(T);  // elements
+constexpr int64_t kTile = 1024 / sizeof(T);  // elements
 
 inline bool all_dense(const Segment& segment, int streams, Dtype dtype) {
   for (int k = 0; k < streams; ++k) {
