@@ -64,10 +64,24 @@ DRACOPT_INLINE void apply(const Constants<Rule, T>& constants, T* const* tiles, 
   }
 }
 
-// Updates a tile's whole blocks, in a segment whose streams are all in the dtype `Stored`. Returns how many elements
-// they have.
+// Updates fewer elements than a block has, in a segment whose streams are all in the dtype `Stored`.
 template <typename Rule, typename Stored, int N>
-DRACOPT_APART int64_t apply_blocks(const Segment& segment, int64_t from, int64_t count) {
+DRACOPT_APART void apply_rest(const Segment& segment, int64_t from, int64_t count) {
+  alignas(64) float block[kFirstState + N][kBlock];
+  float* tiles[kFirstState + N];
+  for (int k = 0; k < kFirstState + N; ++k) {
+    tiles[k] = block[k];
+    widen_run(static_cast<const Stored*>(segment.data[k]) + from, count, block[k]);
+  }
+  apply<Rule, N>(Constants<Rule, float>(*segment.update), tiles, count);
+  for (int k = 0; k < kFirstState + N; ++k) {
+    if (k != kGrad) narrow_run(block[k], count, static_cast<Stored*>(segment.data[k]) + from);
+  }
+}
+
+// Updates a tile in blocks, in such a segment.
+template <typename Rule, typename Stored, int N>
+DRACOPT_APART void apply_blocks(const Segment& segment, int64_t from, int64_t count) {
   Stored* streams[kFirstState + N];
   for (int k = 0; k < kFirstState + N; ++k) streams[k] = static_cast<Stored*>(segment.data[k]) + from;
   const Constants<Rule, float> constants(*segment.update);
@@ -84,7 +98,7 @@ DRACOPT_APART int64_t apply_blocks(const Segment& segment, int64_t from, int64_t
       if (k != kGrad) narrow_block(block[k], streams[k] + i);
     }
   }
-  return i;
+  if (i < count) apply_rest<Rule, Stored, N>(segment, from + i, count - i);
 }
 
 // Updates a tile of any segment: load, apply, store.
@@ -148,10 +162,13 @@ void update(const Segment& segment, int64_t begin, int64_t end) {
   const int64_t tile = all_bf16 || all_fp16 ? 8 * kTile<T> : kTile<T>;  // blocks are not staged in memory
   for (int64_t from = begin; from < end; from += tile) {
     const int64_t count = end - from < tile ? end - from : tile;
-    int64_t done = 0;
-    if (all_bf16) done = apply_blocks<Rule, Bf16, N>(segment, from, count);
-    if (all_fp16) done = apply_blocks<Rule, Fp16, N>(segment, from, count);
-    if (done < count) apply_staged<Rule, T, N>(segment, from + done, count - done);
+    if (all_bf16) {
+      apply_blocks<Rule, Bf16, N>(segment, from, count);
+    } else if (all_fp16) {
+      apply_blocks<Rule, Fp16, N>(segment, from, count);
+    } else {
+      apply_staged<Rule, T, N>(segment, from, count);
+    }
     if (segment.update->zeroes) clear<T>(segment, kGrad, from, count);
   }
 }
