@@ -36,7 +36,7 @@ bool prepare(StateScalar* state_scalars, bool first, const double* hyperparamete
   return scalars.finite();
 }
 
-// What the loop reads of an Update, in registers.
+// Constants are the numbers that the loop reads of an Update, in registers.
 template <typename Rule, typename T>
 struct Constants {
   explicit Constants(const Update& update)
@@ -79,7 +79,7 @@ DRACOPT_APART void apply_rest(const Segment& segment, int64_t from, int64_t coun
   }
 }
 
-// Updates a tile in blocks, in such a segment.
+// Updates a tile in blocks, in a segment whose streams are all in the dtype `Stored`.
 template <typename Rule, typename Stored, int N>
 DRACOPT_APART void apply_blocks(const Segment& segment, int64_t from, int64_t count) {
   Stored* streams[kFirstState + N];
@@ -121,7 +121,7 @@ DRACOPT_APART void apply_staged(const Segment& segment, int64_t from, int64_t co
 template <typename Rule, typename T, int N>
 DRACOPT_APART void update_patches(const Segment& segment, int row_dim, int64_t begin, int64_t end) {
   const Patches<T> patches(segment, kFirstState + N, row_dim);
-  alignas(64) T staged[kFirstState + N][Patches<T>::kMost];
+  alignas(64) T staged[kFirstState + N][Patches<T>::kMost];  // at most 90 KB of the stack
   const Constants<Rule, T> constants(*segment.update);
   const int64_t last = patches.first_from(end);
   for (int64_t number = patches.first_from(begin); number < last; ++number) {
