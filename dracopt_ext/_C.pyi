@@ -61,7 +61,7 @@ def launch_layout() -> dict[str, int]:
     """Says where a kernel finds what a launch takes: offsets and sizes of csrc/cuda/launch.h, in bytes."""
 
 def isa() -> str:
-    """Names the instruction set of the CPU kernels: "avx512bf16", "avx512", "avx2" or "baseline"."""
+    """Names the instruction set of the CPU kernels: "avx512", "avx2" or "baseline"."""
 
 def cuda_unavailable(device: int) -> str | None:
     """Says why the CUDA kernels cannot run on this GPU; None if they can. The call looks for GPUs."""

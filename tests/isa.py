@@ -7,10 +7,10 @@ from pathlib import Path
 
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() == "x86_64":
+    ISA_FLAGS["baseline"] = ["-O2"]
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     widths = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=512"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *widths]
-    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 
 def runs(isa: str) -> bool:

@@ -317,6 +317,10 @@ static long wrong = 0;
 
 static uint32_t bits(float x) { return bits_of(x); }
 static uint32_t bits(Bf16 x) { return x.bits; }
+#if !defined(__AVX512F__)
+using RoundedByProcessor = Bf16;
+static bool processor_rounds_to_bf16() { return false; }
+#endif
 static uint32_t bits(Fp16 x) { return x.bits; }
 
 // The order of a block's numbers once they are widened.
@@ -337,6 +341,7 @@ static void narrow_all(const uint32_t (&patterns)[kBlock]) {
   std::memcpy(numbers, patterns, sizeof(numbers));
   for (int i = 0; i < kBlock; ++i) permuted[i] = numbers[order[i]];
   Stored run[kBlock], block[kBlock];
+  RoundedByProcessor rounded[kBlock];
   narrow_run(numbers, kBlock - 1, run);  // with a rest that fills no vector
   run[kBlock - 1] = narrow<Stored>(numbers[kBlock - 1]);
   narrow_block(permuted, block);
@@ -344,6 +349,9 @@ static void narrow_all(const uint32_t (&patterns)[kBlock]) {
     const uint32_t expected = bits(narrow<Stored>(numbers[i]));
     wrong += (bits(run[i]) != expected) + (bits(block[i]) != expected);
   }
+  if (!std::is_same_v<Stored, Bf16> || !processor_rounds_to_bf16()) return;
+  narrow_block(numbers, rounded);
+  for (int i = 0; i < kBlock; ++i) wrong += bits(rounded[i]) != bits(narrow<Bf16>(numbers[i]));
 }
 
 template <typename Stored>

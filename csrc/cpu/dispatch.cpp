@@ -27,9 +27,6 @@ extern const cpu::Kernels isa_kernels;
 namespace avx512 {
 extern const cpu::Kernels isa_kernels;
 }
-namespace avx512bf16 {
-extern const cpu::Kernels isa_kernels;
-}
 #endif
 
 namespace cpu {
@@ -64,11 +61,8 @@ const Kernels& choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  const Candidate candidates[] = {{&avx512bf16::isa_kernels, has_bf16},
-                                  {&avx512::isa_kernels, has_avx512},
-                                  {&avx2::isa_kernels, has_avx2},
-                                  {&baseline::isa_kernels, true}};
+  const Candidate candidates[] = {
+      {&avx512::isa_kernels, has_avx512}, {&avx2::isa_kernels, has_avx2}, {&baseline::isa_kernels, true}};
 #else
   const Candidate candidates[] = {{&baseline::isa_kernels, true}};
 #endif

@@ -64,24 +64,10 @@ DRACOPT_INLINE void apply(const Constants<Rule, T>& constants, T* const* tiles, 
   }
 }
 
-// Updates fewer elements than a block has, in a segment whose streams are all in the dtype `Stored`.
+// Updates a tile's whole blocks, in a segment whose streams are all in the dtype `Stored`. Returns how many elements
+// they have.
 template <typename Rule, typename Stored, int N>
-DRACOPT_APART void apply_rest(const Segment& segment, int64_t from, int64_t count) {
-  alignas(64) float block[kFirstState + N][kBlock];
-  float* tiles[kFirstState + N];
-  for (int k = 0; k < kFirstState + N; ++k) {
-    tiles[k] = block[k];
-    widen_run(static_cast<const Stored*>(segment.data[k]) + from, count, block[k]);
-  }
-  apply<Rule, N>(Constants<Rule, float>(*segment.update), tiles, count);
-  for (int k = 0; k < kFirstState + N; ++k) {
-    if (k != kGrad) narrow_run(block[k], count, static_cast<Stored*>(segment.data[k]) + from);
-  }
-}
-
-// Updates a tile in blocks, in a segment whose streams are all in the dtype `Stored`.
-template <typename Rule, typename Stored, int N>
-DRACOPT_APART void apply_blocks(const Segment& segment, int64_t from, int64_t count) {
+DRACOPT_APART int64_t apply_blocks(const Segment& segment, int64_t from, int64_t count) {
   Stored* streams[kFirstState + N];
   for (int k = 0; k < kFirstState + N; ++k) streams[k] = static_cast<Stored*>(segment.data[k]) + from;
   const Constants<Rule, float> constants(*segment.update);
@@ -98,7 +84,15 @@ DRACOPT_APART void apply_blocks(const Segment& segment, int64_t from, int64_t co
       if (k != kGrad) narrow_block(block[k], streams[k] + i);
     }
   }
-  if (i < count) apply_rest<Rule, Stored, N>(segment, from + i, count - i);
+  return i;
+}
+
+template <typename Rule, int N>
+int64_t apply_bf16_blocks(const Segment& segment, int64_t from, int64_t count) {
+#if defined(__AVX512F__)
+  if (processor_rounds_to_bf16()) return apply_blocks<Rule, RoundedByProcessor, N>(segment, from, count);
+#endif
+  return apply_blocks<Rule, Bf16, N>(segment, from, count);
 }
 
 // Updates a tile of any segment: load, apply, store.
@@ -152,9 +146,11 @@ DRACOPT_APART void update_patches(const Segment& segment, int row_dim, int64_t b
 // Updates a range a tile at a time.
 template <typename Rule, typename T, int N>
 void update(const Segment& segment, int64_t begin, int64_t end) {
-  if (segment.layout != nullptr) {
-    const int row_dim = find_row_dim(segment, kFirstState + N);
-    if (row_dim != segment.layout->dims - 1) return update_patches<Rule, T, N>(segment, row_dim, begin, end);
+  if constexpr (sizeof(T) == 4) {  // patches of fp64 would make the library larger
+    if (segment.layout != nullptr) {
+      const int row_dim = find_row_dim(segment, kFirstState + N);
+      if (row_dim != segment.layout->dims - 1) return update_patches<Rule, T, N>(segment, row_dim, begin, end);
+    }
   }
   const bool in_blocks = sizeof(T) == 4 && !segment.update->divides;
   const bool all_bf16 = in_blocks && all_dense(segment, kFirstState + N, Dtype::bf16);
@@ -162,13 +158,10 @@ void update(const Segment& segment, int64_t begin, int64_t end) {
   const int64_t tile = all_bf16 || all_fp16 ? 8 * kTile<T> : kTile<T>;  // blocks are not staged in memory
   for (int64_t from = begin; from < end; from += tile) {
     const int64_t count = end - from < tile ? end - from : tile;
-    if (all_bf16) {
-      apply_blocks<Rule, Bf16, N>(segment, from, count);
-    } else if (all_fp16) {
-      apply_blocks<Rule, Fp16, N>(segment, from, count);
-    } else {
-      apply_staged<Rule, T, N>(segment, from, count);
-    }
+    int64_t done = 0;
+    if (all_bf16) done = apply_bf16_blocks<Rule, N>(segment, from, count);
+    if (all_fp16) done = apply_blocks<Rule, Fp16, N>(segment, from, count);
+    if (done < count) apply_staged<Rule, T, N>(segment, from + done, count - done);
     if (segment.update->zeroes) clear<T>(segment, kGrad, from, count);
   }
 }

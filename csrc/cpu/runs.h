@@ -87,7 +87,12 @@ DRACOPT_INLINE void narrow_block(const float* from, Stored* to) {
   narrow_run(from, kBlock, to);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
+// A bf16 stream whose blocks AVX512_BF16 rounds, where the processor has it.
+struct RoundedByProcessor : Bf16 {};
+
+inline bool processor_rounds_to_bf16() { return __builtin_cpu_supports("avx512bf16") != 0; }
+
 DRACOPT_APART inline void narrow_special(__m512 low, __m512 high, Bf16* to) {
   alignas(64) float numbers[kBlock];
   _mm512_store_ps(numbers, low);
@@ -97,16 +102,18 @@ DRACOPT_APART inline void narrow_special(__m512 low, __m512 high, Bf16* to) {
 
 // The instruction takes subnormal numbers for zero and keeps a NaN's bits, which is not what this library does. Where
 // the processor is told to flush subnormal numbers (torch.set_flush_denormal), they become zeros here as well.
-DRACOPT_INLINE void narrow_block(const float* from, Bf16* to) {
+DRACOPT_INLINE void narrow_block(const float* from, RoundedByProcessor* to) {
   const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + kBlock / 2);
   constexpr int nan_or_subnormal = 0xa1;
   const int special = _mm512_fpclass_ps_mask(low, nan_or_subnormal) | _mm512_fpclass_ps_mask(high, nan_or_subnormal);
   if (__builtin_expect(special != 0, false)) return narrow_special(low, high, to);
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-  __builtin_memcpy(to, &rounded, sizeof(rounded));
+  __m512i rounded;  // in assembly, so that one instruction needs no instruction set of its own
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(high), "v"(low));
+  _mm512_storeu_si512(to, rounded);
 }
-#else
-// Without such an instruction two neighbours are converted as one word: the first halves of all words, then the second.
+#endif
+
+// By integer arithmetic two neighbours are converted as one word: the first halves of all words, then the second.
 // Words in the memory's order would take twice the operations.
 struct Words {
   static constexpr int kBytes = kBlock * sizeof(Bf16);
@@ -134,7 +141,6 @@ DRACOPT_INLINE void narrow_block(const float* from, Bf16* to) {
   const auto words = low >> 16 | (high & 0xffff0000u);
   __builtin_memcpy(to, &words, sizeof(words));
 }
-#endif
 
 }  // namespace DRACOPT_ISA
 }  // namespace dracopt
