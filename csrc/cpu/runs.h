@@ -88,11 +88,12 @@ DRACOPT_INLINE void narrow_block(const float* from, Stored* to) {
 }
 
 #if defined(__AVX512F__)
-// A bf16 stream whose blocks AVX512_BF16 rounds, where the processor has it.
+// A bf16 number of a stream whose blocks AVX512_BF16 rounds, where the processor has it.
 struct RoundedByProcessor : Bf16 {};
 
 inline bool processor_rounds_to_bf16() { return __builtin_cpu_supports("avx512bf16") != 0; }
 
+// Rounds a block that holds a NaN or a subnormal number.
 DRACOPT_APART inline void narrow_special(__m512 low, __m512 high, Bf16* to) {
   alignas(64) float numbers[kBlock];
   _mm512_store_ps(numbers, low);
