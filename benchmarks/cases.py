@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -57,6 +57,8 @@ class Case:
     """The part of a training step that is timed: the step alone, or more of the tail."""
     cold: bool = False
     """Each step finds other data in the processor's caches, as after a backward pass over a large model."""
+    precision: Mapping[str, Any] = field(default_factory=dict)
+    """Options of ours beyond torch's, on what becomes of parameters in 16 bits."""
     processes: int = 1
     """With more than one, FSDP2 shards a model of these shapes, and whole training steps are timed, too."""
 
@@ -76,7 +78,7 @@ class Case:
     @property
     def plain(self) -> Case:
         """This case in contiguous fp32 tensors that are not distributed."""
-        return replace(self, storage=PLAIN, bytes_per_parameter=FP32_BYTES[self.optimizer])
+        return replace(self, storage=PLAIN, precision={}, bytes_per_parameter=FP32_BYTES[self.optimizer])
 
     def shrunk(self) -> Case:
         """Shrinks the case to a size that only shows that it runs."""
@@ -192,6 +194,36 @@ SUITES = {
                     peers=["dracopt", "dracopt plain"],
                 )
                 for name, storage in (("bf16", BF16), ("fp16", FP16))
+            ],
+            *[
+                adamw(
+                    f"AdamW, {form}, 64M",
+                    SQUARE,
+                    storage=replace(BF16, state="float32"),
+                    precision={"master_weights": masters},
+                    bytes_per_parameter=bytes_per_parameter,
+                    baseline=None,
+                    peers=["dracopt", "dracopt plain"],
+                )
+                for form, masters, bytes_per_parameter in (
+                    ("bf16 with split masters", "split16", 26),
+                    ("bf16 with fp32 masters", "fp32", 28),
+                )
+            ],
+            *[
+                adamw(
+                    f"AdamW, {form} rounded at random, 64M",
+                    SQUARE,
+                    storage=replace(BF16, state=state),
+                    precision={"stochastic_rounding": True},
+                    bytes_per_parameter=bytes_per_parameter,
+                    baseline="dracopt nearest",
+                    peers=["dracopt", "dracopt nearest", "dracopt plain"],
+                )
+                for form, state, bytes_per_parameter in (
+                    ("all bf16,", "bfloat16", 14),
+                    ("bf16 with fp32 states,", "float32", 22),
+                )
             ],
             *[
                 sgd(
@@ -327,6 +359,22 @@ SUITES = {
                 bytes_per_parameter=14,
                 peers=["dracopt", "dracopt triton", "torch fused", "stream"],
             ),
+            *[
+                adamw(
+                    f"AdamW, 1B in bf16 with fp32 states{name}",
+                    BILLION,
+                    storage=replace(BF16, state="float32"),
+                    precision=precision,
+                    bytes_per_parameter=bytes_per_parameter,
+                    baseline=None,
+                    peers=["dracopt", "dracopt triton", "stream"],
+                )
+                for name, precision, bytes_per_parameter in (
+                    (" and split masters", {"master_weights": "split16"}, 26),
+                    (" and fp32 masters", {"master_weights": "fp32"}, 28),
+                    (", rounded at random", {"stochastic_rounding": True}, 22),
+                )
+            ],
             adamw(
                 "AdamW, 1B, gradients of zeros",
                 BILLION,

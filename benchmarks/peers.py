@@ -7,6 +7,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from .cases import CLIP, CLIP_AND_STEP, STEP, UNSCALE_CLIP_AND_STEP, Case, Shape
 Groups = list[dict[str, Any]]
 Make = Callable[[Case, Groups], torch.optim.Optimizer]
 
-OURS = {"dracopt": "native", "dracopt plain": "native", "dracopt step": "native", "dracopt triton": "triton"}
+OURS = {
+    **dict.fromkeys(("dracopt", "dracopt plain", "dracopt step", "dracopt nearest"), "native"),
+    "dracopt triton": "triton",
+}
 """Our optimizers, with their backends."""
 SLOW = {"torch foreach", "torch for-loop"}
 """Peers that take only every fourth round if a case is large."""
@@ -72,7 +76,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def _dracopt(backend: str | None = None) -> Make:
     def make(case: Case, groups: Groups) -> torch.optim.Optimizer:
         state_dtype = None if case.storage.state == case.storage.param else getattr(torch, case.storage.state)
-        options = {**case.options, **({"fused": True} if case.tail == UNSCALE_CLIP_AND_STEP else {})}
+        options = {**case.options, **case.precision, **({"fused": True} if case.tail == UNSCALE_CLIP_AND_STEP else {})}
         optimizer: torch.optim.Optimizer = getattr(dracopt_ext, case.optimizer)(
             groups, **options, state_dtype=state_dtype, backend=backend
         )
@@ -109,6 +113,7 @@ PEERS: dict[str, Make] = {
     "dracopt triton": _dracopt("triton"),
     "dracopt plain": _dracopt(),  # on contiguous fp32 tensors; see measure.Stepped
     "dracopt step": _dracopt(),  # only step(), whatever the case times
+    "dracopt nearest": lambda case, groups: _dracopt()(replace(case, precision={}), groups),  # rounds to nearest
     "torch fused": _torch(fused=True),
     "torch foreach": _torch(foreach=True),
     "torch for-loop": _torch(foreach=False, fused=False),

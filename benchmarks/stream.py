@@ -15,24 +15,31 @@ TUNED_OVER = 10  # steps
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _stream(p, g, m, v, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _stream(p, g, m, v, w, numel, BLOCK: tl.constexpr, MASTERS: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     # All loads come before all stores, so that the loads wait together.
     gradient = tl.load(g + at, inside).to(tl.float32)
     first, second, third = tl.load(p + at, inside), tl.load(m + at, inside), tl.load(v + at, inside)
+    fourth = tl.load(w + at, inside) if MASTERS else first
     tl.store(p + at, (first.to(tl.float32) + gradient).to(p.dtype.element_ty), inside)
     tl.store(m + at, (second.to(tl.float32) + gradient).to(m.dtype.element_ty), inside)
+    if MASTERS:
+        tl.store(w + at, (fourth.to(tl.float32) + gradient).to(w.dtype.element_ty), inside)
     tl.store(v + at, (third.to(tl.float32) + gradient).to(v.dtype.element_ty), inside)
 
 
 class Stream(torch.optim.Optimizer):
-    """Reads four streams of AdamW's dtypes, writes three of them, and computes next to nothing. One kernel runs over a
-    tensor of random numbers for each stream, at the best of several block sizes."""
+    """Reads the streams of AdamW, with those of masters if there are any, writes all except the gradient's, and
+    computes next to nothing. One kernel runs over a tensor of random numbers for each stream, at the best of several
+    block sizes."""
 
     def __init__(self, case: Case, groups: list[dict[str, Any]]) -> None:
         device = groups[0]["params"][0].device
-        dtypes = [getattr(torch, name) for name in (case.storage.param, case.storage.grad, *[case.storage.state] * 2)]
+        masters = case.precision.get("master_weights")
+        names = [case.storage.param, case.storage.grad, *[case.storage.state] * 2]
+        names += [] if masters is None else ["float32" if masters == "fp32" else "bfloat16"]
+        dtypes = [getattr(torch, name) for name in names]
         self.streams = [torch.empty(case.parameters, dtype=dtype, device=device).normal_() for dtype in dtypes]
         super().__init__([torch.nn.Parameter(self.streams[0])], {})
         choices = [(block, warps) for block in (1024, 2048, 4096) for warps in (4, 8)]
@@ -51,4 +58,7 @@ class Stream(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         numel = self.streams[0].numel()
-        _stream[(triton.cdiv(numel, self.block),)](*self.streams, numel, BLOCK=self.block, num_warps=self.warps)
+        masters = len(self.streams) > 4
+        streams = (*self.streams[:4], self.streams[-1])
+        constants = {"BLOCK": self.block, "MASTERS": masters, "num_warps": self.warps}
+        _stream[(triton.cdiv(numel, self.block),)](*streams, numel, **constants)

@@ -8,7 +8,7 @@ class Triton:
 
     def __init__(
         self,
-        make_launcher: Callable[[str, tuple[str, ...], str], Any],
+        make_launcher: Callable[[str, tuple[str, ...], str, str | None, int], Any],
         is_capturing: Callable[[], bool] | None,
         tile: int,
         on_cpu: bool,
@@ -18,7 +18,9 @@ class Triton:
 class StepPlan:
     """Steps one optimizer; see csrc/bindings/step_plan.h."""
 
-    def __init__(self, rule: str, optimizer: str, cpu: bool, cuda: bool, triton: Triton | None) -> None: ...
+    def __init__(
+        self, rule: str, optimizer: str, cpu: bool, cuda: bool, triton: Triton | None, masters: str | None = None
+    ) -> None: ...
     def step(
         self,
         param_groups: Any,
@@ -30,6 +32,7 @@ class StepPlan:
         created: list[tuple[int, int, int]] | None = None,
         stepped: list[tuple[int, int]] | None = None,
         zeroes: bool = False,
+        at_random: Any = None,
         only_looks: bool = False,
     ) -> Any: ...
     @property

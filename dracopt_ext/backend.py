@@ -218,7 +218,7 @@ def resolve(backend: str | None) -> str | None:
     return backend
 
 
-def step_plan(rule: str, optimizer: str, native: bool, triton: bool) -> Any:
+def step_plan(rule: str, optimizer: str, native: bool, triton: bool, masters: str | None = None) -> Any:
     """Makes the plan that steps an optimizer of this class name by a rule. There must be a compiled module.
 
     Args:
@@ -226,9 +226,11 @@ def step_plan(rule: str, optimizer: str, native: bool, triton: bool) -> Any:
         optimizer: the name of the optimizer's class, for errors.
         native: whether the native kernels may be used. Triton then only serves GPUs on which they do not run.
         triton: whether Triton may be used.
+        masters: the form in which parameters in 16 bits have masters; None if they have none.
     """
     assert _C is not None
-    return _C.StepPlan(rule, optimizer, cpu=native, cuda=native, triton=_triton(on_cpu=not native) if triton else None)
+    by_triton = _triton(on_cpu=not native) if triton else None
+    return _C.StepPlan(rule, optimizer, cpu=native, cuda=native, triton=by_triton, masters=masters)
 
 
 def _triton(on_cpu: bool) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .reference import DECAY_RATES, FLAGS, MOMENTS, STATE_SCALARS
+from .reference import DECAY_RATES, FLAGS, MASTERS, MOMENTS, STATE_SCALARS
 
 Group = dict[str, Any]
 
@@ -74,7 +74,9 @@ def plain_state(groups: list[Group], state: Any) -> dict[Tensor, dict[str, Any]]
         for index, p in enumerate(group["params"]):
             if isinstance(p, Tensor) and p in state:
                 plain[p] = _as_dict(
-                    state[p], f"the state of parameter {index} of group {group_index}", (*STATE_SCALARS, *MOMENTS)
+                    state[p],
+                    f"the state of parameter {index} of group {group_index}",
+                    (*STATE_SCALARS, *MOMENTS, *MASTERS),
                 )
     return plain
 

@@ -12,9 +12,10 @@ place, and returns the new parameter. :func:`update` does what all rules share.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -180,6 +181,120 @@ def sgd(
     return _fma(_scalar(-lr, p), g, p)
 
 
+# ---- 16 bits. A bf16 number is the upper half of an fp32 number.
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds fp32 numbers to bf16, ties away from zero. Returns them, and their masters' lower halves.
+
+    The lower half, taken for a signed integer, is what rounding took away, in units in the last place of fp32. Ties to
+    even would not tell a tie that was rounded up from one that was rounded down. The halves are the bits of a bf16
+    tensor, because NCCL moves no integers of 16 bits.
+    """
+    bits = master.view(torch.int32)
+    rounded = torch.where(master.isnan(), 0x7FC0, (bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    return rounded, torch.where(master.isnan(), 0, bits << 16 >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def current_master(param: Tensor, master: Tensor) -> Tensor:
+    """Returns a parameter's master in fp32.
+
+    Args:
+        param: bf16 or fp16.
+        master: the state: the master in fp32, or its lower half in bf16. An fp32 master that does not round to the
+            parameter is out of date, because someone has changed the parameter, which takes its place. A tie may have
+            been rounded either way.
+    """
+    wide = param.float()
+    if master.dtype == torch.bfloat16:
+        return (wide.view(torch.int32) + master.view(torch.int16).to(torch.int32)).view(torch.float32)
+    if param.dtype == torch.bfloat16:
+        distance = master.view(torch.int32) - wide.view(torch.int32)
+        is_near = (distance >= -0x8000) & (distance <= 0x8000) & ~master.isnan()
+    else:
+        is_near = master.to(param.dtype).float() == wide
+    return torch.where(is_near, master, wide)
+
+
+def store_master(x: Tensor, param: Tensor, master: Tensor) -> None:
+    """Writes a new master, and the parameter that it rounds to."""
+    rounded, rest = split_master(x)
+    param.copy_(rounded if param.dtype == torch.bfloat16 else x)
+    if master.dtype == torch.bfloat16:
+        master.view(torch.int16).copy_(rest.view(torch.int16))
+    else:
+        master.copy_(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """Says by which random bits a tensor's streams are rounded in one step: see :func:`random_bits`."""
+
+    seed: int
+    step: int
+    """Steps that the parameter group has taken."""
+    param: int
+    """The index of the parameter in the optimizer."""
+    states: bool
+    """Whether states in 16 bits are rounded at random as well."""
+    first: int = 0
+    """The number of a shard's first element in the whole tensor."""
+    strides: Sequence[int] | None = None
+    """The strides of the whole tensor, if this is a shard."""
+
+
+def element_numbers(tensor: Tensor, rounding: Rounding) -> Tensor:
+    """Numbers the elements in the order of the memory, in the whole tensor if this is a shard of it."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    numbers = torch.arange(tensor.numel(), device=tensor.device).view([tensor.shape[d] for d in order])
+    if rounding.strides is not None:
+        places = [torch.arange(tensor.shape[d], device=tensor.device) * rounding.strides[d] for d in order]
+        numbers = torch.zeros_like(numbers)
+        for k, place in enumerate(places):
+            numbers = numbers + place.view([-1 if j == k else 1 for j in range(len(order))])
+    return numbers.permute([order.index(d) for d in range(tensor.dim())]) + rounding.first
+
+
+def random_bits(tensor: Tensor, rounding: Rounding, stream: int) -> Tensor:
+    """Returns 16 random bits for each element, in int64, by Philox 4x32-7 (Salmon et al. 2011).
+
+    Eight elements share the 128 bits of one counter. The counter holds the eighth of the element's number, the stream
+    (0 is the parameter, 2 the first state), the parameter's index and the step. The seed is the key.
+    """
+    mask = 0xFFFFFFFF
+    element = element_numbers(tensor, rounding)
+    block = element // 8
+    w0, w1 = block & mask, block >> 32 | stream << 24
+    w2, w3 = torch.full_like(w0, rounding.param), torch.full_like(w0, rounding.step)
+    key0, key1 = rounding.seed & mask, rounding.seed >> 32
+    for _ in range(7):
+        a, b = w0 * 0xD2511F53, w2 * 0xCD9E8D57  # the upper bit is lost, and returns with the shift's sign
+        w0, w1, w2, w3 = (b >> 32 & mask) ^ w1 ^ key0, b & mask, (a >> 32 & mask) ^ w3 ^ key1, a & mask
+        key0, key1 = key0 + 0x9E3779B9 & mask, key1 + 0xBB67AE85 & mask
+    word = torch.stack([w0, w1, w2, w3]).gather(0, (element % 8 // 2)[None])[0]
+    return word >> 16 * (element % 2) & 0xFFFF
+
+
+def round_at_random(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds fp32 numbers to bf16 or fp16, up or down by their random bits.
+
+    A number rounds up with the probability of its distance from the lower neighbour, in units of the distance between
+    its neighbours. Numbers that the dtype has stay as they are. In fp16's subnormal numbers, that distance is first cut
+    off after 16 bits.
+    """
+    bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    magnitude, sign = bits & 0x7FFFFFFF, bits >> 31 << 15
+    if dtype == torch.bfloat16:
+        rounded, nan = magnitude + random >> 16, 0x7FC0
+    else:
+        normal = magnitude + (random >> 3) - (112 << 23) >> 13
+        subnormal = (x.abs().clamp(max=2.0**-14).double() * 2.0**40).long() + random >> 16
+        rounded = torch.where(magnitude < 0x38800000, subnormal, normal)
+        rounded, nan = torch.where(magnitude >= 0x47800000, 0x7C00, rounded), 0x7E00
+    rounded = torch.where(x.isnan(), nan, rounded) | sign
+    return (rounded - (rounded >> 15 << 16)).to(torch.int16).view(dtype)
+
+
 RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "nadam": nadam, "sgd": sgd}
 
 
@@ -190,8 +305,19 @@ def hyperparameters(rule: str) -> tuple[str, ...]:
 
 STATE_SCALARS = ("step", "mu_product")
 """The state scalars: entries of a state that a rule advances itself."""
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""A state's entries that are tensors like the parameter."""
+MOMENTS_OF = {
+    "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "nadam": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+}
+"""By rule, a state's entries that are tensors like the parameter, in the kernels' order."""
+MOMENTS = tuple(dict.fromkeys(name for names in MOMENTS_OF.values() for name in names))
+"""The moments of all rules."""
+PARAM = 0
+STREAMS = {name: 2 + number for names in MOMENTS_OF.values() for number, name in enumerate(names)}
+"""The numbers of a parameter's and its moments' streams, by which their random bits differ."""
+MASTERS = ("master", "master_remainder")
+"""A state's entries that may hold the parameter's master: the whole one, or its lower half."""
 
 
 DECAY_RATES = ("betas",)
@@ -291,6 +417,8 @@ def update(
     grad_scale: float = 1.0,
     coefficient: float = 1.0,
     first: bool = False,
+    master: str | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Updates one parameter and its state in place, by one step.
 
@@ -302,8 +430,12 @@ def update(
         state: the parameter's complete state. Its moments have the parameter's shape, and any dtype and strides.
         group: the parameter group, which holds the rule's hyperparameters: numbers or tensors of one element.
         first: whether the moments hold nothing yet. The rule then does not see them.
+        master: the entry of the state that holds the parameter's master, which the rule sees in the parameter's place.
+            The parameter is then rounded from it.
+        rounding: how streams in 16 bits are rounded at random; None rounds to nearest, ties to even.
     """
     moments = {name: state[name] for name in MOMENTS if state.get(name) is not None}
+    of_master = None if master is None else state[master]
     dtype = torch.float64 if in_fp64(param, grad, moments) else torch.float32
 
     def real(tensor: Tensor) -> Tensor:
@@ -312,9 +444,16 @@ def update(
     def widened(tensor: Tensor) -> Tensor:
         return real(tensor).to(dtype)
 
-    def store(x: Tensor, to: Tensor) -> None:
+    def store(x: Tensor, to: Tensor, stream: int) -> None:
         # fp64 is rounded to fp32 first, which torch does on some processors only.
-        real(to).copy_(x.float() if real(to).element_size() == 2 else x)
+        if real(to).element_size() != 2:
+            real(to).copy_(x)
+        elif stream == PARAM and of_master is not None:
+            store_master(x.float(), to, of_master)
+        elif rounding is not None and (stream == PARAM or rounding.states):
+            to.copy_(round_at_random(x.float(), random_bits(param, rounding, stream), to.dtype))
+        else:
+            to.copy_(x.float())
 
     g = widened(grad.resolve_conj())
     if grad_scale != 1:
@@ -324,15 +463,20 @@ def update(
     of_rule = {name: state[name].clone() for name in STATE_SCALARS if name in state}
     if not first:
         of_rule.update({name: widened(value) for name, value in moments.items()})
-    p = RULES[rule](widened(param), -g if maximize else g, of_rule, **numbers(rule, group))
+    p = RULES[rule](
+        widened(param if of_master is None else current_master(param, of_master)),
+        -g if maximize else g,
+        of_rule,
+        **numbers(rule, group),
+    )
     # Nothing is modified before the rule has finished, because it may raise.
-    store(p, param)
+    store(p, param, PARAM)
     for name in STATE_SCALARS:
         if name in state:
             state[name].copy_(of_rule[name])
     for name, moment in moments.items():
         if name in of_rule:
-            store(of_rule[name], moment)
+            store(of_rule[name], moment, STREAMS[name])
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> float:

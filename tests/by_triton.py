@@ -24,5 +24,5 @@ def renamed(optimizer: Any) -> dict[str, frozenset[str]]:
 @pytest.fixture(autouse=True)
 def _by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted.set_up(monkeypatch)
-    monkeypatch.setattr(backend, "step_plan", lambda *names: make(*names[:2], native=False, triton=True))
+    monkeypatch.setattr(backend, "step_plan", lambda *names: make(*names[:2], False, True, *names[4:]))
     monkeypatch.setattr(FusedOptimizer, "last_backend", property(renamed))

@@ -107,6 +107,8 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Snapshot:
             found[f"{g}.{i}"] = p.detach().clone()
             for name, value in optimizer.state.get(p, {}).items():
                 found[f"{g}.{i}.{name}"] = value.detach().clone()
+                if name == "master_remainder":  # an integer in the bits of another number
+                    found[f"{g}.{i}.{name}"] = value.detach().view(torch.int16).float()
     return found
 
 

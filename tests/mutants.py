@@ -44,13 +44,14 @@ class Mutant:
 
 
 TRITON_KERNEL, TRITON_LAUNCHER = "triton_kernels/kernel.py", "triton_kernels/launcher.py"
-TRITON_LAUNCHES = "csrc/bindings/triton_launches.cpp"
+TRITON_LAUNCHES, TRITON_ARITHMETIC = "csrc/bindings/triton_launches.cpp", "triton_kernels/arithmetic.py"
 ANY_TORCH, ONE_TORCH = (f"csrc/bindings/tensor_of_{which}_torch.h" for which in ("any", "one"))
 TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
 ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
 PATCHES, RUNS = "csrc/cpu/patches.h", "csrc/cpu/runs.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
+MASTER, STOCHASTIC, CPU_ROUNDING = "csrc/core/master.h", "csrc/core/stochastic.h", "csrc/cpu/rounding.h"
 PLAN, READER, EXAMINE, UPDATES, RUNNER, TODO, REFUSALS, SEARCH, LAUNCHES = (
     f"csrc/bindings/{name}.cpp"
     for name in (
@@ -67,7 +68,7 @@ BASE, STEP, KIND, SCALED, BY_TORCH, BY_REFERENCE, CHECKPOINTS = (
     f"dracopt_ext/optim/_{name}.py"
     for name in ("base", "step", "kind", "scaled", "by_torch", "by_reference", "checkpoints")
 )
-REFERENCE = "dracopt_ext/reference.py"
+REFERENCE, PRECISION = "dracopt_ext/reference.py", "dracopt_ext/optim/_precision.py"
 SGD_CLASS, CONTAINERS = "dracopt_ext/optim/sgd.py", "dracopt_ext/containers.py"
 
 BITS = "test_bits::test_reference_in_fp32"
@@ -406,6 +407,160 @@ MUTANTS = [
         "test_core::test_conversions",
     ),
     Mutant(
+        "masters: another tie",
+        MASTER,
+        "((bits + 0x8000u) & 0xffff0000u)",
+        "((bits + 0x7fffu) & 0xffff0000u)",
+        "test_core::test_all_masters_are_what_their_halves_say",
+    ),
+    Mutant(
+        "masters: a tie of another library loses its master",
+        MASTER,
+        "0x8000u <= 0x10000u",
+        "0x8000u < 0x10000u",
+        "test_core::test_all_masters_are_what_their_halves_say",
+    ),
+    Mutant(
+        "masters: a NaN takes a new parameter's place",
+        MASTER,
+        "(is_near & (master == master))",
+        "is_near",
+        "test_core::test_all_masters_are_what_their_halves_say",
+    ),
+    Mutant(
+        "masters: the parameter of fp16 never wins",
+        MASTER,
+        "widen(narrow<Fp16>(master)) == param ? master : param",
+        "master",
+        "test_precision::test_gpu",
+    ),
+    Mutant(
+        "masters: what the user writes is lost",
+        CPU_ROUNDING,
+        "current_master(widen(Bf16{params[i]}), found[i], Bf16())",
+        "found[i]",
+        "test_precision::test_a_parameter_that_the_user_changes_takes_its_masters_place",
+    ),
+    Mutant(
+        "masters: the lower half stays",
+        CPU_ROUNDING,
+        "rests[i] = static_cast<Bits>(halves);",
+        "",
+        "test_precision::test_masters_are_those_of_training_in_fp32",
+    ),
+    Mutant(
+        "masters: a missing one is created anew",
+        EXAMINE,
+        "k > 0 && k == scalars + group.states",
+        "false",
+        "test_precision::test_wrong_masters_in_a_state",
+    ),
+    Mutant(
+        "masters: any dtype",
+        EXAMINE,
+        "tensor.dtype() != (form == Master::fp32 ? kFp32 : kBf16)",
+        "false",
+        "test_precision::test_wrong_masters_in_a_state",
+    ),
+    Mutant(
+        "masters: not from a checkpoint",
+        CHECKPOINTS,
+        "    if name is None:\n        return precision.new_master(p)\n",
+        "    if True:\n        return precision.new_master(p)\n",
+        "test_precision::test_training_goes_on_as_if_it_had_not_stopped",
+    ),
+    Mutant(
+        "masters: torch steps beside them",
+        BY_TORCH,
+        "precision.rounds(p) or ",
+        "",
+        "test_precision::test_steps_without_compiled_kernels",
+    ),
+    Mutant(
+        "masters: lost where GPU vectors are of any dtypes",
+        GPU_UPDATE,
+        "if (master_in<Storage>() != Master::none) store<Storage>(kMaster, i, stored[kMaster]);",
+        "",
+        "test_precision::test_gpu",
+    ),
+    Mutant(
+        "random bits: a round less",
+        STOCHASTIC,
+        "kRounds = 7",
+        "kRounds = 6",
+        "test_core::test_random_bits_and_rounding_at_random",
+    ),
+    Mutant(
+        "random bits: all streams alike",
+        STOCHASTIC,
+        "static_cast<uint32_t>(stream) << 24",
+        "static_cast<uint32_t>(0 * stream) << 24",
+        "test_precision::test_gpu",
+    ),
+    Mutant(
+        "random bits: a shard counts from zero",
+        CPU_ROUNDING,
+        "rounding.first + from, count, words",
+        "from, count, words",
+        "test_distributed_training::test_rounding",
+    ),
+    Mutant(
+        "random bits: shards of columns count like rows",
+        PLAN,
+        "if (!layout.dense(kWhole))",
+        "if (false)",
+        "test_distributed_training::test_rounding",
+    ),
+    Mutant(
+        "random bits: released parameters count from zero",
+        PLAN,
+        "at_random.first_param + static_cast<uint32_t>(i)",
+        "static_cast<uint32_t>(i)",
+        "test_precision::test_gradients_that_are_released_give_the_same_bits",
+    ),
+    Mutant(
+        "random bits: every step the same",
+        BASE,
+        "group.get(_precision.ROUNDING_STEPS, 0) + 1",
+        "group.get(_precision.ROUNDING_STEPS, 0)",
+        "test_precision::test_elements_and_steps_and_parameters_and_seeds_differ",
+    ),
+    Mutant(
+        "random bits: vectors on a GPU begin anywhere in a block",
+        GPU_UPDATE,
+        "(row.first + head) % kRandomBlock != 0",
+        "false",
+        "test_precision::test_misaligned_tensors_on_a_gpu",
+    ),
+    Mutant(
+        "rounding at random takes NaN for a number",
+        STOCHASTIC,
+        "return x != x ? Bits{} + 0x7fc00000u : __builtin_bit_cast(Bits, x) + random;",
+        "return __builtin_bit_cast(Bits, x) + random;",
+        "test_core::test_random_bits_and_rounding_at_random",
+    ),
+    Mutant(
+        "rounding at random in fp16 forgets subnormal numbers",
+        STOCHASTIC,
+        "const uint32_t finite = magnitude < smallest_normal ? subnormal : normal;",
+        "const uint32_t finite = normal;",
+        "test_core::test_random_bits_and_rounding_at_random",
+    ),
+    Mutant(
+        "Triton: masters of another tie",
+        TRITON_ARITHMETIC,
+        "bits_of(x) + 0x8000) >> 16",
+        "bits_of(x) + 0x7FFF) >> 16",
+        "test_precision::test_gpu",
+    ),
+    Mutant(
+        "a dtype for one moment is that of all",
+        PRECISION,
+        "self.state_dtype.get(moment) if isinstance(self.state_dtype, Mapping) else self.state_dtype",
+        "next(iter(self.state_dtype.values())) if isinstance(self.state_dtype, Mapping) else self.state_dtype",
+        "test_precision::test_a_dtype_for_each_moment",
+    ),
+    Mutant(
         "the search trusts what lay at another place",
         SEARCH,
         "  if (!complete || inventory.size() != searched_) written_moved_ = true;\n",
@@ -563,8 +718,8 @@ MUTANTS = [
     Mutant(
         "last elements lost on the GPU",
         GPU_UPDATE,
-        "loose = range.first + (range.end - range.last)",
-        "loose = range.first",
+        "first == range.end ? first : range.first + (range.end - range.last)",
+        "first",
         "test_gpu::test_bits_of_the_cpu",
     ),
     Mutant(
@@ -816,8 +971,8 @@ MUTANTS = [
     Mutant(
         "state_dtype lost on loading",
         CHECKPOINTS,
-        "                dtype = state_dtype\n",
-        "                pass\n",
+        "precision.dtype_of(name) or dtype",
+        "dtype",
         "test_checkpoints::test_state_dtype_holds_after_loading",
     ),
     Mutant(
@@ -919,8 +1074,8 @@ MUTANTS = [
     Mutant(
         "Triton: blocks that the fast arithmetic cannot do are lost",
         TRITON_KERNEL,
-        "LANES, False, T)",
-        "LANES, fast, T)",
+        "                    LANES,\n                    False,\n",
+        "                    LANES,\n                    fast,\n",
         "test_gpu::test_special_numbers_among_others",
     ),
     Mutant(
@@ -998,8 +1153,8 @@ MUTANTS = [
     Mutant(
         "options dropped for a class that torch steps",
         BY_TORCH,
-        "        if value is not None:\n",
-        "        if False:\n",
+        "if value is not None and value is not False and",
+        "if False and",
         "test_other_peoples_code::test_what_torchs_step_cannot_keep_is_refused",
     ),
     Mutant(
@@ -1126,8 +1281,8 @@ MUTANTS = [
     Mutant(
         "the reference for a state_dtype that torch has",
         BY_TORCH,
-        "state_dtype not in (None, p.dtype)",
-        "state_dtype is not None",
+        "dtypes - {p.dtype}",
+        "dtypes",
         "test_dtypes::test_state_dtype_of_the_parameters_without_compiled_kernels",
     ),
     Mutant(
@@ -1147,8 +1302,8 @@ MUTANTS = [
     Mutant(
         "Triton: one dtype for absent states",
         TRITON_LAUNCHES,
-        "segment.dtypes[k < streams ? k : static_cast<int>(kParam)]",
-        "k < streams ? segment.dtypes[k] : Dtype::fp16",
+        "segment.dtypes[k < kFirstState + states ? k : static_cast<int>(kParam)]",
+        "k < kFirstState + states ? segment.dtypes[k] : Dtype::fp16",
         "test_gpu::test_one_launch_for_different_numbers_of_states",
     ),
     Mutant(

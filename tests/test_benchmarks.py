@@ -123,3 +123,10 @@ def test_study_of_digits(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == output.count(" ± ") // 2 - output.count("mean ± standard") // 2
     assert {"Learning rate", "Weight decay"} <= {row["study"] for row in rows}
+
+
+def test_study_of_precision(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    output = run("study_precision", tmp_path)
+    assert output.count("| bf16 with master weights |") == 2
+    assert (tmp_path / "precision.png").stat().st_size > 10_000

@@ -699,3 +699,125 @@ def test_fast_math(output_of: OutputOf) -> None:
     billion quotients, with a GPU's own estimates. test_cuda_build.py counts the steps of FastMath and of the compiler.
     """
     assert output_of(FAST_MATH) == "0"
+
+
+MASTERS = """
+#include <cstdio>
+#include <initializer_list>
+#include "core/master.h"
+using namespace dracopt;
+int main() {
+  unsigned long long changed = 0, other_params = 0, far = 0, lost = 0, not_nan = 0, ties = 0;
+  for (unsigned long long all = 0; all < 1ull << 32; ++all) {
+    const auto bits = static_cast<uint32_t>(all);
+    const float master = float_of(bits);
+    const uint32_t halves = split_master(master);
+    const Bf16 param = round_master(master, Bf16());
+    const float again = join_master(widen(param), halves & 0xffffu);
+    other_params += param.bits != halves >> 16;
+    if (master != master) {
+      not_nan += again == again || widen(param) == widen(param) || halves != 0x7fc00000u;
+      for (float zero : {0.0f, -0.0f}) lost += bits_of(current_master(zero, master, Bf16())) != bits_of(zero);
+      continue;
+    }
+    changed += bits_of(again) != bits;
+    lost += bits_of(current_master(widen(param), master, Bf16())) != bits;
+    const uint16_t even = narrow<Bf16>(master).bits;
+    const bool is_tie = (bits & 0xffffu) == 0x8000u;
+    ties += is_tie;
+    far += is_tie ? param.bits != static_cast<uint16_t>((bits >> 16) + 1) : param.bits != even;
+    // A parameter that rounds ties to even has kept its master as well, and the next one has not.
+    lost += bits_of(current_master(widen(Bf16{even}), master, Bf16())) != bits;
+    const float neighbour = widen(Bf16{static_cast<uint16_t>(param.bits ^ 2)});
+    lost += bits_of(current_master(neighbour, master, Bf16())) != bits_of(neighbour);
+  }
+  std::printf("%llu %llu %llu %llu %llu %llu", changed, other_params, far, lost, not_nan, ties);
+}
+"""
+
+
+def test_all_masters_are_what_their_halves_say(tmp_path: Path) -> None:
+    """Every fp32 number comes back from its halves, and a bf16 parameter tells whether it was rounded from a master."""
+    flags = ["-O3", *ISA_FLAGS[max((isa for isa in ISA_FLAGS if runs(isa)), key=list(ISA_FLAGS).index)]]
+    found = compile_and_run("this machine", tmp_path, MASTERS, *flags)
+    ties = 2**16 - 2**8  # a half of each number that is not infinite or NaN
+    assert found == f"0 0 0 0 0 {ties}"
+
+
+RANDOM = """
+#include <cstdio>
+#include <cstring>
+#include <vector>
+#include "cpu/rounding.h"
+using namespace dracopt;
+static long faults = 0;
+
+static void check_words(uint32_t counter, uint64_t key, const uint32_t (&expected)[4]) {
+  uint32_t words[4] = {counter, counter, counter, counter};
+  philox(words, key);
+  faults += std::memcmp(words, expected, sizeof(words)) != 0;
+}
+
+// Blocks of any number give the bits of single elements, wherever a run begins.
+static void check_runs() {
+  for (int64_t first : {int64_t(0), int64_t(5), int64_t(1) << 35, (int64_t(1) << 35) - 13}) {
+    for (int64_t count : {1, 2, 7, 8, 9, 63, 64, 65, 200, 256}) {
+      const Rounding rounding{0x123456789abcdef0u, 77, 3, 1, first, nullptr};
+      RandomBits<kMostBits> room;
+      const Bits* const bits = random_run(rounding, 2, first, count, room.words);
+      for (int64_t i = 0; i < count; ++i) faults += bits[i] != random_bits(rounding, 2, first + i);
+    }
+  }
+}
+
+// All roundings of a number, by all random bits. Their mean is the number, except for what is cut off.
+template <typename Stored>
+static void check_mean(float x, double cut) {
+  double sum = 0;
+  const float low = widen(Stored{static_cast<uint16_t>(round_at_random(x, 0, Stored()) >> 16)});
+  const float high = widen(Stored{static_cast<uint16_t>(round_at_random(x, 0xffff, Stored()) >> 16)});
+  for (uint32_t random = 0; random < 65536; ++random) {
+    const float rounded = widen(Stored{static_cast<uint16_t>(round_at_random(x, random, Stored()) >> 16)});
+    faults += rounded != low && rounded != high;
+    sum += rounded;
+  }
+  const double error = sum / 65536 - x;
+  faults += error * error > cut * cut;
+  faults += widen(narrow<Stored>(low)) != low || (low == x) != (high == x);
+}
+
+int main() {
+  check_words(0, 0, {0x5f6fb709u, 0x0d893f64u, 0x4f121f81u, 0x4f730a48u});
+  check_words(0xffffffffu, ~uint64_t(0), {0x5207ddc2u, 0x45165e59u, 0x4d8ee751u, 0x8c52f662u});
+  check_runs();
+  for (float x : {1.0f, 1.001f, -1.001f, 3.14159f, 1e-3f, -7.77e-5f, 6.1e4f, 0.0f, 2.5f}) {
+    check_mean<Bf16>(x, 0);
+    check_mean<Fp16>(x, 0);
+  }
+  for (float x : {6e-5f, -3.3e-5f, 5.9604645e-8f, 4e-8f, 1e-7f, -1e-9f}) check_mean<Fp16>(x, 0x1p-40);
+  for (float x : {1e-40f, -3e-39f, 1.2e38f}) check_mean<Bf16>(x, 0);
+  for (uint32_t bits = 0; bits < 65536; ++bits) {  // what a dtype has stays as it is
+    for (uint32_t random : {0u, 1u, 0x8000u, 0xffffu}) {
+      const float bf16 = widen(Bf16{static_cast<uint16_t>(bits)}), fp16 = widen(Fp16{static_cast<uint16_t>(bits)});
+      faults += bf16 == bf16 && round_at_random(bf16, random, Dtype::bf16) != bits;
+      faults += fp16 == fp16 && round_at_random(fp16, random, Dtype::fp16) != bits;
+      const float nan = widen(Bf16{round_at_random(bf16, random, Dtype::bf16)});
+      const float nan16 = widen(Fp16{round_at_random(fp16, random, Dtype::fp16)});
+      faults += (bf16 != bf16 && nan == nan) || (fp16 != fp16 && nan16 == nan16);
+    }
+  }
+  std::printf("%ld", faults);
+}
+"""
+
+
+def test_random_bits_and_rounding_at_random(output_of: OutputOf) -> None:
+    """The generator gives the known answers of Random123, and the mean of all roundings is the number."""
+    assert output_of(RANDOM, "-Wno-psabi") == "0"
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISA_FLAGS if isa != "baseline"])
+def test_random_bits_of_instruction_sets(isa: str, tmp_path: Path) -> None:
+    if not runs(isa):
+        pytest.skip(f"this machine does not run {isa}")
+    assert compile_and_run("this machine", tmp_path, RANDOM, *ISA_FLAGS[isa]) == "0"

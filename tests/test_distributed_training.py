@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,39 @@ def test_options(program: Callable[[], None], tmp_path: Path) -> None:
     in_processes(2, tmp_path, program)
 
 
+PRECISIONS: list[dict[str, Any]] = [
+    {"master_weights": "fp32", "state_dtype": torch.float32},
+    {"master_weights": "split16"},
+    {"stochastic_rounding": True, "rounding_seed": 5},
+    {"stochastic_rounding": "all"},
+]
+
+
+def round_like_one_process(name: str) -> None:
+    """Masters, their halves, and the random bits of each element are those of whole tensors."""
+    torch.set_default_dtype(torch.bfloat16)
+    for options in PRECISIONS:
+        for case in RULES:
+            follow(name, Case(case.algorithm, {**case.options, **options}), case.ours)
+    for options in PRECISIONS[1:3]:
+        with pytest.raises(AssertionError, match="differs"):
+            follow(name, Case("SGD", {"lr": 0.1, **options}), SkipsARank(dracopt_ext.SGD))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("FSDP2", 4),
+        ("hybrid FSDP2", 4),
+        ("tensor parallelism", 2),
+        ("FSDP2 and tensor parallelism", 4),
+        ("DDP", 2),
+    ],
+)
+def test_rounding(name: str, count: int, tmp_path: Path) -> None:
+    in_processes(count, tmp_path, round_like_one_process, name)
+
+
 # ---- checkpoints
 
 
@@ -473,6 +507,29 @@ def test_checkpoints_for_other_numbers_of_processes(count: int, tmp_path: Path) 
     for found in (ours_by_theirs, theirs_by_ours, ours):
         for p, q in zip(found, theirs, strict=True):
             torch.testing.assert_close(torch.tensor(p), torch.tensor(q), rtol=1e-5, atol=1e-6)
+
+
+def begin_in_bf16(folder: Path) -> list[list[Any]]:
+    torch.set_default_dtype(torch.bfloat16)
+    return [begin(folder / str(i), partial(dracopt_ext.AdamW, **options)) for i, options in enumerate(PRECISIONS)]
+
+
+def go_on_in_bf16(folder: Path) -> list[list[list[Any]]]:
+    torch.set_default_dtype(torch.bfloat16)
+    return [
+        [go_on(folder / str(i), kind, partial(dracopt_ext.AdamW, **options)) for kind in ("sharded", "full")]
+        for i, options in enumerate(PRECISIONS)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_in_bf16_for_other_numbers_of_processes(tmp_path: Path) -> None:
+    """Masters and the count of steps come with the checkpoint, so that all bits are those of training on."""
+    for name in ("first", "second", *map(str, range(len(PRECISIONS)))):
+        (tmp_path / name).mkdir()
+    expected = in_processes(2, tmp_path / "first", begin_in_bf16, tmp_path)[0]
+    found = in_processes(4, tmp_path / "second", go_on_in_bf16, tmp_path)[0]
+    assert found == [[weights] * 2 for weights in expected]
 
 
 # ---- what cannot be right, and what torch steps

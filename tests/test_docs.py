@@ -42,19 +42,23 @@ def programs_in(page: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_programs_of_the_readme_run(number: int, tmp_path: Path) -> None:
-    program = programs_in("README.md")[number]
+    output = output_of(programs_in("README.md")[number], tmp_path)
+    assert number == 1 or output == "{'cpu': frozenset({'native'})}\n"
+
+
+def output_of(program: str, folder: Path) -> str:
     command = [sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert number == 1 or run.stdout == "{'cpu': frozenset({'native'})}\n"
+    return run.stdout
 
 
 def test_program_of_the_tail_runs(tmp_path: Path) -> None:
-    program = programs_in("docs/tail.md")[1]
-    command = [sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) > 0
+    assert float(output_of(programs_in("docs/tail.md")[1], tmp_path)) > 0
+
+
+def test_program_for_bf16_runs(tmp_path: Path) -> None:
+    assert output_of(programs_in("docs/precision.md")[0], tmp_path) == "torch.float32\n"
 
 
 def test_distributed_program_runs(tmp_path: Path) -> None:

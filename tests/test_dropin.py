@@ -65,6 +65,9 @@ def test_signature_is_torchs_and_our_options(name: str) -> None:
         *((p.name, p.default, p.kind) for p in theirs.values()),
         ("backend", None, inspect.Parameter.KEYWORD_ONLY),
         ("state_dtype", None, inspect.Parameter.KEYWORD_ONLY),
+        ("master_weights", None, inspect.Parameter.KEYWORD_ONLY),
+        ("stochastic_rounding", False, inspect.Parameter.KEYWORD_ONLY),
+        ("rounding_seed", 0, inspect.Parameter.KEYWORD_ONLY),
         ("max_grad_norm", None, inspect.Parameter.KEYWORD_ONLY),
         ("error_if_nonfinite", False, inspect.Parameter.KEYWORD_ONLY),
     ]

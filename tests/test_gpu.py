@@ -35,7 +35,7 @@ from .test_layouts import LAYOUTS, Buffers, given
 from .test_properties import Trained, programs
 
 TILE = 4096
-ARGUMENT_WORDS = (32764 - 112) // 8
+ARGUMENT_WORDS = (32764 - 120) // 8
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -152,8 +152,8 @@ def serve_gpus_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     module = backend_module._C
     assert module is not None
 
-    def make(*names: str, cpu: bool, cuda: bool, triton: Any) -> Any:
-        return module.StepPlan(*names, cpu=cpu, cuda=cuda and triton is None, triton=triton)
+    def make(*names: str, cpu: bool, cuda: bool, triton: Any, masters: str | None) -> Any:
+        return module.StepPlan(*names, cpu=cpu, cuda=cuda and triton is None, triton=triton, masters=masters)
 
     monkeypatch.setattr(backend_module, "_C", SimpleNamespace(**{**vars(module), "StepPlan": make}))
     monkeypatch.setattr(backend_module, "triton_serves_gpus", lambda: True)

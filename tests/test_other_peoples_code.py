@@ -250,7 +250,7 @@ def test_init_group_overridden_with_grad_scaler(name: str) -> None:
 
 
 def test_no_name_of_ours_is_one_that_a_subclass_would_choose() -> None:
-    ours_by_contract = {"backend", "state_dtype", "last_backend", "release_gradients"}
+    ours_by_contract = {"backend", "state_dtype", "last_backend", "master_params", "release_gradients"}
     ours_by_contract |= {"max_grad_norm", "error_if_nonfinite", "grad_norm"}
     for name in CLASSES:
         known = set(dir(torchs(name)))

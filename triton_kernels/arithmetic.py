@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.random import philox_impl
 
 
 @triton.jit
@@ -190,4 +191,79 @@ def narrow(x, dtype: tl.constexpr):
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         stored = (tl.where(x != x, 0x7FC00000, bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16)
+    return stored
+
+
+# ---- masters of parameters in 16 bits: csrc/core/master.h
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.float32).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def current_master(param, stored, master: tl.constexpr, dtype: tl.constexpr, T: tl.constexpr):
+    """Returns the master of a widened parameter, given what the stream of masters holds of it."""
+    wide = param.to(tl.float32)
+    if master == "split16":
+        taken = stored.to(tl.int16, bitcast=True).to(tl.int32)
+        found = (wide.to(tl.int32, bitcast=True) + taken).to(tl.float32, bitcast=True)
+    elif dtype == "bf16":
+        is_near = bits_of(stored) - bits_of(wide) + 0x8000 <= 0x10000
+        found = tl.where(is_near & (stored == stored), stored, wide)
+    else:
+        found = tl.where(stored.to(tl.float16).to(tl.float32) == wide, stored, wide)
+    return found.to(T)
+
+
+@triton.jit
+def round_master(x, dtype: tl.constexpr):
+    """Rounds masters to the dtype of their parameters."""
+    if dtype == "bf16":
+        stored = (tl.where(x != x, 0x7FC00000, bits_of(x) + 0x8000) >> 16).to(tl.uint16)
+    else:
+        stored = narrow(x, dtype)
+    return stored
+
+
+@triton.jit
+def rest_of_master(x):
+    """Returns what rounding to bf16 takes from masters."""
+    return tl.where(x != x, 0, bits_of(x) & 0xFFFF).to(tl.uint16)
+
+
+# ---- rounding at random: csrc/core/stochastic.h
+
+
+@triton.jit
+def random_bits(element, stream: tl.constexpr, param, step, seed):
+    """Returns 16 random bits for elements, which are in int64."""
+    block = element // 8
+    zero = (block * 0).to(tl.uint32)
+    w1 = (block >> 32).to(tl.uint32) | stream << 24
+    key0, key1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox_impl(
+        block.to(tl.uint32), w1, zero + param.to(tl.uint32), zero + step.to(tl.uint32), zero + key0, zero + key1, 7
+    )
+    at = (element % 8).to(tl.uint32)
+    word = tl.where(at < 4, tl.where(at < 2, w0, w1), tl.where(at < 6, w2, w3))
+    return word >> 16 * (at % 2) & 0xFFFF
+
+
+@triton.jit
+def round_at_random(x, random, dtype: tl.constexpr):
+    x = x.to(tl.float32)
+    bits = bits_of(x)
+    if dtype == "bf16":
+        stored = (tl.where(x != x, 0x7FC00000, bits + random) >> 16).to(tl.uint16)
+    else:
+        magnitude = bits & 0x7FFFFFFF
+        is_subnormal = magnitude < 0x38800000
+        normal = (magnitude + (random >> 3) - 0x38000000) >> 13
+        small = tl.where(is_subnormal, magnitude, 0).to(tl.float32, bitcast=True)
+        subnormal = ((small * 1099511627776.0).to(tl.int32).to(tl.uint32) + random) >> 16
+        rounded = tl.where(magnitude >= 0x47800000, 0x7C00, tl.where(is_subnormal, subnormal, normal))
+        rounded = tl.where(x != x, 0x7E00, rounded) | (bits >> 16 & 0x8000)
+        stored = rounded.to(tl.uint16).to(tl.float16, bitcast=True)
     return stored

@@ -11,7 +11,18 @@ import triton.language as tl
 
 from dracopt_ext._C import launch_layout
 
-from .arithmetic import divisor_of, narrow, power, quotient_by, widen
+from .arithmetic import (
+    current_master,
+    divisor_of,
+    narrow,
+    power,
+    quotient_by,
+    random_bits,
+    rest_of_master,
+    round_at_random,
+    round_master,
+    widen,
+)
 
 TILE = tl.constexpr(8192)  # elements that a program updates
 ROWS = tl.constexpr(128)  # rows that a program advances at once, or elements outside vectors that it updates at once
@@ -20,7 +31,9 @@ VECTOR = tl.constexpr(16)  # elements: a multiple of the number of any dtype in 
 
 AT = {name: tl.constexpr(at) for name, at in launch_layout().items()}  # offsets and sizes, in bytes
 ROW_BYTES, STREAMS, STATE_SCALARS = AT["ROW_BYTES"], AT["STREAMS"], AT["STATE_SCALARS"]
-NUMEL, SLOT, LAYOUT = AT["NUMEL"], AT["SLOT"], AT["LAYOUT"]
+NUMEL, SLOT, LAYOUT, STATES = AT["NUMEL"], AT["SLOT"], AT["LAYOUT"], AT["STATES"]
+ELEMENT, ELEMENTS_LAYOUT, PARAM_INDEX = AT["ELEMENT"], AT["ELEMENTS_LAYOUT"], AT["PARAM_INDEX"]
+SEED = AT["SEED"]
 STATE_SCALAR_FP32, MAXIMIZE, HAS_RECIPE = AT["STATE_SCALAR_FP32"], AT["MAXIMIZE"], AT["HAS_RECIPE"]
 LAYOUT_BYTES, DIMS, SIZES = AT["LAYOUT_BYTES"], AT["DIMS"], AT["SIZES"]
 STRIDES, STRIDES_BYTES = AT["STRIDES"], AT["STRIDES_BYTES"]
@@ -126,7 +139,7 @@ def prepare_row(
 
 
 @triton.jit
-def offset_of(layout, stream: tl.constexpr, element):
+def offset_of(layout, stream, element):
     """Returns where elements of a stream lie, in elements from the stream's first."""
     offset = element * 0
     d = field(layout, DIMS, tl.int32) - 1
@@ -167,7 +180,23 @@ def store(address, offsets, x, mask, dtype: tl.constexpr, lanes: tl.constexpr):
 
 
 @triton.jit
-def place(layout, is_strided, stream: tl.constexpr, elements, lanes: tl.constexpr):
+def store_at_random(
+    address, offsets, x, mask, dtype: tl.constexpr, lanes: tl.constexpr, elements, rounding, stream: tl.constexpr
+):
+    """Rounds numbers at random and stores them, as ``store`` does with those that are not in 16 bits."""
+    if dtype == "bf16" or dtype == "fp16":
+        first, layouts, layout_number, param, step, seed = rounding
+        element = elements.to(tl.int64)
+        if layout_number >= 0:
+            element = offset_of(layouts + layout_number * LAYOUT_BYTES, 1, element)
+        random = random_bits(first + element, stream, param, step, seed)
+        tl.store(pointer_of(address, dtype, lanes) + offsets, round_at_random(x, random, dtype), mask=mask)
+    else:
+        store(address, offsets, x, mask, dtype, lanes)
+
+
+@triton.jit
+def place(layout, is_strided, stream, elements, lanes: tl.constexpr):
     if lanes > 1:
         return elements
     if is_strided:
@@ -186,6 +215,8 @@ def update_block(
     state0: tl.constexpr,
     state1: tl.constexpr,
     state2: tl.constexpr,
+    master: tl.constexpr,
+    at_random: tl.constexpr,
     lanes: tl.constexpr,  # elements that are accessed at once
     fast: tl.constexpr,
     T: tl.constexpr,
@@ -194,8 +225,8 @@ def update_block(
 
     The function does nothing if ``fast`` is true and the fast arithmetic is not proved for one of the elements.
     """
-    addresses, layout, is_strided, divisor, coefficient, scalars = tensor
-    at_param, at_grad, at_state0, at_state1, at_state2 = addresses
+    addresses, layout, is_strided, divisor, coefficient, scalars, rounding = tensor
+    at_param, at_grad, at_state0, at_state1, at_state2, at_master = addresses
     states = (at_state0 != 0).to(tl.int32) + (at_state1 != 0).to(tl.int32) + (at_state2 != 0).to(tl.int32)
     mask = elements < limit
     # A missing state is never accessed.
@@ -209,6 +240,11 @@ def update_block(
     in_state2 = place(layout, is_strided, 4, elements, lanes)
 
     p = load(at_param, in_param, mask, param, lanes, T)
+    if master is not None:
+        in_master = place(layout, is_strided, 2 + states, elements, lanes)
+        stored: tl.constexpr = "fp32" if master == "fp32" else "bf16"  # 16 bits of any kind
+        masters = tl.load(pointer_of(at_master, stored, lanes) + in_master, mask=mask, other=0)
+        p = current_master(p, masters, master, param, T)
     g = load(at_grad, in_grad, mask, grad, lanes, T)
     s0 = load(at_state0, in_state0, mask0, state0, lanes, T)
     s1 = load(at_state1, in_state1, mask1, state1, lanes, T)
@@ -220,10 +256,24 @@ def update_block(
     if fast:
         done = tl.min((p == p).to(tl.int32), 0) != 0
     if done:
-        store(at_param, in_param, p, mask, param, lanes)
-        store(at_state0, in_state0, s0, mask0, state0, lanes)
-        store(at_state1, in_state1, s1, mask1, state1, lanes)
-        store(at_state2, in_state2, s2, mask2, state2, lanes)
+        if master is not None:
+            tl.store(pointer_of(at_param, param, lanes) + in_param, round_master(p, param), mask=mask)
+            if master == "fp32":
+                store(at_master, in_master, p, mask, "fp32", lanes)
+            else:
+                tl.store(pointer_of(at_master, "bf16", lanes) + in_master, rest_of_master(p), mask=mask)
+        elif at_random & 1:
+            store_at_random(at_param, in_param, p, mask, param, lanes, elements, rounding, 0)
+        else:
+            store(at_param, in_param, p, mask, param, lanes)
+        if at_random & 2:
+            store_at_random(at_state0, in_state0, s0, mask0, state0, lanes, elements, rounding, 2)
+            store_at_random(at_state1, in_state1, s1, mask1, state1, lanes, elements, rounding, 3)
+            store_at_random(at_state2, in_state2, s2, mask2, state2, lanes, elements, rounding, 4)
+        else:
+            store(at_state0, in_state0, s0, mask0, state0, lanes)
+            store(at_state1, in_state1, s1, mask1, state1, lanes)
+            store(at_state2, in_state2, s2, mask2, state2, lanes)
     return done
 
 
@@ -288,6 +338,8 @@ def step_kernel(
     state0: tl.constexpr,
     state1: tl.constexpr,
     state2: tl.constexpr,
+    master: tl.constexpr,  # the form of masters, or None
+    at_random: tl.constexpr,  # 1 if the parameter is rounded at random, plus 2 if states are
     T: tl.constexpr,
     fast: tl.constexpr,  # try the fast arithmetic first
     LANES: tl.constexpr,  # elements in a vector of the widest dtype
@@ -315,28 +367,66 @@ def step_kernel(
     coefficient = tl.where(multiplier != 0, number_at(multiplier, False, multiplier != 0), coefficient).to(T)
     coefficient = tl.where(field(row, MAXIMIZE, tl.int8) != 0, -coefficient, coefficient)
     at_param, at_grad = field(row, STREAMS, tl.int64), field(arguments, WORDS + 8 * index, tl.int64)
-    at_state0, at_state1 = field(row, STREAMS + 16, tl.int64), field(row, STREAMS + 24, tl.int64)
-    at_state2 = field(row, STREAMS + 32, tl.int64)
-    addresses = at_param, at_grad, at_state0, at_state1, at_state2
+    states = field(row, STATES, tl.int8).to(tl.int64)
+    at_state0 = field(row, STREAMS + 16, tl.int64, states > 0)
+    at_state1 = field(row, STREAMS + 24, tl.int64, states > 1)
+    at_state2 = field(row, STREAMS + 32, tl.int64, states > 2)
+    at_master = field(row, STREAMS + 16 + 8 * states, tl.int64) if master is not None else at_param
+    addresses = at_param, at_grad, at_state0, at_state1, at_state2, at_master
+    rounding = (numel,)
+    if at_random:
+        first, number = field(row, ELEMENT, tl.int64), field(row, ELEMENTS_LAYOUT, tl.int32).to(tl.int64)
+        index_in_all, step = field(row, PARAM_INDEX, tl.int32), field(slot - 8, 0, tl.int64)
+        rounding = first, layouts, number, index_in_all, step, field(arguments, SEED, tl.int64)  # type: ignore[assignment]
     layout_number = field(row, LAYOUT, tl.int32).to(tl.int64)  # negative if all streams are dense
     layout = layouts + layout_number * LAYOUT_BYTES
 
     # Vectors come first, then the tensor's last elements. Misaligned and strided tensors have no vectors.
-    misaligned = (at_param | at_grad | at_state0 | at_state1 | at_state2) % VECTOR_BYTES != 0
+    misaligned = (at_param | at_grad | at_state0 | at_state1 | at_state2 | at_master) % VECTOR_BYTES != 0
     in_vectors = tl.where(misaligned | (layout_number >= 0), begin, end - (end - begin) % VECTOR)
     in_vectors = tl.multiple_of(in_vectors, VECTOR)
-    tensor = addresses, layout, layout_number >= 0, divisor, coefficient, scalars
+    tensor = addresses, layout, layout_number >= 0, divisor, coefficient, scalars, rounding
     for i in range(0, TILE, BLOCK):
         if begin + i < in_vectors:
             elements = begin + i + tl.arange(0, BLOCK)
             if not update_block(
-                tensor, elements, in_vectors, update, param, grad, state0, state1, state2, LANES, fast, T
+                tensor,
+                elements,
+                in_vectors,
+                update,
+                param,
+                grad,
+                state0,
+                state1,
+                state2,
+                master,
+                at_random,
+                LANES,
+                fast,
+                T,
             ):
-                update_block(tensor, elements, in_vectors, update, param, grad, state0, state1, state2, LANES, False, T)
+                update_block(
+                    tensor,
+                    elements,
+                    in_vectors,
+                    update,
+                    param,
+                    grad,
+                    state0,
+                    state1,
+                    state2,
+                    master,
+                    at_random,
+                    LANES,
+                    False,
+                    T,
+                )
     for i in range(0, TILE, ROWS):
         if in_vectors + i < end:
             elements = in_vectors + i + tl.arange(0, ROWS)
-            update_block(tensor, elements, end, update, param, grad, state0, state1, state2, 1, False, T)
+            update_block(
+                tensor, elements, end, update, param, grad, state0, state1, state2, master, at_random, 1, False, T
+            )
 
     if field(arguments, ZEROES, tl.int16) != 0:
         tl.debug_barrier()

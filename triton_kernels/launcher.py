@@ -36,7 +36,14 @@ def estimates_well() -> bool:
     return isinstance(architecture, int) and architecture // 10 in (8, 9, 10, 12)  # AMD's architectures have names
 
 
-def specialization(rule: str, dtypes: tuple[str, ...], target: str = TARGET, fast: bool = True) -> dict[str, Any]:
+def specialization(
+    rule: str,
+    dtypes: tuple[str, ...],
+    target: str = TARGET,
+    fast: bool = True,
+    master: str | None = None,
+    at_random: int = 0,
+) -> dict[str, Any]:
     """Returns the constants for which the kernel is compiled.
 
     Args:
@@ -44,6 +51,8 @@ def specialization(rule: str, dtypes: tuple[str, ...], target: str = TARGET, fas
         dtypes: the dtypes of parameter, gradient and states.
         target: ``cuda`` or ``hip``.
         fast: whether the fast arithmetic may be tried.
+        master: the form of masters; None if the parameter has none.
+        at_random: 1 if the parameter is rounded at random, plus 2 if states are.
     """
     fp64 = "fp64" in dtypes
     threads = WARPS * (32 if target == "cuda" else 64)
@@ -55,10 +64,13 @@ def specialization(rule: str, dtypes: tuple[str, ...], target: str = TARGET, fas
         "numbers": RULES[rule].hyperparameters,
         "carries": len(RULES[rule].state_scalar_keys),
         **dict(zip_longest(("param", "grad", *STATES), dtypes)),
+        "master": master,
+        "at_random": at_random,
         "T": tl.float64 if fp64 else tl.float32,
         "fast": fast and divides and not fp64 and target == "cuda",
         # Every stream is accessed by as many elements. Otherwise Triton would exchange elements between threads.
-        "LANES": VECTOR_BYTES.value // max(ITEMSIZE[dtype] for dtype in dtypes),
+        "LANES": VECTOR_BYTES.value
+        // max(ITEMSIZE[dtype] for dtype in (*dtypes, *(["fp32"] if master == "fp32" else []))),
         "BLOCK": threads * (4 if fp64 else 8),  # so that a thread has a vector of the narrowest dtype beside T
     }
 
@@ -80,8 +92,9 @@ class Launcher:
     The device must be the current one in every call.
     """
 
-    def __init__(self, rule: str, dtypes: tuple[str, ...]) -> None:
-        self._for_update = {**specialization(rule, dtypes, fast=estimates_well()), **options(rule, dtypes)}
+    def __init__(self, rule: str, dtypes: tuple[str, ...], master: str | None, at_random: int) -> None:
+        constants = specialization(rule, dtypes, fast=estimates_well(), master=master, at_random=at_random)
+        self._for_update = {**constants, **options(rule, dtypes)}
         grad = dtypes[1]
         self._for_squares = {"grad": grad, "LANES": VECTOR_BYTES.value // ITEMSIZE[grad], **OPTIONS}
         self._loaded: set[Any] = set()
@@ -113,6 +126,6 @@ class Launcher:
 
 
 @cache
-def launcher_for(rule: str, dtypes: tuple[str, ...], device: str) -> Launcher:
-    """Returns the launcher for a rule, the dtypes of the streams and the current device."""
-    return Launcher(rule, dtypes)
+def launcher_for(rule: str, dtypes: tuple[str, ...], device: str, master: str | None, at_random: int) -> Launcher:
+    """Returns the launcher for a rule, how the streams are stored and rounded, and the current device."""
+    return Launcher(rule, dtypes, master, at_random)

@@ -28,6 +28,14 @@ std::optional<Fault> fault_of(Tensor tensor, Tensor param) {
   return {};
 }
 
+// Says why a tensor cannot be the master of a plain parameter.
+std::optional<Fault> fault_of_master(Tensor tensor, Tensor param, Master form) {
+  const std::optional<Fault> fault = fault_of(tensor, param);
+  if (tensor.is_python_subclass() || (fault.has_value() && *fault != Fault::dtype)) return fault;
+  if (tensor.dtype() != (form == Master::fp32 ? kFp32 : kBf16)) return Fault::dtype;
+  return {};
+}
+
 // Says why a tensor cannot be a state scalar. A scalar may have any dtype, and a parameter on a GPU may have scalars on
 // the CPU.
 std::optional<Fault> fault_of_scalar(Tensor tensor, Tensor param) {
@@ -95,9 +103,10 @@ Otherwise examine_state_scalar(Tensor tensor, int k, Ready& ready) {
 }
 
 // Examines a state that is complete.
-Otherwise examine_state(const Inventory& inventory, const Located& located, int wanted, Ready& ready) {
+Otherwise examine_state(const Inventory& inventory, const Located& located, Ready& ready) {
   const Tensor p = located.param();
-  for (int k = 0; k < wanted; ++k) {
+  const int master_at = inventory.rule.state_scalars + inventory.groups[located.group].states;
+  for (int k = 0; k < located.wanted; ++k) {
     if (!is_exact_tensor(located.values[k])) {
       if (!is_tensor(located.values[k])) return wrong(Fault::no_tensor, k);
       const bool is_mixed = inventory.is_distributed(located.values[k]) && k >= inventory.rule.state_scalars;
@@ -106,7 +115,10 @@ Otherwise examine_state(const Inventory& inventory, const Located& located, int 
     }
     const Tensor s = Tensor::in(located.values[k]);
     const bool is_scalar = k < inventory.rule.state_scalars;
-    if (const auto fault = is_scalar ? fault_of_scalar(s, p) : fault_of(s, p)) return wrong(*fault, k);
+    const auto fault = is_scalar        ? fault_of_scalar(s, p)
+                       : k == master_at ? fault_of_master(s, p, inventory.masters)
+                                        : fault_of(s, p);
+    if (fault.has_value()) return wrong(*fault, k);
     if (!is_plain(s)) return unsupported(why_not_plain(s));
     if (s.is_lazily_cloned()) return unsupported(kLazilyCloned);
     if (is_scalar) {
@@ -168,28 +180,31 @@ Examined examine(const Inventory& inventory, const Backends& backends, size_t i,
   streams.on_gpu = located.param().is_plain_on_gpu();
   streams.device_index = static_cast<int8_t>(located.param().device().index);
   bool fp64 = false;
-  const int wanted = inventory.wanted_values(group);
-  for (int k = 0; k < wanted; ++k) {
+  const int scalars = inventory.rule.state_scalars;
+  for (int k = 0; k < located.wanted; ++k) {
     if (located.values[k] != nullptr && located.values[k] != Py_None) continue;
-    // A rule with state scalars creates the state as a whole, as torch does, so a partial state is a mistake.
-    if (inventory.rule.state_scalars > 0 && located.has_state) return wrong(Fault::missing, k);
+    // A rule with state scalars creates the state as a whole, as torch does, so a partial state is a mistake. So is a
+    // state without a master.
+    const bool lacks_only_master = k > 0 && k == scalars + group.states;
+    if ((scalars > 0 && located.has_state) || lacks_only_master) return wrong(Fault::missing, k);
     streams.count = kFirstState;
     MissingState missing{streams};
     if (auto otherwise = examine_memory(inventory, i, missing.streams, fp64, segment)) return *otherwise;
     return missing;
   }
   Ready ready{};
-  streams.count = static_cast<uint8_t>(kFirstState + group.states);
+  streams.count = static_cast<uint8_t>(kFirstState + located.wanted - scalars);
   ready.streams = streams;
   ready.has_recipe = group.gpu.has_value();
   ready.group = located.group;
-  if (auto otherwise = examine_state(inventory, located, wanted, ready)) return *otherwise;
+  if (auto otherwise = examine_state(inventory, located, ready)) return *otherwise;
   if (auto otherwise = examine_memory(inventory, i, ready.streams, fp64, segment)) return *otherwise;
   for (int k = 0; k < streams.count; ++k) {
     const Tensor tensor = inventory.tensor_of(i, k);
     ready.dtypes[k] = static_cast<uint8_t>(tensor.dtype());
     ready.itemsizes[k] = static_cast<uint8_t>(format_of(tensor).bytes());
   }
+  if (inventory.has_master(located)) segment.master = inventory.masters;
   ready.reals = static_cast<uint8_t>(format_of(located.param()).reals());
   ready.arithmetic = fp64 ? Arithmetic::fp64 : Arithmetic::fp32;
   return ready;

@@ -117,12 +117,25 @@ void GpuLaunches::add(const Segment& segment, const Ready& ready, const Group& g
   row.numel = segment.numel;
   row.slot =
       static_cast<uint32_t>(launch.known[number].at);  // make_image() adds the number of gradients before the slots
+  row.numbers = cuda::kDense;
+  row.master = segment.master;
+  if (const Rounding* const rounding = segment.rounding) {
+    ++row.slot;  // the step comes first
+    row.at_random = rounding->streams;
+    row.param = rounding->param;
+    row.first = rounding->first;
+    arguments_.seed = rounding->seed;
+  }
   row.layout = cuda::kDense;
   if (segment.layout != nullptr) {
     row.layout = static_cast<int32_t>(layouts_.size());
     append_layout(*segment.layout, ready.streams.count);
     if (gradient != nullptr && gradient->layout != nullptr) append_layout(*gradient->layout, kGrad + 1);
     row.dense |= static_cast<uint8_t>((gradient != nullptr && gradient->layout == nullptr) << cuda::kGradIsSimple);
+  }
+  if (segment.rounding != nullptr && segment.rounding->numbers != nullptr) {
+    row.numbers = static_cast<int32_t>(layouts_.size());
+    append_layout(*segment.rounding->numbers, kWhole + 1);
   }
   row.states = static_cast<uint8_t>(group.states);
   row.maximize = segment.update->maximize;

@@ -31,7 +31,7 @@ struct LaunchKey {
   Device device;
   Backend backend;
   Arithmetic arithmetic;
-  uint16_t dtypes;  // of the streams, by dtype_at, if the kernel is compiled for them; otherwise 0
+  uint16_t forms;  // of the streams, if the kernel is compiled for them; otherwise 0. See forms_for_triton()
 
   bool operator==(const LaunchKey&) const = default;
 };

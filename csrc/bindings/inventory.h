@@ -161,6 +161,7 @@ struct Tally {
 // the next step compares.
 struct Inventory {
   const RuleEntry& rule;
+  const Master masters;  // of parameters in 16 bits
   std::vector<Group> groups;
   std::vector<Tensor> hyperparameters_on_gpus;  // of all groups, if the kernels read them
   std::vector<Located> located;
@@ -171,6 +172,8 @@ struct Inventory {
   std::vector<Examined> examined;            // one for each place, as the segments
   std::vector<Segment> segments;
   std::deque<Layout> layouts;
+  std::vector<Rounding> roundings;  // one for each place, if streams are rounded at random
+  std::deque<Layout> numbers;       // of these
   Tally tally{};
   uint64_t version = 1;      // changes with what was found at any place, except with where gradients lie
   bool as_recorded = false;  // the host's state scalars are those that the step before left
@@ -203,8 +206,15 @@ struct Inventory {
     return streams.on_gpu ? Device{kGpuType, streams.device_index} : kHost;
   }
 
-  // Returns how many scalars and tensors the state of a group's parameters must have.
-  int wanted_values(const Group& group) const { return rule.state_scalars + group.states; }
+  bool has_master(const Located& located) const {
+    const Format& format = format_of(located.tensor);
+    return masters != Master::none && format.is_native && format.bytes() == 2;
+  }
+
+  // Returns how many scalars and tensors a parameter's state must have. The master is the last.
+  int wanted_values(const Located& located) const {
+    return rule.state_scalars + groups[located.group].states + has_master(located);
+  }
 
   // Counts the places, and gives the segments for the CPU their unit numbers.
   void count() {

@@ -30,6 +30,19 @@ std::optional<Clipping> clipping_or_none(const py::object& object) {
   return Clipping{max_norm, Tensor::in(norm.ptr()), checks, needs_a_norm, add_over_meshes};
 }
 
+std::optional<StepPlan::AtRandom> at_random_or_none(const py::object& object) {
+  if (object.is_none()) return {};
+  auto [seed, states, steps, first_param, shards] =
+      object.cast<std::tuple<uint64_t, bool, std::vector<uint32_t>, uint32_t, std::vector<StepPlan::Shard>>>();
+  return StepPlan::AtRandom{seed, states, std::move(steps), first_param, std::move(shards)};
+}
+
+Master master_named(const std::optional<std::string>& name) {
+  if (!name.has_value()) return Master::none;
+  if (*name != "fp32" && *name != "split16") throw py::value_error("no form of masters is named '" + *name + "'");
+  return *name == "fp32" ? Master::fp32 : Master::split16;
+}
+
 py::tuple names_in(const char* const* names) {
   py::list found;
   for (; *names != nullptr; ++names) found.append(*names);
@@ -59,6 +72,12 @@ py::dict launch_layout() {
   at["STREAMS"] = offsetof(Row, streams);
   at["STATE_SCALARS"] = offsetof(Row, state_scalars);
   at["NUMEL"] = offsetof(Row, numel);
+  at["STATES"] = offsetof(Row, states);
+  at["ELEMENT"] = offsetof(Row, first);
+  at["ELEMENTS_LAYOUT"] = offsetof(Row, numbers);
+  at["PARAM_INDEX"] = offsetof(Row, param);
+  at["AT_RANDOM"] = offsetof(Row, at_random);
+  at["SEED"] = offsetof(Arguments, seed);
   at["SLOT"] = offsetof(Row, slot);
   at["LAYOUT"] = offsetof(Row, layout);
   at["DENSE"] = offsetof(Row, dense);
@@ -130,17 +149,19 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_triton), py::arg("make_launcher"), py::arg("is_capturing"), py::arg("tile"),
            py::arg("on_cpu"), py::arg("no_kernels"));
   py::class_<StepPlan>(m, "StepPlan", py::module_local())
-      .def(py::init(
-               [](const std::string& rule, std::string optimizer, bool cpu, bool cuda, std::optional<Triton> triton) {
-                 return std::make_unique<StepPlan>(rule, std::move(optimizer), Backends(cpu, cuda, std::move(triton)));
-               }),
-           py::arg("rule"), py::arg("optimizer"), py::arg("cpu"), py::arg("cuda"), py::arg("triton"))
+      .def(py::init([](const std::string& rule, std::string optimizer, bool cpu, bool cuda,
+                       std::optional<Triton> triton, const std::optional<std::string>& masters) {
+             return std::make_unique<StepPlan>(rule, std::move(optimizer), Backends(cpu, cuda, std::move(triton)),
+                                               master_named(masters));
+           }),
+           py::arg("rule"), py::arg("optimizer"), py::arg("cpu"), py::arg("cuda"), py::arg("triton"),
+           py::arg("masters") = py::none())
       .def(
           "step",
           [](StepPlan& plan, py::handle param_groups, py::handle state, double grad_scale,
              const std::pair<py::object, py::object>& scaler, const py::object& coefficient, const py::object& clipping,
              std::optional<std::vector<Run>> created, std::optional<std::vector<Index>> stepped, bool zeroes,
-             bool only_looks) -> py::object {
+             const py::object& at_random, bool only_looks) -> py::object {
             const bool on_gpu = is_tensor(coefficient.ptr());
             return plan.step(param_groups, state,
                              {.grad_scale = grad_scale,
@@ -151,12 +172,13 @@ PYBIND11_MODULE(_C, m) {
                               .created = std::move(created),
                               .stepped = std::move(stepped).value_or(std::vector<Index>()),
                               .zeroes = zeroes,
+                              .at_random = at_random_or_none(at_random),
                               .only_looks = only_looks});
           },
           py::arg("param_groups"), py::arg("state"), py::arg("grad_scale") = 1.0,
           py::arg("scaler") = py::make_tuple(py::none(), py::none()), py::arg("coefficient") = 1.0,
           py::arg("clipping") = py::none(), py::arg("created") = py::none(), py::arg("stepped") = py::none(),
-          py::arg("zeroes") = false, py::arg("only_looks") = false)
+          py::arg("zeroes") = false, py::arg("at_random") = py::none(), py::arg("only_looks") = false)
       .def_property_readonly("zeroed", &StepPlan::zeroed)
       .def_property_readonly("updated", &StepPlan::updated)
       .def_property_readonly("launches", &StepPlan::launches);

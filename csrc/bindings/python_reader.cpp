@@ -63,12 +63,15 @@ bool is_known(PyObject* dict, const Group& group) {
 
 }  // namespace
 
-PythonReader::PythonReader(const RuleEntry& rule)
+PythonReader::PythonReader(const RuleEntry& rule, Master masters)
     : rule_(rule), defaultdict_(py::module_::import("collections").attr("defaultdict")) {
   group_keys_.append(kDriverKeyNames);
   for (const GroupKey* key = rule_.group_keys; key->name != nullptr; ++key) group_keys_.append(key->name);
-  state_keys_.append(rule_.state_scalar_keys);
-  state_keys_.append(rule_.state_keys);
+  for (int states = 0; states <= kMaxStates; ++states) {
+    state_keys_[states].append(rule_.state_scalar_keys);
+    for (int k = 0; k < states && rule_.state_keys[k] != nullptr; ++k) state_keys_[states].append(rule_.state_keys[k]);
+    state_keys_[states].append(masters == Master::split16 ? "master_remainder" : "master");
+  }
 }
 
 bool PythonReader::read_groups(PyObject* param_groups, Inventory& inventory) {
@@ -251,17 +254,18 @@ bool PythonReader::locate(PyObject* state, Inventory& inventory) {
 // Says whether the values that an earlier step has read from a state are the state's values now.
 bool PythonReader::keeps_values(const Inventory& inventory, const Located& located) {
   return located.entries != nullptr && located.version != 0 && located.version == version_of(located.entries) &&
-         located.wanted == inventory.wanted_values(inventory.groups[located.group]);
+         located.wanted == inventory.wanted_values(located);
 }
 
 bool PythonReader::read_values(const Inventory& inventory, Located& located) {
   std::fill_n(located.values, kMaxStateKeys, nullptr);
   located.version = 0;
-  located.wanted = static_cast<uint8_t>(inventory.wanted_values(inventory.groups[located.group]));
+  located.wanted = static_cast<uint8_t>(inventory.wanted_values(located));
   located.has_state = false;
   if (located.entries == nullptr) return true;
   if (!PyDict_CheckExact(located.entries)) return false;
-  if (!state_keys_.read(located.entries, located.wanted, located.values)) return false;
+  KeyReader& keys = state_keys_[inventory.groups[located.group].states];
+  if (!keys.read(located.entries, located.wanted, located.values)) return false;
   located.has_state = PyDict_GET_SIZE(located.entries) > 0;
   located.version = version_of(located.entries);
   return true;

@@ -12,7 +12,7 @@ namespace dracopt {
 // while an inventory holds borrowed references, so Python must read such objects.
 class PythonReader {
  public:
-  explicit PythonReader(const RuleEntry& rule);
+  PythonReader(const RuleEntry& rule, Master masters);
 
   // Reads the parameter groups. Throws for a hyperparameter that cannot be right.
   bool read_groups(PyObject* param_groups, Inventory& inventory);
@@ -21,7 +21,8 @@ class PythonReader {
   bool locate(PyObject* state, Inventory& inventory);
 
   PyObject* key_of_group(size_t k) const { return group_keys_[kDriverKeys + k]; }  // see RuleEntry::group_keys
-  PyObject* key_of_state(size_t k) const { return state_keys_[k]; }                // see Located::values
+  // Returns the key of a value in the states of a group; see Located::values.
+  PyObject* key_of_state(const Group& group, size_t k) const { return state_keys_[group.states][k]; }
 
  private:
   static constexpr size_t kDriverKeys = 5;
@@ -36,9 +37,9 @@ class PythonReader {
 
   const RuleEntry& rule_;
   const pybind11::object defaultdict_;
-  KeyReader group_keys_, state_keys_;
-  PyObject* state_ = nullptr;   // the dict of all states, which the last call has read
-  uint64_t state_version_ = 0;  // of that dict; 0 if the call failed
+  KeyReader group_keys_, state_keys_[kMaxStates + 1];  // by the number of states
+  PyObject* state_ = nullptr;                          // the dict of all states, which the last call has read
+  uint64_t state_version_ = 0;                         // of that dict; 0 if the call failed
 };
 
 }  // namespace dracopt

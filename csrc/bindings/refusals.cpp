@@ -75,7 +75,8 @@ void refuse(const Inventory& inventory, const PythonReader& keys, size_t i) {
     held.push_back(py::reinterpret_borrow<py::object>(inventory.state_object(i, k)));
   }
   const std::string fault = describe_fault(inventory, i, wrong);
-  const std::string state = wrong.culprit >= 0 ? quoted(keys.key_of_state(static_cast<size_t>(wrong.culprit))) : "";
+  const std::string state =
+      wrong.culprit >= 0 ? quoted(keys.key_of_state(inventory.group_of(i), static_cast<size_t>(wrong.culprit))) : "";
   const std::string parameter = describe(inventory, i);
   if (wrong.fault == Fault::missing) {
     throw py::key_error("the state of " + parameter + " has no " + state +
@@ -145,7 +146,7 @@ void refuse_scalars(const Inventory& inventory, const PythonReader& keys, size_t
 }
 
 void check_capture(const Inventory& inventory, const PythonReader& keys, const Backends& backends,
-                   const std::string& optimizer) {
+                   const std::string& optimizer, bool at_random) {
   std::optional<Device> device;
   bool capturing = false;
   for (size_t i = 0; i < inventory.size() && !capturing; ++i) {
@@ -168,11 +169,14 @@ void check_capture(const Inventory& inventory, const PythonReader& keys, const B
       throw std::runtime_error("step() cannot be captured in a CUDA graph: " + describe(inventory, i) + " " + why);
     };
     if (!streams->on_gpu) refuse_it("is not on the GPU");
+    if (at_random) {
+      refuse_it("is rounded at random, by a count of steps that a graph cannot advance. Leave stochastic_rounding off");
+    }
     const Ready* const ready = std::get_if<Ready>(&inventory.examined[i]);
     if (ready == nullptr) refuse_it("has no state yet. Take a step before the capture");
     for (int k = 0; k < inventory.rule.state_scalars; ++k) {
       if (ready->scalar_on_gpu[k]) continue;
-      refuse_it("has its state " + quoted(keys.key_of_state(static_cast<size_t>(k))) +
+      refuse_it("has its state " + quoted(keys.key_of_state(inventory.group_of(i), static_cast<size_t>(k))) +
                 " on the CPU. Move it to the GPU");
     }
   }

@@ -15,6 +15,6 @@ namespace dracopt {
 // Throws if a graph is being captured that could not be replayed correctly. A replay repeats what the device did, but
 // not what the host did.
 void check_capture(const Inventory& inventory, const PythonReader& keys, const Backends& backends,
-                   const std::string& optimizer);
+                   const std::string& optimizer, bool at_random);
 
 }  // namespace dracopt

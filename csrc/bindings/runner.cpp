@@ -86,12 +86,16 @@ size_t fill_slot(const Inventory& inventory, size_t i, const Ready& ready, uint6
 struct SlotWords {
   void take(const Inventory& inventory, size_t i, const Ready& ready) {
     const Update* const its = inventory.segments[i].update;
-    if (std::exchange(update, its) != its) count = fill_slot(inventory, i, ready, words);
+    if (std::exchange(update, its) == its) return;
+    const Rounding* const rounding = inventory.segments[i].rounding;
+    words[0] = rounding == nullptr ? 0 : rounding->step;
+    const size_t before = rounding != nullptr;
+    count = before + fill_slot(inventory, i, ready, words + before);
   }
 
   const Update* update = nullptr;
   size_t count = 0;
-  uint64_t words[std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
+  uint64_t words[1 + std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
 };
 
 // Returns null unless a launch updates the parameter.
@@ -118,7 +122,7 @@ class Alive {
     hold_memory(inventory, i);
     const Located& located = inventory.located[i];
     hold(located.parameter);
-    for (int k = 0; k < inventory.wanted_values(inventory.group_of(i)); ++k) {
+    for (int k = 0; k < located.wanted; ++k) {
       if (k < inventory.rule.state_scalars) memory_.push_back(Tensor::in(located.values[k]).hold_memory());
       hold(located.values[k]);
     }
@@ -148,7 +152,7 @@ void read_again(Inventory& inventory) {
     if (!std::holds_alternative<Ready>(inventory.examined[i])) continue;
     Located& located = inventory.located[i];
     located.tensor = Tensor::in(located.local);
-    for (int k = 0; k < inventory.wanted_values(inventory.group_of(i)); ++k) {
+    for (int k = 0; k < located.wanted; ++k) {
       located.tensors[k] = Tensor::in(located.values[k]);
     }
   }
@@ -310,7 +314,7 @@ void Runner::fill(const Inventory& inventory, const Clipping* clipping, const Ba
     slot.take(inventory, i, *ready);
     const bool by_triton = ready->streams.backend == Backend::triton;
     const LaunchKey key{inventory.device_of(ready->streams), ready->streams.backend, ready->arithmetic,
-                        by_triton ? dtypes_for_triton(rule, segment, ready->streams.count) : uint16_t(0)};
+                        by_triton ? forms_for_triton(rule, segment, inventory.group_of(i).states) : uint16_t(0)};
     const bool has_own_layout = clipping != nullptr && segment.layout != nullptr;
     if (has_own_layout) gradient = segment_of_gradient(inventory.located[i].grad, own);
     by_place_.push_back(&launches_for(key, rule, backends));

@@ -65,11 +65,11 @@ const RuleEntry& find_rule(const std::string& name) {
 
 }  // namespace
 
-StepPlan::StepPlan(const std::string& rule, std::string optimizer, Backends backends)
+StepPlan::StepPlan(const std::string& rule, std::string optimizer, Backends backends, Master masters)
     : optimizer_(std::move(optimizer)),
       backends_(std::move(backends)),
-      inventory_(find_rule(rule)),
-      reader_(inventory_.rule) {}
+      inventory_{find_rule(rule), masters},
+      reader_(inventory_.rule, masters) {}
 
 py::object StepPlan::step(py::handle param_groups, py::handle state, Options options) {
   if (running_in_ == cpu::forks()) throw std::runtime_error("this plan is in the middle of a step");
@@ -92,7 +92,9 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
   if (under_mode) set_aside_all(kUnderMode);
   if (!is_counted) inventory_.count();
   counted_ = inventory_.version;
-  if (inventory_.tally.on_gpus > 0) check_capture(inventory_, reader_, backends_, optimizer_);
+  if (inventory_.tally.on_gpus > 0) {
+    check_capture(inventory_, reader_, backends_, optimizer_, options.at_random.has_value());
+  }
 
   const bool finds_overflow =
       options.clipping.has_value() && options.clipping->checks && options.scaler.found_inf.is_plain_on_cpu();
@@ -107,6 +109,7 @@ py::object StepPlan::step(py::handle param_groups, py::handle state, Options opt
   std::sort(created.begin(), created.end());
   const bool zeroes = options.zeroes && may_zero(inference_mode);
   updates_.prepare(inventory_, reader_, created, options.grad_scale, options.coefficient, zeroes);
+  if (options.at_random.has_value()) round_at_random(*options.at_random);
   if (options.only_looks) return make_todo(inventory_, adjusts, waits);
   zeroed_ = runner_.run(inventory_, updates_, options.scaler, options.clipping, backends_) && zeroes;
   return py::none();
@@ -221,6 +224,41 @@ void StepPlan::set_aside_all(const char* reason) {
   for (size_t i = 0; i < inventory_.size(); ++i) {
     if (streams_of(inventory_.examined[i]) != nullptr) inventory_.examined[i] = Unsupported{reason};
   }
+}
+
+// Tells the segments of streams in 16 bits by which random bits they are rounded.
+void StepPlan::round_at_random(const AtRandom& at_random) {
+  inventory_.roundings.assign(inventory_.size(), {});
+  inventory_.numbers.clear();
+  auto shard = at_random.shards.begin();
+  for (size_t i = 0; i < inventory_.size(); ++i) {
+    const Index index = inventory_.index_of(i);
+    Segment& segment = inventory_.segments[i];
+    Rounding& rounding = inventory_.roundings[i];
+    rounding.seed = at_random.seed;
+    rounding.step = at_random.steps.at(static_cast<size_t>(index.first));
+    rounding.param = at_random.first_param + static_cast<uint32_t>(i);
+    if (shard != at_random.shards.end() && Index(std::get<0>(*shard), std::get<1>(*shard)) == index) {
+      number_shard(inventory_.located[i].param(), *shard++, rounding);
+    }
+    if (!std::holds_alternative<Ready>(inventory_.examined[i])) continue;
+    for (int k = 0; k < kFirstState + inventory_.group_of(i).states; ++k) {
+      const bool wanted = k == kParam ? segment.master == Master::none : k != kGrad && at_random.states;
+      if (wanted && itemsize(segment.dtypes[k]) == 2) rounding.streams |= static_cast<uint8_t>(1 << k);
+    }
+    segment.rounding = rounding.streams == 0 ? nullptr : &rounding;
+  }
+}
+
+// Says where the elements of a shard lie in the whole tensor.
+void StepPlan::number_shard(Tensor local, const Shard& shard, Rounding& rounding) {
+  const auto& [group, index, first, strides] = shard;
+  rounding.first = first;
+  if (strides.size() != local.sizes().size()) throw std::invalid_argument("a shard has other dimensions");
+  if (local.numel() == 0) return;
+  const int64_t* const both[] = {local.strides().data(), strides.data()};
+  const Layout layout = make_layout(static_cast<int>(strides.size()), local.sizes().data(), 2, both);
+  if (!layout.dense(kWhole)) rounding.numbers = &inventory_.numbers.emplace_back(layout);
 }
 
 // Says whether each update may write its gradient, because no other update reads that memory. Gradients that may have a

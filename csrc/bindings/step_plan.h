@@ -24,7 +24,20 @@ namespace dracopt {
 class StepPlan {
  public:
   // `optimizer` is the name of the class, for errors.
-  StepPlan(const std::string& rule, std::string optimizer, Backends backends);
+  StepPlan(const std::string& rule, std::string optimizer, Backends backends, Master masters);
+
+  // A shard is a parameter's part in this process: the number of its first element in the whole tensor, and the
+  // distances between the whole tensor's elements by dimension.
+  using Shard = std::tuple<int, int, int64_t, std::vector<int64_t>>;  // the first two are the indices of a parameter
+
+  // Says how a step rounds at random.
+  struct AtRandom {
+    uint64_t seed;
+    bool states;                  // whether states in 16 bits are rounded at random as well
+    std::vector<uint32_t> steps;  // that each group has taken
+    uint32_t first_param;         // the index of the first parameter of the groups
+    std::vector<Shard> shards;    // in the order of their parameters
+  };
 
   struct Options {
     double grad_scale = 1;   // divides the gradients where they are read
@@ -34,6 +47,7 @@ class StepPlan {
     std::optional<std::vector<Run>> created;  // parameters whose state Python has created: they take their first step
     std::vector<Index> stepped;               // parameters that torch has stepped, which are passed over
     bool zeroes = false;                      // sets the gradients to zero in the update, if all allow this
+    std::optional<AtRandom> at_random;        // rounds streams at random
     bool only_looks = false;                  // changes nothing and returns what must be done, even if that is nothing
   };
 
@@ -58,6 +72,8 @@ class StepPlan {
   void examine_all(bool inference_mode);
   void classify(std::vector<Index>& stepped);
   void set_aside_all(const char* reason);
+  void round_at_random(const AtRandom& at_random);
+  void number_shard(Tensor local, const Shard& shard, Rounding& rounding);
   bool host_decides(const Scaler& scaler, bool finds_overflow) const;
   bool may_zero(bool inference_mode);
   bool norm_is_elsewhere(const Clipping& clipping, const Scaler& scaler) const;

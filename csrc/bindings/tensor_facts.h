@@ -28,16 +28,18 @@ struct Format {
   int bytes() const { return itemsize(dtype) * reals(); }  // the size of an element
 };
 
-// Takes torch's number of a dtype, which is the same in all versions.
+// torch's numbers of dtypes are the same in all versions.
+constexpr int kFp32 = 6, kBf16 = 15;
+
 inline const Format& format_of(int dtype) {
   static constexpr auto formats = [] {
     std::array<Format, 128> table{};
     table[5] = {true, false, Dtype::fp16};
-    table[6] = {true, false, Dtype::fp32};
+    table[kFp32] = {true, false, Dtype::fp32};
     table[7] = {true, false, Dtype::fp64};
     table[9] = {true, true, Dtype::fp32};
     table[10] = {true, true, Dtype::fp64};
-    table[15] = {true, false, Dtype::bf16};
+    table[kBf16] = {true, false, Dtype::bf16};
     return table;
   }();
   return formats[static_cast<size_t>(dtype) & 127];

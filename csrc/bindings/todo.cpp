@@ -24,7 +24,7 @@ bool is_fusable(const Inventory& inventory, const Group& group, const Located& l
   if (!lies_simply(param) || !lies_simply(grad) || !same_shape(grad, param)) return false;
   const Format& format = format_of(param);
   if (!format.is_native || format.is_complex) return false;
-  for (int k = 0; k < inventory.wanted_values(group); ++k) {
+  for (int k = 0; k < located.wanted; ++k) {
     if (is_absent(located.values[k])) continue;  // torch creates the value
     if (!is_tensor(located.values[k])) return false;
     const Tensor state = Tensor::in(located.values[k]);
@@ -40,7 +40,7 @@ bool is_fusable(const Inventory& inventory, const Group& group, const Located& l
 int form_of(const Inventory& inventory, size_t i, PyObject* grad_object, bool adjusts) {
   const Located& located = inventory.located[i];
   const Group& group = inventory.group_of(i);
-  const int wanted = inventory.wanted_values(group);
+  const int wanted = located.wanted;
   int form = 0;
   for (int k = 0; k < wanted; ++k) {
     if (is_absent(located.values[k])) form = kNew;

@@ -14,26 +14,38 @@ int streams_of_rule(const RuleEntry& rule) {
   return streams;
 }
 
-py::tuple names_of(uint16_t dtypes, int streams) {
+// The forms of a launch hold dtypes, two bits each, then the form of masters, then a bit for a parameter that is
+// rounded at random, and one for states.
+constexpr int kMasterBits = 2 * (kFirstState + kMaxStates), kParamAtRandom = kMasterBits + 2;
+constexpr int kStatesAtRandom = kParamAtRandom + 1;
+static_assert(kStatesAtRandom < 16);
+
+py::tuple names_of(uint16_t forms, int streams) {
   constexpr const char* names[] = {"fp32", "fp64", "bf16", "fp16"};  // in the order of Dtype
   py::tuple found(static_cast<size_t>(streams));
-  for (int k = 0; k < streams; ++k) found[static_cast<size_t>(k)] = names[dtypes >> 2 * k & 3];
+  for (int k = 0; k < streams; ++k) found[static_cast<size_t>(k)] = names[forms >> 2 * k & 3];
   return found;
 }
 
 py::object make_launcher(const LaunchKey& key, const RuleEntry& rule, const Triton& triton) {
   const DeviceGuard guard(key.device);
-  return triton.make_launcher(rule.name, names_of(key.dtypes, streams_of_rule(rule)), key.device.name());
+  constexpr const char* masters[] = {nullptr, "fp32", "split16"};  // in the order of Master
+  const int at_random = key.forms >> kParamAtRandom & 3;
+  return triton.make_launcher(rule.name, names_of(key.forms, streams_of_rule(rule)), key.device.name(),
+                              masters[key.forms >> kMasterBits & 3], at_random);
 }
 
 }  // namespace
 
-uint16_t dtypes_for_triton(const RuleEntry& rule, const Segment& segment, int streams) {
-  uint32_t dtypes = 0;
+uint16_t forms_for_triton(const RuleEntry& rule, const Segment& segment, int states) {
+  uint32_t forms = static_cast<uint32_t>(segment.master) << kMasterBits;
   for (int k = streams_of_rule(rule); k-- > 0;) {
-    dtypes |= cuda::dtype_at(k, segment.dtypes[k < streams ? k : static_cast<int>(kParam)]);
+    forms |= cuda::dtype_at(k, segment.dtypes[k < kFirstState + states ? k : static_cast<int>(kParam)]);
   }
-  return static_cast<uint16_t>(dtypes);
+  const uint32_t at_random = segment.rounding == nullptr ? 0 : segment.rounding->streams;
+  forms |= (at_random >> kParam & 1) << kParamAtRandom;
+  forms |= static_cast<uint32_t>(at_random >> kFirstState != 0) << kStatesAtRandom;
+  return static_cast<uint16_t>(forms);
 }
 
 TritonLaunches::TritonLaunches(LaunchKey key, const RuleEntry& rule, const Triton& triton)

@@ -27,8 +27,8 @@ class TritonLaunches final : public GpuLaunches {
   std::map<const Launch*, Memory> sent_;  // arguments that a launch that measures has left on the device
 };
 
-// Returns the dtypes of a parameter's streams for a LaunchKey. One kernel serves parameters with and without the rule's
-// last states, because a missing state counts as stored like the parameter.
-uint16_t dtypes_for_triton(const RuleEntry& rule, const Segment& segment, int streams);
+// Returns how a parameter's streams are stored and rounded, for a LaunchKey. One kernel serves parameters with and
+// without the rule's last states, because a missing state counts as stored like the parameter.
+uint16_t forms_for_triton(const RuleEntry& rule, const Segment& segment, int states);
 
 }  // namespace dracopt

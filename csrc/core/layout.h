@@ -6,7 +6,7 @@
 namespace dracopt {
 
 constexpr int kMaxStates = 3;
-constexpr int kMaxStreams = 2 + kMaxStates;  // the parameter, its gradient and its states
+constexpr int kMaxStreams = 2 + kMaxStates + 1;  // the parameter, its gradient, its states and its master
 
 // A tensor that fits into an address space has no more dimensions of two or more elements than this.
 constexpr int kMaxDims = 48;

@@ -12,7 +12,7 @@ namespace dracopt {
 
 constexpr size_t kScalarBytes = 96;
 constexpr int kMaxHyperparameters = 12;
-constexpr int kMaxStateKeys = 4;  // a rule's state scalars and states together
+constexpr int kMaxStateKeys = 5;  // a rule's state scalars and states, and a master
 
 enum class Arithmetic : uint8_t { fp32 = 0, fp64 = 1 };
 

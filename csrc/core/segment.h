@@ -6,7 +6,9 @@
 
 #include "core/dtype.h"
 #include "core/layout.h"
+#include "core/master.h"
 #include "core/prefetch.h"
+#include "core/stochastic.h"
 
 namespace dracopt {
 
@@ -51,11 +53,16 @@ struct Segment {
   void* data[kMaxStreams];  // the streams' memory; the gradient is only read, unless the update zeroes it
   Dtype dtypes[kMaxStreams];
   bool dense[kMaxStreams];  // the stream's elements lie one after the other; if not, the layout says where
+  Master master;            // what the last stream holds, behind the states; none if there is no such stream
   int32_t unit_numel;       // elements in a unit
   const Layout* layout;     // null if every stream is dense
   const Update* update;
+  const Rounding* rounding;  // null if all streams are rounded to nearest
   int64_t numel;
   int64_t first_unit;  // its number in the whole list; ascending
+
+  // Says whether each stream is rounded to nearest by itself.
+  bool rounds_simply() const { return master == Master::none && rounding == nullptr; }
 };
 
 // Returns a tensor's length in units, at least one, so that threads share many tiny tensors as well.

@@ -5,6 +5,7 @@
 
 #include "cpu/gradients.h"
 #include "cpu/patches.h"
+#include "cpu/rounding.h"
 #include "cpu/runs.h"
 #include "cpu/tiles.h"
 #include "rules/all.h"
@@ -64,13 +65,20 @@ DRACOPT_INLINE void apply(const Constants<Rule, T>& constants, T* const* tiles, 
   }
 }
 
+constexpr int64_t kBlocksTile = 8 * kTile<float>;  // larger, because blocks are not staged in memory
+
 // Updates a tile's whole blocks, in a segment whose streams are all in the dtype `Stored`. Returns how many elements
 // they have.
-template <typename Rule, typename Stored, int N>
+template <typename Rule, typename Stored, int N, bool at_random = false>
 DRACOPT_APART int64_t apply_blocks(const Segment& segment, int64_t from, int64_t count) {
   Stored* streams[kFirstState + N];
   for (int k = 0; k < kFirstState + N; ++k) streams[k] = static_cast<Stored*>(segment.data[k]) + from;
   const Constants<Rule, float> constants(*segment.update);
+  RandomBits<at_random ? kBlocksTile : 0> room[at_random ? kFirstState + N : 1];
+  const Bits* random[kFirstState + N] = {};
+  for (int k = 0; k < kFirstState + N && at_random; ++k) {
+    if (rounds_at_random(segment, k)) random[k] = random_tile(segment, k, from, count, room[k].words);
+  }
   int64_t i = 0;
   for (; i + kBlock <= count; i += kBlock) {
     alignas(64) float block[kFirstState + N][kBlock];
@@ -81,6 +89,12 @@ DRACOPT_APART int64_t apply_blocks(const Segment& segment, int64_t from, int64_t
     }
     apply<Rule, N>(constants, tiles, kBlock);
     for (int k = 0; k < kFirstState + N; ++k) {
+      if constexpr (at_random) {
+        if (random[k] != nullptr) {
+          narrow_block(block[k], random[k] + i, streams[k] + i);
+          continue;
+        }
+      }
       if (k != kGrad) narrow_block(block[k], streams[k] + i);
     }
   }
@@ -89,6 +103,7 @@ DRACOPT_APART int64_t apply_blocks(const Segment& segment, int64_t from, int64_t
 
 template <typename Rule, int N>
 int64_t apply_bf16_blocks(const Segment& segment, int64_t from, int64_t count) {
+  if (segment.rounding != nullptr) return apply_blocks<Rule, Bf16, N, true>(segment, from, count);
 #if defined(__AVX512F__)
   if (processor_rounds_to_bf16()) return apply_blocks<Rule, RoundedByProcessor, N>(segment, from, count);
 #endif
@@ -102,12 +117,16 @@ DRACOPT_APART void apply_staged(const Segment& segment, int64_t from, int64_t co
   T* tiles[kFirstState + N];
   const bool in_place = all_dense(segment, kFirstState + N, dtype_of<T>);
   for (int k = 0; k < kFirstState + N; ++k) {
-    tiles[k] = in_place ? static_cast<T*>(segment.data[k]) + from : load(segment, k, from, count, staged[k]);
+    if (k == kParam && segment.master != Master::none) {
+      load_masters(segment, kFirstState + N, from, count, tiles[k] = staged[k]);
+    } else {
+      tiles[k] = in_place ? static_cast<T*>(segment.data[k]) + from : load(segment, k, from, count, staged[k]);
+    }
   }
   tiles[kGrad] = divided(*segment.update, tiles[kGrad], count, staged[kGrad]);
   apply<Rule, N>(Constants<Rule, T>(*segment.update), tiles, count);
   for (int k = 0; k < kFirstState + N && !in_place; ++k) {
-    if (k != kGrad && tiles[k] == staged[k]) store(segment, k, from, count, staged[k]);
+    if (k != kGrad && tiles[k] == staged[k]) store_rounded(segment, k, kFirstState + N, from, count, staged[k]);
   }
 }
 
@@ -147,15 +166,15 @@ DRACOPT_APART void update_patches(const Segment& segment, int row_dim, int64_t b
 template <typename Rule, typename T, int N>
 void update(const Segment& segment, int64_t begin, int64_t end) {
   if constexpr (sizeof(T) == 4) {  // patches of fp64 would make the library larger
-    if (segment.layout != nullptr) {
+    if (segment.layout != nullptr && segment.rounds_simply()) {
       const int row_dim = find_row_dim(segment, kFirstState + N);
       if (row_dim != segment.layout->dims - 1) return update_patches<Rule, T, N>(segment, row_dim, begin, end);
     }
   }
-  const bool in_blocks = sizeof(T) == 4 && !segment.update->divides;
+  const bool in_blocks = sizeof(T) == 4 && !segment.update->divides && segment.master == Master::none;
   const bool all_bf16 = in_blocks && all_dense(segment, kFirstState + N, Dtype::bf16);
-  const bool all_fp16 = in_blocks && all_dense(segment, kFirstState + N, Dtype::fp16);
-  const int64_t tile = all_bf16 || all_fp16 ? 8 * kTile<T> : kTile<T>;  // blocks are not staged in memory
+  const bool all_fp16 = in_blocks && segment.rounding == nullptr && all_dense(segment, kFirstState + N, Dtype::fp16);
+  const int64_t tile = all_bf16 || all_fp16 ? kBlocksTile : kTile<T>;
   for (int64_t from = begin; from < end; from += tile) {
     const int64_t count = end - from < tile ? end - from : tile;
     int64_t done = 0;
@@ -196,7 +215,7 @@ constexpr RuleEntry entry() {
   e.state_scalars = sizeof(Rule::state_scalar_keys) / sizeof(char*) - 1;
   static_assert(sizeof(Rule::state_scalar_keys) / sizeof(char*) - 1 <= kMaxStateScalars,
                 "raise kMaxStateScalars in core/state_scalar.h");
-  static_assert((sizeof(Rule::state_scalar_keys) + sizeof(Rule::state_keys)) / sizeof(char*) - 2 <= kMaxStateKeys,
+  static_assert((sizeof(Rule::state_scalar_keys) + sizeof(Rule::state_keys)) / sizeof(char*) - 2 < kMaxStateKeys,
                 "raise kMaxStateKeys in core/rule_entry.h");
   e.states = [](const double* h) { return Rule::states(*reinterpret_cast<const Hyperparameters*>(h)); };
   e.prepare[static_cast<int>(Arithmetic::fp32)] = prepare<Rule, float>;

@@ -3,8 +3,9 @@
 #pragma once
 
 #include "core/dtype.h"
+#include "core/stochastic.h"
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -127,6 +128,12 @@ struct Words {
     __builtin_memcpy(&vector, from, sizeof(vector));
     return vector;
   }
+
+  // Writes the upper halves of both.
+  static void write(Bits low, Bits high, Bf16* to) {
+    const Bits words = low >> 16 | (high & 0xffff0000u);
+    __builtin_memcpy(to, &words, sizeof(words));
+  }
 };
 
 DRACOPT_INLINE void widen_block(const Bf16* from, float* to) {
@@ -139,9 +146,46 @@ DRACOPT_INLINE void widen_block(const Bf16* from, float* to) {
 DRACOPT_INLINE void narrow_block(const float* from, Bf16* to) {
   const auto low = round_to_bf16<Words::Bits>(Words::read<Words::Floats>(from));
   const auto high = round_to_bf16<Words::Bits>(Words::read<Words::Floats>(from + kBlock / 2));
-  const auto words = low >> 16 | (high & 0xffff0000u);
-  __builtin_memcpy(to, &words, sizeof(words));
+  Words::write(low, high, to);
 }
+
+// Rounds by the block's random bits.
+DRACOPT_INLINE void narrow_block(const float* from, const uint16_t* random, Bf16* to) {
+  const auto bits = Words::read<Words::Bits>(random);
+  const auto low = round_at_random(Words::read<Words::Floats>(from), bits & 0xffffu, Bf16());
+  const auto high = round_at_random(Words::read<Words::Floats>(from + kBlock / 2), bits >> 16, Bf16());
+  Words::write(low, high, to);
+}
+
+// Each 64-bit lane of a vector computes a block of random bits.
+struct RandomLanes {
+  static constexpr int kLanes = kBlock / 4;
+  using Vector = uint64_t __attribute__((vector_size(kLanes * sizeof(uint64_t))));
+
+  // Returns the products of the lanes' lower halves and a factor.
+  static Vector product(Vector x, uint32_t factor) {
+#if defined(__AVX512F__)
+    return Vector(_mm512_maskz_mul_epu32(0xff, __m512i(x), _mm512_set1_epi32(static_cast<int>(factor))));
+#elif defined(__AVX2__)
+    return Vector(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi32(static_cast<int>(factor))));
+#elif defined(__SSE2__)
+    return Vector(_mm_mul_epu32(__m128i(x), _mm_set1_epi32(static_cast<int>(factor))));
+#else
+    return (x & 0xffffffffu) * factor;
+#endif
+  }
+
+  // Returns the number of the block that a lane computes, so that store() need not move lanes.
+  static constexpr int block_of(int lane) { return lane % 2 * (kLanes / 2) + lane / 2; }
+
+  // Writes the blocks in their order. Each has two words.
+  static void store(Vector first, Vector second, uint64_t* words) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      words[2 * block_of(lane)] = first[lane];
+      words[2 * block_of(lane) + 1] = second[lane];
+    }
+  }
+};
 
 }  // namespace DRACOPT_ISA
 }  // namespace dracopt

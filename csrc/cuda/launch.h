@@ -41,8 +41,11 @@ struct alignas(16) Row {
   void* streams[kMaxStreams];             // except the gradient, which is among the arguments
   void* state_scalars[kMaxStateScalars];  // addresses on the device; null for state scalars on the host
   int64_t numel;
+  int64_t first;              // the number of its first element, as Rounding has it
   uint32_t slot;              // the place of its scalars, or of their recipe, in Arguments::words
   int32_t layout;             // number of its layout; kDense if every stream is dense
+  int32_t numbers;            // number of the layout of Rounding::numbers; kDense if there is none
+  uint32_t param;             // its index in the optimizer
   uint16_t dtypes;            // built by dtype_at
   uint8_t dense;              // bit k: stream k is dense; bit kGradIsSimple: the gradient alone has no gaps
   uint8_t state_scalar_fp32;  // bit k: state scalar k is in fp32, otherwise in fp64
@@ -50,6 +53,8 @@ struct alignas(16) Row {
   bool misaligned;  // some stream other than the gradient begins within a vector
   bool maximize;
   bool has_recipe;
+  Master master;
+  uint8_t at_random;  // bit k: stream k is rounded at random. The step is then the word before the slot
 
   // Describes a stream. A row does not keep its gradient's address.
   void describe(int stream, void* data, Dtype dtype, bool is_dense) {
@@ -89,7 +94,7 @@ struct Norm {
 };
 
 constexpr size_t kArgumentBytes = 32764;  // the most that CUDA passes by value
-constexpr size_t kHeaderBytes = 112;
+constexpr size_t kHeaderBytes = 120;
 constexpr size_t kArgumentWords = (kArgumentBytes - kHeaderBytes) / sizeof(uint64_t);
 
 struct Arguments {
@@ -109,6 +114,7 @@ struct Arguments {
 
   uint16_t zeroes;  // whether the update kernel sets the gradients to zero after it has read them
 
+  uint64_t seed;   // of streams that are rounded at random
   uint32_t count;  // the number of rows
   uint32_t blocks;
   uint64_t words[kArgumentWords];  // the gradients' addresses, then the slots

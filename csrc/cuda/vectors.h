@@ -60,6 +60,9 @@ struct Lanes {
       word(2 * lane + 1) = pair.high;
     }
   }
+
+  // Sets a lane with an even number and the next one, each to the upper half of a word.
+  DRACOPT_HD void set_pair(int lane, uint32_t low, uint32_t high) { word(lane / 2) = low >> 16 | (high & 0xffff0000u); }
 };
 
 // Reads and writes name global memory, because the compiler does not see that the addresses belong to it.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +14,10 @@ from torch.optim.optimizer import ParamsT, StateDict
 from .. import backend as backend_module
 from ..clip_grad import zero_gradients
 from ..containers import Group
-from . import _release
-from ._checkpoints import check_state_dtype, take_over
-from ._engine import STATE_DTYPES, Engine, checked_norm, engine_of
+from . import _precision, _release
+from ._checkpoints import check_loaded, take_over
+from ._engine import Engine, checked_norm, engine_of
+from ._foreign import translated
 from ._kind import Kind
 from ._step import Step
 
@@ -27,8 +29,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     can, otherwise torch's own implementation.
 
     Our names must not clash with those of users' subclasses. Every name that is not torch's begins with ``_dracopt``,
-    except ``backend``, ``state_dtype``, ``last_backend``, ``max_grad_norm``, ``error_if_nonfinite``, ``grad_norm`` and
-    ``release_gradients``.
+    except ``backend``, ``state_dtype``, ``last_backend``, ``max_grad_norm``, ``error_if_nonfinite``, ``grad_norm``,
+    ``master_params`` and ``release_gradients``.
     """
 
     _dracopt_kind: ClassVar[Kind]
@@ -58,19 +60,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dtype(self) -> Any:
         """The dtype of the moments that are created or loaded from now on; None stands for each parameter's own.
 
-        A value that is none of ours is kept and means nothing to us.
+        A mapping with a wrong name or dtype raises a ValueError. Another value that is none of ours is kept and means
+        nothing to us.
         """
-        return self.__dict__.get("state_dtype", engine_of(self).state_dtype)
+        return self.__dict__.get("state_dtype", engine_of(self).precision.state_dtype)
 
     @state_dtype.setter
     def state_dtype(self, value: Any) -> None:
-        if value is None or (isinstance(value, torch.dtype) and value in STATE_DTYPES):
-            for index in range(len(self.__dict__.get("param_groups", ()))):
-                check_state_dtype(self, value, index)
-            engine_of(self).state_dtype = value
-            self.__dict__.pop("state_dtype", None)
-        else:
+        precision = replace(engine_of(self).precision, state_dtype=dict(value) if isinstance(value, Mapping) else value)
+        try:
+            precision.check(self._dracopt_kind.moments)
+        except ValueError:
+            if isinstance(value, Mapping):
+                raise
             self.__dict__["state_dtype"] = value
+            return
+        for index in range(len(self.__dict__.get("param_groups", ()))):
+            _precision.check_group(self, precision, index)
+        engine_of(self).precision = precision
+        self.__dict__.pop("state_dtype", None)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -122,7 +130,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         try:
-            check_state_dtype(self, engine_of(self).state_dtype, len(self.param_groups) - 1)
+            _precision.check_group(self, engine_of(self).precision, len(self.param_groups) - 1)
             release = engine_of(self).release
             if release is not None:
                 release.check(len(self.param_groups) - 1)
@@ -153,7 +161,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         if step.engine.release is not None:
             step.engine.release.begin_again()
         step.take()
+        if step.engine.precision.stochastic_rounding:
+            for group in self.param_groups:
+                group[_precision.ROUNDING_STEPS] = group.get(_precision.ROUNDING_STEPS, 0) + 1
         return loss
+
+    def master_params(self) -> list[torch.Tensor]:
+        """Returns for each parameter, in the order of the groups, the tensor from which it is rounded.
+
+        For averages, norms and exports: a parameter that has no master stands for itself, and a master is an fp32 copy.
+        Change the parameter instead of the copy. The next step begins from the parameter, whatever its master was.
+        """
+        with torch.no_grad():
+            return _precision.master_params(self, engine_of(self).precision)
 
     def release_gradients(self) -> _release.GradientRelease:
         """Steps each parameter inside of ``backward()`` from now on, and frees its gradient at once.
@@ -197,20 +217,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **kept}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Loads what :meth:`state_dict` of this class or of torch's returned. Differs from torch's in three points:
+        """Loads what :meth:`state_dict` of this class or of torch's returned. Differs from torch's in four points:
 
+        - Masters keep their dtype. They begin from the parameters if the dict has none, and are left out if the
+          optimizer has none. Load the model first. Dicts of TransformerEngine's optimizers, and of the wrappers of
+          apex, DeepSpeed (without ZeRO) and Megatron (without its distributed optimizer), load with their masters.
         - The moments take the dtype ``state_dtype`` if that was given, otherwise the parameter's, as in torch.
         - NAdam's ``mu_product`` is not rounded to the parameter's dtype.
         - No tensor is shared with the dict.
+
+        Raises:
+            ValueError: masters have other shapes or dtypes than the optimizer's, or are too few. Nothing is loaded
+                then.
         """
         saved: StateDict = {}
         handles = [
             # These run after the user's pre-hooks, which may have replaced the dict, and before the post-hooks.
-            self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final)),
+            self.register_load_state_dict_pre_hook(lambda _, final: saved.update(check_loaded(self, final))),
             self.register_load_state_dict_post_hook(lambda _: take_over(self, saved), prepend=True),
         ]
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(translated(self, state_dict))
         finally:
             for handle in handles:
                 handle.remove()

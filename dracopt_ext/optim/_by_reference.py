@@ -32,20 +32,34 @@ def update(step: Step, groups: list[Group], grad_scale: float) -> None:
         for group in groups:
             for p in group["params"]:
                 new = step.kind.lacks_state(entries_of(state, p), group)
-                if new:
-                    step.create_moments({**group, "params": [p]})
+                if step.lacks_state(p, group):
+                    step.create_state({**group, "params": [p]})
                 reference.update(
                     step.kind.rule,
-                    p,
-                    p.grad,
-                    state[p],
+                    *_tensors_of(step, p),
                     group,
                     maximize=group["maximize"],
                     grad_scale=grad_scale,
                     coefficient=step.coefficient,
                     first=new and not step.kind.counts_steps,
+                    master=step.engine.precision.master_of(p),
+                    rounding=step.rounding_of(p),
                 )
                 step.note("reference", [p.device])
+
+
+def _tensors_of(step: Step, p: Any) -> tuple[Tensor, Tensor, Any]:
+    """Returns a parameter, its gradient and its state, or local parts of these if rounding depends on their places."""
+    grad, state = p.grad, step.optimizer.state[p]
+    if not hasattr(p, "placements") or not step.engine.precision.rounds(p):
+        return p, grad, state
+    for name in (*reference.MOMENTS, *reference.MASTERS):
+        if name in state and state[name].placements != p.placements:
+            raise RuntimeError(
+                f"the state {name!r} of {step.describe(p)} has other placements, {state[name].placements}"
+            )
+    local = {name: value.to_local() if hasattr(value, "to_local") else value for name, value in state.items()}
+    return p.to_local(), grad.redistribute(placements=p.placements).to_local(), local
 
 
 def check(step: Step, groups: list[Group]) -> None:
@@ -62,7 +76,7 @@ def check(step: Step, groups: list[Group]) -> None:
             state = _check_tensors(step, p, group)
             scalars = {name: state[name] for name in reference.STATE_SCALARS if name in state}
             in_fp64 = reference.in_fp64(p, p.grad, state)
-            in_fp64 |= not state and step.engine.state_dtype == torch.float64
+            in_fp64 |= not state and torch.float64 in step.engine.precision.dtypes()
             reference.check_finite(rule, numbers, scalars, in_fp64, index, partial(step.describe, p))
 
 
@@ -90,7 +104,10 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
     state = {} if step.kind.lacks_state(entries, group) else entries
     if state and group.get("amsgrad") and "max_exp_avg_sq" not in state:
         raise KeyError(f"the state of {step.describe(p)} has no 'max_exp_avg_sq'")
-    for name in ("the gradient", *reference.MOMENTS):
+    master = step.engine.precision.master_of(p)
+    if state and master is not None:
+        _check_master(step, p, state, master)
+    for name in ("the gradient", *reference.MOMENTS, *([master] if master is not None else [])):
         tensor = grad if name == "the gradient" else state.get(name)
         if tensor is not None and tensor.shape != p.shape:
             raise ValueError(f"{name} of {step.describe(p)} has another shape, {list(tensor.shape)}")
@@ -99,6 +116,14 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
             where = "not distributed" if mesh is None else f"distributed over {mesh}"
             raise ValueError(f"{name} of {step.describe(p)} is {where}")
     return state
+
+
+def _check_master(step: Step, p: Tensor, state: Any, name: str) -> None:
+    if name not in state:
+        if step.kind.counts_steps or step.kind.moments[0] in state:
+            raise KeyError(f"the state of {step.describe(p)} has no {name!r}. Delete this state to start it afresh")
+    elif state[name].dtype != step.engine.precision.master_dtype():
+        raise ValueError(f"the state {name!r} of {step.describe(p)} has a dtype that does not fit, {state[name].dtype}")
 
 
 def _may_mix(p: Tensor, tensor: Tensor) -> bool:

@@ -26,12 +26,13 @@ def step_overridden(step: Step, method: str) -> None:
     """Steps a subclass that has overridden a method which torch's step calls and ours does not."""
     optimizer = step.optimizer
     name = type(optimizer).__name__
-    for option in ("backend", "state_dtype", "max_grad_norm"):
-        value = getattr(step.engine, option)
-        if value is not None:
+    engine, precision = step.engine, step.engine.precision
+    asked_for = {"backend": engine.backend, "max_grad_norm": engine.max_grad_norm, **vars(precision)}
+    for option, value in asked_for.items():
+        if value is not None and value is not False and option != "rounding_seed":
             raise RuntimeError(
                 f"{option}={value!r} is not for {name}, which overrides {method}: only torch's own step calls "
-                f"that. Leave `{option}` at None"
+                f"that. Leave `{option}` out"
             )
     # The next line raises for iterators, which torch's step would exhaust. Numbers may be anything that torch takes.
     groups = plain_groups(optimizer.param_groups, optimizer.defaults)
@@ -106,7 +107,8 @@ def _sort_for_torch(
     as_it_is: list[Tensor] = []
     unfused: list[Tensor] = []
     mixed: list[Tensor] = []
-    kind, state_dtype = step.kind, step.engine.state_dtype
+    kind, precision = step.kind, step.engine.precision
+    dtypes = precision.dtypes()
     fused = group.get("fused")
     refuses_sparse = fused or kind.counts_steps
     may_mix = not group.get("differentiable")
@@ -115,8 +117,8 @@ def _sort_for_torch(
         if form & SPARSE and refuses_sparse:
             raise RuntimeError(kind.sparse_error)
         # torch would give new moments, and those that a sparse gradient changes, the parameter's dtype.
-        will_mix = form & (NEW | SPARSE) and state_dtype not in (None, p.dtype)
-        if will_mix or (form & MIXED and (may_mix or state_dtype is not None)):
+        will_mix = form & (NEW | SPARSE) and dtypes - {p.dtype}
+        if will_mix or precision.rounds(p) or (form & MIXED and (may_mix or dtypes)):
             mixed.append(p)
         elif not fused:
             as_it_is.append(p)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,39 +12,91 @@ from torch.optim.optimizer import StateDict
 
 from .. import reference
 from ._engine import engine_of
+from ._precision import Precision, to_split
 from ._step import describe
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
 
-def check_state_dtype(optimizer: FusedOptimizer, state_dtype: torch.dtype | None, group_index: int) -> None:
-    """Raises ValueError if a parameter of the group cannot have moments of this dtype."""
-    if state_dtype is None:
-        return
-    for index, p in enumerate(optimizer.param_groups[group_index]["params"]):
-        if p.is_complex():
+WHOLE_MASTERS = ("master", "master_param")
+"""The names of a whole master in a state: ours, and that of TransformerEngine."""
+
+
+def _pairs(optimizer: FusedOptimizer, saved: StateDict) -> Iterator[tuple[Tensor, Any, str]]:
+    """Yields the parameters with their saved states, and their names for errors."""
+    ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    for (g, i, p), saved_id in zip(_places(optimizer), ids, strict=False):
+        yield p, saved["state"].get(saved_id, {}), describe(optimizer.param_groups, g, i)
+
+
+def _places(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Tensor]]:
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            yield g, i, p
+
+
+def _saved_master(precision: Precision, p: Tensor, entries: Any) -> str | None:
+    """Returns the name of the entry from which a parameter's master is loaded; None if there is none."""
+    name = precision.master_of(p)
+    names = () if name is None else (name, *WHOLE_MASTERS)
+    return next((name for name in names if name in entries), None)
+
+
+def check_loaded(optimizer: FusedOptimizer, saved: StateDict) -> StateDict:
+    """Raises ValueError if a master of a checkpoint cannot be that of its parameter. Returns the checkpoint."""
+    precision = engine_of(optimizer).precision
+    for p, entries, parameter in _pairs(optimizer, saved):
+        name = _saved_master(precision, p, entries)
+        if name is None:
+            if precision.master_of(p) == "master" and "master_remainder" in entries:
+                raise ValueError(
+                    f"the checkpoint has only the lower half of the master of {parameter}. Load it with "
+                    "master_weights='split16', or delete 'master_remainder' to begin from the parameter"
+                )
+            continue
+        master, dtype = entries[name], torch.float32 if name in WHOLE_MASTERS else torch.bfloat16
+        if not isinstance(master, Tensor):
+            raise ValueError(f"{name!r} of {parameter} must be a tensor, not {type(master).__name__}")
+        if master.shape != p.shape:
+            raise ValueError(f"{name!r} of {parameter} has another shape, {list(master.shape)}")
+        if master.dtype != dtype:
             raise ValueError(
-                f"state_dtype={state_dtype} serves real parameters only, but "
-                f"{describe(optimizer.param_groups, group_index, index)} is {p.dtype}; give complex parameters an "
-                "optimizer of their own"
+                f"{name!r} of {parameter} must be in {dtype}, not {master.dtype}. Delete it to begin from the parameter"
             )
+    return saved
 
 
 def take_over(optimizer: FusedOptimizer, saved: StateDict) -> None:
     """Replaces the tensors that torch has just loaded from ``saved`` by copies in the dtypes that we keep."""
-    state_dtype = engine_of(optimizer).state_dtype
-    ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for saved_id, p in zip(ids, params, strict=True):
-        for name, value in saved["state"].get(saved_id, {}).items():
+    precision = engine_of(optimizer).precision
+    for p, entries, _ in _pairs(optimizer, saved):
+        for name, value in entries.items():
             loaded = optimizer.state[p][name]
-            if not isinstance(value, Tensor) or not isinstance(loaded, Tensor):
+            if (
+                name in (*WHOLE_MASTERS, *reference.MASTERS)
+                or not isinstance(value, Tensor)
+                or not isinstance(loaded, Tensor)
+            ):
                 continue
             dtype = loaded.dtype
-            if name in reference.MOMENTS and state_dtype is not None:
-                dtype = state_dtype
+            if name in reference.MOMENTS:
+                dtype = precision.dtype_of(name) or dtype
             elif name in reference.STATE_SCALARS and name != "step":
                 dtype = value.dtype if value.dtype == torch.float64 else torch.float32
             if loaded is value or loaded.dtype != dtype:
                 optimizer.state[p][name] = value.to(device=loaded.device, dtype=dtype, copy=True)
+        for name in (*WHOLE_MASTERS, *reference.MASTERS):
+            optimizer.state.get(p, {}).pop(name, None)
+        master = precision.master_of(p)
+        if entries and master is not None:
+            optimizer.state[p][master] = _loaded_master(precision, p, entries)
+
+
+def _loaded_master(precision: Precision, p: Tensor, entries: Any) -> Tensor:
+    """Returns a parameter's master, or its lower half, from a checkpoint that may have either."""
+    name = _saved_master(precision, p, entries)
+    if name is None:
+        return precision.new_master(p)
+    master: Tensor = entries[name].to(device=p.device, copy=True)
+    return to_split(master, p) if name in WHOLE_MASTERS and precision.master_weights == "split16" else master

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .. import backend as backend_module
+from ._precision import Precision, check_use, place_of_shard
 
 if TYPE_CHECKING:
     from .._C import StepPlan
     from ._base import FusedOptimizer
     from ._release import GradientRelease
     from ._step import Step
-
-STATE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Engine:
@@ -24,21 +24,18 @@ class Engine:
     def __init__(
         self,
         backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        precision: Precision = Precision(),  # noqa: B008
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
     ) -> None:
-        if state_dtype not in STATE_DTYPES:
-            names = ", ".join(map(str, STATE_DTYPES[1:]))
-            raise ValueError(f"state_dtype={state_dtype!r} is none of {names}; None stands for the parameter's own")
-        options = backend_module.resolve(backend), state_dtype, checked_norm(max_grad_norm), bool(error_if_nonfinite)
+        options = backend_module.resolve(backend), precision, checked_norm(max_grad_norm), bool(error_if_nonfinite)
         self.__setstate__(options)
 
-    def __getstate__(self) -> tuple[str | None, torch.dtype | None, float | None, bool]:
-        return self.backend, self.state_dtype, self.max_grad_norm, self.error_if_nonfinite
+    def __getstate__(self) -> tuple[str | None, Precision, float | None, bool]:
+        return self.backend, self.precision, self.max_grad_norm, self.error_if_nonfinite
 
-    def __setstate__(self, asked_for: tuple[str | None, torch.dtype | None, float | None, bool]) -> None:
-        self.backend, self.state_dtype, self.max_grad_norm, self.error_if_nonfinite = asked_for
+    def __setstate__(self, asked_for: tuple[str | None, Precision, float | None, bool]) -> None:
+        self.backend, self.precision, self.max_grad_norm, self.error_if_nonfinite = asked_for
         self.grad_norm: Tensor | None = None  # of the last step that clipped
         self.norm_is_elsewhere = False  # the last gradients were distributed over GPUs, whose norm no plan finds
         self.release: GradientRelease | None = None  # if parameters are stepped inside of backward()
@@ -48,8 +45,16 @@ class Engine:
         self.plans: dict[tuple[bool, bool], StepPlan] = {}
         self.plan_ran: StepPlan | None = None  # in the last step
         self.others_ran: dict[str, set[str]] = {}  # by device type, what ran beside the plan in the last step
+        self._shards: dict[int, tuple[Any, tuple[int, list[int]]]] = {}  # by a parameter's identity, with its spec
         # The running step, by process. A child that is forked meanwhile inherits only its parent's.
         self.running: dict[int, Step] = {}
+
+    def place_of_shard(self, p: Any) -> tuple[int, list[int]]:
+        """Returns the place of a distributed parameter's part in the whole tensor, which is found out once."""
+        known = self._shards.get(id(p))
+        if known is None or known[0] is not p._spec:
+            known = self._shards[id(p)] = p._spec, place_of_shard(p)
+        return known[1]
 
 
 def checked_norm(max_grad_norm: float | None) -> float | None:
@@ -62,20 +67,31 @@ def checked_norm(max_grad_norm: float | None) -> float | None:
     return most
 
 
-def give_engine(
+@contextmanager
+def given_engine(
     optimizer: FusedOptimizer,
     backend: str | None,
-    state_dtype: torch.dtype | None,
     max_grad_norm: float | None,
     error_if_nonfinite: bool,
-) -> None:
-    """Gives an optimizer its engine, before torch's constructor runs. None keeps an option that a subclass has set."""
+    **precision: Any,
+) -> Iterator[None]:
+    """Gives an optimizer its engine, before torch's constructor runs in the block.
+
+    None, False and 0 keep an option that a subclass has set.
+    """
     before: Engine | None = optimizer.__dict__.get("_dracopt_engine")
     if before is not None:
-        backend, state_dtype = backend or before.backend, state_dtype or before.state_dtype
+        backend = backend or before.backend
         max_grad_norm = before.max_grad_norm if max_grad_norm is None else max_grad_norm
         error_if_nonfinite = error_if_nonfinite or before.error_if_nonfinite
-    optimizer._dracopt_engine = Engine(backend, state_dtype, max_grad_norm, error_if_nonfinite)
+        precision = {name: value or getattr(before.precision, name) for name, value in precision.items()}
+    if isinstance(precision["state_dtype"], Mapping):
+        precision["state_dtype"] = dict(precision["state_dtype"])
+    asked_for = Precision(**precision)
+    asked_for.check(optimizer._dracopt_kind.moments)
+    optimizer._dracopt_engine = Engine(backend, asked_for, max_grad_norm, error_if_nonfinite)
+    yield
+    check_use(optimizer, asked_for)
 
 
 def engine_of(optimizer: FusedOptimizer) -> Engine:

@@ -38,6 +38,8 @@ class Kind:
         self.sparse_error = sparse_error
         self.torch_step = inspect.unwrap(torch_class.step)
         """torch's step for this class, without hooks and decorators."""
+        self.moments = reference.MOMENTS_OF[rule]
+        """The names of the moments that a state may hold."""
         self.hyperparameters = reference.hyperparameters(rule)
         """The keys of a parameter group that the rule reads."""
         used = ((name, getattr(torch_class, name, None)) for name in self.torch_step.__code__.co_names)
@@ -59,7 +61,7 @@ class Kind:
         return None
 
     def lacks_state(self, entries: Any, group: Group) -> bool:
-        """Says whether a parameter's state must be created before the step."""
+        """Says whether the moments and scalars of a parameter must be created before the step."""
         return not entries
 
     def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:

@@ -103,7 +103,8 @@ class GradientRelease:
             try:
                 alone = {**groups[place[0]], "params": [p]}
                 alone.pop("param_names", None)
-                Step(optimizer, groups=[alone]).take()
+                before = sum(len(group["params"]) for group in groups[: place[0]])
+                Step(optimizer, groups=[alone], first_param=before + place[1]).take()
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 # The step has seen a group with one parameter.
                 raise type(error)(f"gradient release of {name}: {error.args[0] if error.args else error}") from error

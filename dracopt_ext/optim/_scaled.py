@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import devices
 from . import _by_torch
+from ._precision import Precision
 
 if TYPE_CHECKING:
     from ._step import Step
@@ -25,7 +26,7 @@ def update_scaled(step: Step, found_inf: Tensor | None, grad_scale: Tensor | Non
         kernels_serve_none = todo.nothing_left
     groups = step.with_gradients()
     params = [p for group in groups for p in group["params"]]
-    torch_may = engine.backend is None and engine.state_dtype is None and engine.max_grad_norm is None
+    torch_may = engine.backend is None and engine.precision == Precision() and engine.max_grad_norm is None
     torch_may &= kernels_serve_none
     if torch_may and params and all(p.device.type != "cpu" for p in params):
         _by_torch.call_torch(step, groups, scaled=True)  # torch's fused kernels read both as well

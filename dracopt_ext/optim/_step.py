@@ -14,10 +14,11 @@ from torch import Tensor
 from .. import backend as backend_module
 from .. import reference
 from ..clip_grad import zero_gradients
-from ..containers import Group, plain_groups, plain_state, restore
+from ..containers import Group, entries_of, plain_groups, plain_state, restore
 from ..todo import NEW, Clipping, Index, Run, Scaler, Todo
 from . import _by_reference, _by_torch, _clipped, _scaled
 from ._engine import engine_of
+from ._precision import Precision, at_random, is_short
 
 if TYPE_CHECKING:
     from .._C import StepPlan
@@ -27,16 +28,27 @@ if TYPE_CHECKING:
 class Step:
     """One step. The kernels update what they serve; torch's own implementation, or the reference, updates the rest."""
 
-    __slots__ = ("are_plain", "engine", "groups", "is_odd", "kind", "optimizer", "options")
+    __slots__ = ("are_plain", "engine", "first_param", "groups", "is_odd", "kind", "optimizer", "options")
 
-    def __init__(self, optimizer: FusedOptimizer, *, zeroes: bool = False, groups: list[Group] | None = None) -> None:
-        """With ``zeroes`` the gradients are zero after the step."""
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        *,
+        zeroes: bool = False,
+        groups: list[Group] | None = None,
+        first_param: int = 0,
+    ) -> None:
+        """With ``zeroes`` the gradients are zero after the step.
+
+        ``groups`` replaces the optimizer's. ``first_param`` is then the index of the first parameter.
+        """
         self.optimizer = optimizer
         self.kind = optimizer._dracopt_kind
         self.engine = engine_of(optimizer)
         self.groups: list[Group] = optimizer.param_groups if groups is None else groups
         # The plan's options, of csrc/bindings/step_plan.h. They are few, because each takes time to pass.
         self.options: dict[str, Any] = {"zeroes": True} if zeroes else {}
+        self.first_param = first_param
         self.are_plain = False  # whether a plan is known to read these groups
         self.is_odd = False  # whether the state is known to be one that no plan reads
 
@@ -60,6 +72,8 @@ class Step:
         try:
             engine.plan_ran = None
             engine.others_ran = {}
+            if engine.precision.stochastic_rounding:
+                self.options["at_random"] = at_random(self)
             self._take()
             if "zeroes" in self.options and (engine.plan_ran is None or not engine.plan_ran.zeroed):
                 zero_gradients([p for group in self.groups for p in group["params"]])
@@ -128,7 +142,7 @@ class Step:
         with self.restored_on_error(created + new):
             with torch.no_grad():
                 for group in created:
-                    self.create_moments(group)
+                    self.create_state(group)
             if unsupported and not todo.nothing_left:
                 # The plan raises before torch changes anything.
                 self._run(plan, grad_scale, scaler, {**options, "only_looks": True})
@@ -152,7 +166,8 @@ class Step:
         )
         plan = self.engine.plans.get(key)
         if plan is None:
-            plan = backend_module.step_plan(self.kind.rule, type(self.optimizer).__name__, *key)
+            masters = self.engine.precision.master_weights
+            plan = backend_module.step_plan(self.kind.rule, type(self.optimizer).__name__, *key, masters)
             self.engine.plans[key] = plan
         return plan
 
@@ -184,16 +199,30 @@ class Step:
             self.groups = plain_groups(self.groups, optimizer.defaults, self.kind.hyperparameters)
             self.are_plain = True
 
-    def create_moments(self, group: Group) -> None:
-        """Creates the state of ``group["params"]`` in the dtype that was asked for."""
-        state_dtype = self.engine.state_dtype
-        if state_dtype is None:
+    def create_state(self, group: Group) -> None:
+        """Creates what the states of ``group["params"]`` lack, in the dtypes that were asked for."""
+        precision, states = self.engine.precision, self.optimizer.state
+        if precision == Precision():
             self.kind.create_state(self.optimizer, group)
             return
         for p in group["params"]:  # one by one, so that no more than one parameter's moments exist twice
-            self.kind.create_state(self.optimizer, {**group, "params": [p]})
-            state = self.optimizer.state[p]
-            state.update({name: state[name].to(state_dtype) for name in reference.MOMENTS if name in state})
+            moments = {k: v for k, v in entries_of(states, p).items() if k not in reference.MASTERS}
+            if self.kind.lacks_state(moments, group):
+                self.kind.create_state(self.optimizer, {**group, "params": [p]})
+            state = states[p]
+            for name in self.kind.moments:
+                dtype = precision.dtype_of(name)
+                if dtype is not None and state.get(name) is not None:
+                    state[name] = state[name].to(dtype)
+            master = precision.master_of(p)
+            if master is not None and master not in state:
+                state[master] = precision.new_master(p)
+
+    def lacks_state(self, p: Tensor, group: Group) -> bool:
+        """Says whether a parameter's state must be created before the step, as a whole or in part."""
+        entries = entries_of(self.optimizer.state, p)
+        master = self.engine.precision.master_of(p)
+        return self.kind.lacks_state(entries, group) or (master is not None and master not in entries)
 
     def note(self, engine: str, devices: Iterable[torch.device]) -> None:
         """Notes for ``last_backend`` that torch or the reference has updated parameters on these devices."""
@@ -235,6 +264,18 @@ class Step:
                 with suppress(Exception):  # A container may refuse deletion. The block's own error is the one to show.
                     restore(state, p, before.get(i))
             raise
+
+    def rounding_of(self, p: Tensor) -> reference.Rounding | None:
+        """Returns how the reference rounds at random; None if it rounds to nearest."""
+        if "at_random" not in self.options:
+            return None
+        seed, states, steps, first_param, shards = self.options["at_random"]
+        if not (states or is_short(p)):
+            return None
+        g, i = self.find(p)
+        index = first_param + i + sum(len(group["params"]) for group in self.groups[:g])
+        shard = next((shard[2:] for shard in shards if shard[:2] == (g, i)), (0, None))
+        return reference.Rounding(seed, steps[g], index, states, *shard)
 
     def find(self, p: Tensor) -> Index:
         """Returns the index of a parameter's group, and its own index in the group."""

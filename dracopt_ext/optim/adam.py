@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._base import FusedOptimizer
-from ._engine import give_engine
+from ._engine import given_engine
 from ._kind import Kind
+from ._precision import StateDtype
 
 _SPARSE_ERROR = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -31,8 +32,16 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         maximize: ascend instead of descending (default False).
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None (default) takes the best for each parameter.
             An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
-        state_dtype: dtype of the moments: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It is not
-            part of the state dict, and what is loaded is converted to it.
+        state_dtype: dtype of the moments: fp64, fp32, bf16 or fp16, or a mapping from names to dtypes such as
+            ``{"exp_avg_sq": torch.float32}``. None (default), or a missing name, takes the parameter's. It is not part
+            of the state dict, and what is loaded is converted to it.
+        master_weights: ``"fp32"`` keeps a master in fp32 of each parameter in bf16 or fp16, from which the parameter is
+            rounded after each step. ``"split16"`` keeps the same master of a bf16 parameter in 2 bytes instead of 4.
+            None (default) keeps none. Parameters in fp32 and fp64 are their own masters.
+        stochastic_rounding: round parameters in bf16 and fp16 up or down at random, so that the mean is right (default
+            False). ``"all"`` does the same to moments in 16 bits. The random bits follow from ``rounding_seed``, the
+            step, and the places of parameter and element.
+        rounding_seed: from 0 (default) to 2^64 - 1; the same in all processes.
         max_grad_norm: largest global L2 norm of all gradients; larger ones are scaled down as by
             :func:`torch.nn.utils.clip_grad_norm_`, but are not written. None (default) clips nothing. ``grad_norm`` is
             the norm before clipping.
@@ -60,28 +69,40 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool | str = False,
+        rounding_seed: int = 0,
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
     ) -> None:
-        give_engine(self, backend, state_dtype, max_grad_norm, error_if_nonfinite)
-        # torch's AdamW is passed over if it stands between, because it takes fewer arguments.
-        passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
-        torchs: Any = super(passed, self)
-        torchs.__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
+        with given_engine(
+            self,
+            backend,
+            max_grad_norm,
+            error_if_nonfinite,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        ):
+            # torch's AdamW is passed over if it stands between, because it takes fewer arguments.
+            passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
+            torchs: Any = super(passed, self)
+            torchs.__init__(
+                params,
+                lr,
+                betas,
+                eps,
+                weight_decay,
+                amsgrad,
+                foreach=foreach,
+                maximize=maximize,
+                capturable=capturable,
+                differentiable=differentiable,
+                fused=fused,
+                decoupled_weight_decay=decoupled_weight_decay,
+            )
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -107,21 +128,33 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool | str = False,
+        rounding_seed: int = 0,
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
     ) -> None:
-        give_engine(self, backend, state_dtype, max_grad_norm, error_if_nonfinite)
-        super(FusedOptimizer, self).__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        with given_engine(
+            self,
+            backend,
+            max_grad_norm,
+            error_if_nonfinite,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        ):
+            super(FusedOptimizer, self).__init__(
+                params,
+                lr,
+                betas,
+                eps,
+                weight_decay,
+                amsgrad,
+                foreach=foreach,
+                maximize=maximize,
+                capturable=capturable,
+                differentiable=differentiable,
+                fused=fused,
+            )

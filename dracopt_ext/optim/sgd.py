@@ -10,8 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from ..containers import Group
 from ._base import FusedOptimizer
-from ._engine import give_engine
+from ._engine import given_engine
 from ._kind import Kind
+from ._precision import StateDtype
 
 
 class SgdKind(Kind):
@@ -45,8 +46,16 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         maximize: ascend instead of descending (default False).
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None (default) takes the best for each parameter.
             An explicit backend raises where it cannot serve; None falls back to torch, with one warning.
-        state_dtype: dtype of the momentum buffer: fp64, fp32, bf16 or fp16; None (default) takes the parameter's. It
-            is not part of the state dict, and what is loaded is converted to it.
+        state_dtype: dtype of the momentum buffer: fp64, fp32, bf16 or fp16, or a mapping from names to dtypes such
+            as ``{"momentum_buffer": torch.float32}``. None (default), or a missing name, takes the parameter's. It is
+            not part of the state dict, and what is loaded is converted to it.
+        master_weights: ``"fp32"`` keeps a master in fp32 of each parameter in bf16 or fp16, from which the parameter is
+            rounded after each step. ``"split16"`` keeps the same master of a bf16 parameter in 2 bytes instead of 4.
+            None (default) keeps none. Parameters in fp32 and fp64 are their own masters.
+        stochastic_rounding: round parameters in bf16 and fp16 up or down at random, so that the mean is right (default
+            False). ``"all"`` does the same to moments in 16 bits. The random bits follow from ``rounding_seed``, the
+            step, and the places of parameter and element.
+        rounding_seed: from 0 (default) to 2^64 - 1; the same in all processes.
         max_grad_norm: largest global L2 norm of all gradients; larger ones are scaled down as by
             :func:`torch.nn.utils.clip_grad_norm_`, but are not written. None (default) clips nothing. ``grad_norm`` is
             the norm before clipping.
@@ -72,20 +81,32 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool | str = False,
+        rounding_seed: int = 0,
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
     ) -> None:
-        give_engine(self, backend, state_dtype, max_grad_norm, error_if_nonfinite)
-        super(FusedOptimizer, self).__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        with given_engine(
+            self,
+            backend,
+            max_grad_norm,
+            error_if_nonfinite,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        ):
+            super(FusedOptimizer, self).__init__(
+                params,
+                lr,
+                momentum,
+                dampening,
+                weight_decay,
+                nesterov,
+                maximize=maximize,
+                foreach=foreach,
+                differentiable=differentiable,
+                fused=fused,
+            )
