@@ -207,7 +207,7 @@ SUITES = {
                 )
                 for form, masters, bytes_per_parameter in (
                     ("bf16 with split masters", "split16", 26),
-                    ("bf16 with fp32 masters", "fp32", 28),
+                    ("bf16 with fp32 masters", "fp32", 30),
                 )
             ],
             *[
@@ -371,7 +371,7 @@ SUITES = {
                 )
                 for name, precision, bytes_per_parameter in (
                     (" and split masters", {"master_weights": "split16"}, 26),
-                    (" and fp32 masters", {"master_weights": "fp32"}, 28),
+                    (" and fp32 masters", {"master_weights": "fp32"}, 30),
                     (", rounded at random", {"stochastic_rounding": True}, 22),
                 )
             ],

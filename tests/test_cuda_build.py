@@ -144,7 +144,7 @@ LIMITS = {
     (4, 4, False): 38,  # fp32
     (8, 6, False): 40,  # 16 bits with fp32 states
     (8, 4, False): 44,  # all in 16 bits
-    (8, 7, False): 44,  # bf16 with fp32 states and split masters
+    (8, 7, False): 46,  # bf16 with fp32 states and split masters
     (8, 8, False): 46,  # the same with masters in fp32; or 16 bits with three fp32 states
     (8, 6, True): 52,  # bf16 with fp32 states, rounded at random
     (8, 4, True): 56,  # all in bf16, rounded at random

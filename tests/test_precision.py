@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -291,6 +292,46 @@ def test_master_params_are_copies(form: str) -> None:
         assert not torch.equal(master, p.float())
         master.zero_()
     assert_same_bits(snapshot(optimizer), before)
+
+
+@every_gpu
+@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, math.nan, 3.38e38])
+def test_halves_that_make_no_master(gpu: Gpu, value: float) -> None:  # noqa: F811
+    """Zero with a negative lower half would be NaN. The parameter is the master then, as after pruning."""
+    for place, backend in ((gpu, gpu.backend), (Tensor.clone, "native"), (Tensor.clone, "reference")):
+        p = nn.Parameter(place(torch.linspace(-2, 2, 1003).bfloat16()))
+        optimizer = dracopt_ext.SGD([p], lr=0.01, master_weights="split16", backend=backend)
+        p.grad = place(torch.linspace(1, -1, 1003).bfloat16())
+        optimizer.step()
+        p.data.fill_(value)
+        master = optimizer.master_params()[0].cpu()
+        p.grad.zero_()
+        optimizer.step()
+        for found in (master, optimizer.master_params()[0].cpu(), p.detach().float().cpu()):
+            assert torch.allclose(found, torch.full_like(found, value), rtol=2**-8, atol=1e-30, equal_nan=True) or (
+                math.isinf(value) and (found.abs() >= 3.38e38).all()
+            )
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_master_is_not_taken_for_a_moment(backend: str) -> None:
+    """The state keeps its size while the master leaves and a momentum comes, and the other way round."""
+    p = nn.Parameter(torch.ones(4, dtype=BF16))
+    optimizer = dracopt_ext.SGD([p], lr=0.1, master_weights="fp32", backend=backend)
+    go_on(optimizer)
+    p.grad = None
+    p.data = p.data.float()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    before, grad = p.detach().clone(), torch.linspace(-1, 1, 4)
+    go_on(optimizer)
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], grad)
+    assert torch.allclose(p, before - 0.1 * grad)
+    p.grad = None
+    p.data = p.data.bfloat16()
+    optimizer.param_groups[0]["momentum"] = 0
+    del optimizer.state[p]["master"]
+    go_on(optimizer)
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], grad)
 
 
 # ---- rounding at random
@@ -585,15 +626,52 @@ def test_checkpoints_of_other_libraries(form: str, library: str) -> None:
         ([[torch.zeros(8, 8)], [torch.zeros(15)]], "group 0 of the checkpoint has 1 masters for 2 parameters"),
         ([[torch.zeros(8, 8), torch.zeros(1000)]], "masters for 1 groups, not 2"),
         ([torch.zeros(1000), torch.zeros(15)], "'master' of group 0 .* has 1000 elements for 1064"),
+        ("more", "group 1 of the checkpoint has 2 parameters, not 1"),
     ],
 )
 def test_checkpoints_of_other_libraries_that_lack_masters(masters: Any, error: str) -> None:
     optimizer = two_groups(master_weights="fp32")
     go_on(optimizer)
     before, inner = snapshot(optimizer), optimizer.state_dict()
+    if masters == "more":
+        masters = [[torch.zeros(8, 8), torch.zeros(1000)], [torch.zeros(15)]]
+        inner["param_groups"][1]["params"].append(3)
     with pytest.raises(ValueError, match=error):
         optimizer.load_state_dict({"optimizer_state_dict": inner, "fp32_from_fp16": masters})
     assert_same_bits(snapshot(optimizer), before)
+
+
+def test_masters_of_parameters_that_have_no_moments_yet() -> None:
+    """Other libraries make masters before a parameter has its first gradient."""
+    params = [nn.Parameter(torch.ones(3, dtype=BF16)) for _ in range(2)]
+    masters = [nn.Parameter(torch.full((3,), 1.001)) for _ in params]
+    inner = torch.optim.Adam(masters)
+    masters[0].grad = torch.ones(3)
+    inner.step()
+    for backend in ("native", "reference"):
+        optimizer = dracopt_ext.Adam(params, master_weights="fp32", backend=backend)
+        optimizer.load_state_dict({"optimizer_state_dict": inner.state_dict(), "fp32_from_fp16": [masters]})
+        go_on(optimizer)
+        alone = nn.Parameter(torch.full((3,), 1.001))
+        alone.grad = torch.linspace(-1, 1, 3)
+        dracopt_ext.Adam([alone]).step()
+        assert torch.equal(optimizer.master_params()[1], alone)
+        assert [optimizer.state[p]["step"].item() for p in params] == [2, 1]
+
+
+def test_loading_without_masters_is_as_before() -> None:
+    """Users' hooks see the dict first, and users' entries stay."""
+    optimizer = trained(dracopt_ext.Adam)
+    optimizer.param_groups[0]["step"] = 7
+    optimizer.state[params_of(optimizer)[0]].update({"master": 1, "master_param": 2})
+    saved = optimizer.state_dict()
+    other = trained(dracopt_ext.Adam, steps=0)
+    other.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["inner"])
+    other.load_state_dict({"inner": saved})
+    assert other.param_groups[0]["step"] == 7
+    state = other.state[params_of(other)[0]]
+    assert (state["master"], state["master_param"]) == (1, 2)
+    go_on(other)
 
 
 WRONG_MASTERS: list[tuple[str, str, Any, str]] = [
@@ -637,6 +715,7 @@ def test_wrong_masters_of_a_checkpoint(form: str, name: str, master: Any, error:
 WRONG_STATES: list[tuple[str, Any, type[Exception], str]] = [
     ("fp32", None, KeyError, "the state of parameter 1 .* has no 'master'"),
     ("split16", None, KeyError, "the state of parameter 1 .* has no 'master_remainder'"),
+    ("fp32", 3, ValueError, "'master' of parameter 1 .* is no tensor but a int"),
     ("fp32", torch.zeros(999), ValueError, r"'?master'? of parameter 1 .* has another shape, \[999\]"),
     ("fp32", torch.zeros(1000, dtype=FP64), ValueError, "'master' of parameter 1 .* has a dtype that does not fit"),
     ("fp32", torch.zeros(1000, dtype=torch.int16), ValueError, "has a dtype that does not fit, torch.int16"),
@@ -681,6 +760,7 @@ REFUSED: list[tuple[Options, torch.dtype, str]] = [
     ({"stochastic_rounding": True, "rounding_seed": -1}, BF16, "rounding_seed is -1; it must be at least 0"),
     ({"rounding_seed": 2**64}, BF16, "it must be at least 0 and less than 2\\^64"),
     ({"state_dtype": {"exp_avg": torch.int8}}, BF16, "is none of torch.float64, torch.float32, torch.bfloat16"),
+    ({"master_weights": ["fp32"]}, BF16, r"master_weights=\['fp32'\] is none of"),
     ({"state_dtype": {"moment": BF16}}, BF16, "state_dtype has the key 'moment'; the moments are exp_avg, exp_avg_sq"),
 ]
 
@@ -690,6 +770,31 @@ def test_wrong_options(options: Options, dtype: torch.dtype, error: str) -> None
     params = [nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=dtype != torch.int32)]
     with pytest.raises(ValueError, match=error):
         dracopt_ext.AdamW(params, **options)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1"])
+def test_seeds_are_integers(seed: Any) -> None:
+    with pytest.raises(TypeError, match="rounding_seed must be an int"):
+        dracopt_ext.SGD([nn.Parameter(torch.ones(3, dtype=BF16))], stochastic_rounding=True, rounding_seed=seed)
+
+
+def test_a_group_that_takes_no_count_changes_nothing() -> None:
+    optimizer = trained(dracopt_ext.AdamW, stochastic_rounding=True)
+    before = snapshot(optimizer)
+    optimizer.param_groups[0] = MappingProxyType(optimizer.param_groups[0])
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        go_on(optimizer)
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def test_what_has_no_16_bits_is_left_to_torch() -> None:
+    """A differentiable group beside one that is rounded at random."""
+    params = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (BF16, FP32)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "differentiable": True}]
+    optimizer = dracopt_ext.Adam(groups, stochastic_rounding="all")
+    with pytest.warns(RuntimeWarning, match="differentiable"):
+        go_on(optimizer)
+    assert optimizer.last_backend == {"cpu": frozenset({"native", "torch"})}
 
 
 def test_a_group_that_is_added_later_is_checked() -> None:

@@ -208,7 +208,8 @@ def current_master(param, stored, master: tl.constexpr, dtype: tl.constexpr, T: 
     wide = param.to(tl.float32)
     if master == "split16":
         taken = stored.to(tl.int16, bitcast=True).to(tl.int32)
-        found = (wide.to(tl.int32, bitcast=True) + taken).to(tl.float32, bitcast=True)
+        joined = (wide.to(tl.int32, bitcast=True) + taken).to(tl.float32, bitcast=True)
+        found = tl.where(joined == joined, joined, wide)
     elif dtype == "bf16":
         is_near = bits_of(stored) - bits_of(wide) + 0x8000 <= 0x10000
         found = tl.where(is_near & (stored == stored), stored, wide)

@@ -1,5 +1,6 @@
 #include "bindings/examine.h"
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -131,6 +132,14 @@ Otherwise examine_state(const Inventory& inventory, const Located& located, Read
   return {};
 }
 
+// Says whether the values of a state are a master and none of the rule's, as other libraries' checkpoints may have
+// them.
+bool has_only_master(const Located& located, int of_rule) {
+  const auto is_there = [](PyObject* value) { return value != nullptr && value != Py_None; };
+  return located.wanted > of_rule && is_there(located.values[of_rule]) &&
+         std::none_of(located.values, located.values + of_rule, is_there);
+}
+
 // Examines the memory of streams that are otherwise in order, and fills the segment.
 Otherwise examine_memory(const Inventory& inventory, size_t i, Streams& streams, bool& fp64, Segment& segment) {
   const Tensor p = inventory.located[i].param();
@@ -185,8 +194,11 @@ Examined examine(const Inventory& inventory, const Backends& backends, size_t i,
     if (located.values[k] != nullptr && located.values[k] != Py_None) continue;
     // A rule with state scalars creates the state as a whole, as torch does, so a partial state is a mistake. So is a
     // state without a master.
-    const bool lacks_only_master = k > 0 && k == scalars + group.states;
-    if ((scalars > 0 && located.has_state) || lacks_only_master) return wrong(Fault::missing, k);
+    const int of_rule = scalars + group.states;
+    const bool lacks_only_master = k > 0 && k == of_rule;
+    if ((scalars > 0 && located.has_state && !has_only_master(located, of_rule)) || lacks_only_master) {
+      return wrong(Fault::missing, k);
+    }
     streams.count = kFirstState;
     MissingState missing{streams};
     if (auto otherwise = examine_memory(inventory, i, missing.streams, fp64, segment)) return *otherwise;

@@ -61,7 +61,7 @@ struct Located {
   PyObject* values[kMaxStateKeys];  // the state's scalars, then its tensors
   Tensor tensors[kMaxStateKeys];    // in the values. Until the parameter is examined, these are an earlier step's
   bool knows_state;                 // `entries` is right for as long as nobody edits the dict of all states
-  uint8_t wanted;                   // values that were read
+  uint8_t wanted, states;           // values that were read, and those of them that the rule updates
 
   Tensor param() const { return tensor; }
 };

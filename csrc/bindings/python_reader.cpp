@@ -254,13 +254,14 @@ bool PythonReader::locate(PyObject* state, Inventory& inventory) {
 // Says whether the values that an earlier step has read from a state are the state's values now.
 bool PythonReader::keeps_values(const Inventory& inventory, const Located& located) {
   return located.entries != nullptr && located.version != 0 && located.version == version_of(located.entries) &&
-         located.wanted == inventory.wanted_values(located);
+         located.wanted == inventory.wanted_values(located) && located.states == inventory.groups[located.group].states;
 }
 
 bool PythonReader::read_values(const Inventory& inventory, Located& located) {
   std::fill_n(located.values, kMaxStateKeys, nullptr);
   located.version = 0;
   located.wanted = static_cast<uint8_t>(inventory.wanted_values(located));
+  located.states = static_cast<uint8_t>(inventory.groups[located.group].states);
   located.has_state = false;
   if (located.entries == nullptr) return true;
   if (!PyDict_CheckExact(located.entries)) return false;

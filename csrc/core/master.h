@@ -21,10 +21,13 @@ DRACOPT_HD uint32_t split_master(float master) {
   return master != master ? 0x7fc00000u : ((bits + 0x8000u) & 0xffff0000u) | (bits & 0xffffu);
 }
 
-// Returns the master whose halves these are: a widened bf16 parameter, and what rounding took away.
+// Returns the master whose halves these are: a widened bf16 parameter, and what rounding took away. No master has
+// halves that would give NaN, such as zero with a negative rest. Someone has then changed the parameter, which is the
+// master.
 DRACOPT_HD float join_master(float param, uint32_t rest) {
   const auto taken = static_cast<int16_t>(static_cast<uint16_t>(rest));
-  return float_of(bits_of(param) + static_cast<uint32_t>(static_cast<int32_t>(taken)));
+  const float master = float_of(bits_of(param) + static_cast<uint32_t>(static_cast<int32_t>(taken)));
+  return master == master ? master : param;
 }
 
 // Rounds a master to the dtype of its parameter.

@@ -15,7 +15,7 @@ from .. import backend as backend_module
 from ..clip_grad import zero_gradients
 from ..containers import Group
 from . import _precision, _release
-from ._checkpoints import check_loaded, take_over
+from ._checkpoints import check_loaded, take_over, without_masters
 from ._engine import Engine, checked_norm, engine_of
 from ._foreign import translated
 from ._kind import Kind
@@ -63,7 +63,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         A mapping with a wrong name or dtype raises a ValueError. Another value that is none of ours is kept and means
         nothing to us.
         """
-        return self.__dict__.get("state_dtype", engine_of(self).precision.state_dtype)
+        dtype = engine_of(self).precision.state_dtype
+        return self.__dict__.get("state_dtype", dict(dtype) if isinstance(dtype, Mapping) else dtype)
 
     @state_dtype.setter
     def state_dtype(self, value: Any) -> None:
@@ -160,10 +161,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = Step(self, zeroes=zero_grad)
         if step.engine.release is not None:
             step.engine.release.begin_again()
+        counts_for_rounding = bool(step.engine.precision.stochastic_rounding)
+        for group in self.param_groups if counts_for_rounding else ():
+            _precision.advance(group, 0)  # a group that takes no entry must raise before the update
         step.take()
-        if step.engine.precision.stochastic_rounding:
-            for group in self.param_groups:
-                group[_precision.ROUNDING_STEPS] = group.get(_precision.ROUNDING_STEPS, 0) + 1
+        for group in self.param_groups if counts_for_rounding else ():
+            _precision.advance(group, 1)
         return loss
 
     def master_params(self) -> list[torch.Tensor]:
@@ -231,13 +234,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 then.
         """
         saved: StateDict = {}
+
+        def take(final: StateDict) -> StateDict:
+            saved.update(check_loaded(self, translated(self, final)))
+            return without_masters(self, saved)
+
         handles = [
             # These run after the user's pre-hooks, which may have replaced the dict, and before the post-hooks.
-            self.register_load_state_dict_pre_hook(lambda _, final: saved.update(check_loaded(self, final))),
+            self.register_load_state_dict_pre_hook(lambda _, final: take(final)),
             self.register_load_state_dict_post_hook(lambda _: take_over(self, saved), prepend=True),
         ]
         try:
-            super().load_state_dict(translated(self, state_dict))
+            super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()

@@ -53,11 +53,6 @@ def _tensors_of(step: Step, p: Any) -> tuple[Tensor, Tensor, Any]:
     grad, state = p.grad, step.optimizer.state[p]
     if not hasattr(p, "placements") or not step.engine.precision.rounds(p):
         return p, grad, state
-    for name in (*reference.MOMENTS, *reference.MASTERS):
-        if name in state and state[name].placements != p.placements:
-            raise RuntimeError(
-                f"the state {name!r} of {step.describe(p)} has other placements, {state[name].placements}"
-            )
     local = {name: value.to_local() if hasattr(value, "to_local") else value for name, value in state.items()}
     return p.to_local(), grad.redistribute(placements=p.placements).to_local(), local
 
@@ -106,7 +101,7 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
         raise KeyError(f"the state of {step.describe(p)} has no 'max_exp_avg_sq'")
     master = step.engine.precision.master_of(p)
     if state and master is not None:
-        _check_master(step, p, state, master)
+        _check_master(step, p, state, master, group)
     for name in ("the gradient", *reference.MOMENTS, *([master] if master is not None else [])):
         tensor = grad if name == "the gradient" else state.get(name)
         if tensor is not None and tensor.shape != p.shape:
@@ -115,15 +110,21 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
         if isinstance(tensor, Tensor) and mesh != getattr(p, "device_mesh", None) and not _may_mix(p, tensor):
             where = "not distributed" if mesh is None else f"distributed over {mesh}"
             raise ValueError(f"{name} of {step.describe(p)} is {where}")
+        moved = name != "the gradient" and getattr(tensor, "placements", None) != getattr(p, "placements", None)
+        if tensor is not None and moved and step.engine.precision.rounds(p):
+            raise RuntimeError(f"the state {name!r} of {step.describe(p)} is placed in another way than the parameter")
     return state
 
 
-def _check_master(step: Step, p: Tensor, state: Any, name: str) -> None:
-    if name not in state:
-        if step.kind.counts_steps or step.kind.moments[0] in state:
+def _check_master(step: Step, p: Tensor, state: Any, name: str, group: Group) -> None:
+    master = state.get(name)
+    if master is None:
+        if step.kind.lacks_state({}, group):
             raise KeyError(f"the state of {step.describe(p)} has no {name!r}. Delete this state to start it afresh")
-    elif state[name].dtype != step.engine.precision.master_dtype():
-        raise ValueError(f"the state {name!r} of {step.describe(p)} has a dtype that does not fit, {state[name].dtype}")
+    elif not isinstance(master, Tensor):
+        raise ValueError(f"the state {name!r} of {step.describe(p)} is no tensor but a {type(master).__name__}")
+    elif master.dtype != step.engine.precision.master_dtype():
+        raise ValueError(f"the state {name!r} of {step.describe(p)} has a dtype that does not fit, {master.dtype}")
 
 
 def _may_mix(p: Tensor, tensor: Tensor) -> bool:

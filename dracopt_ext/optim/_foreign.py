@@ -34,20 +34,24 @@ def translated(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     for inner, masters in _WRAPPERS:
         if "param_groups" not in state_dict and inner in state_dict and masters in state_dict:
             state_dict = _unwrapped(optimizer, state_dict[inner], state_dict[masters])
-    if not optimizer._dracopt_kind.counts_steps or not any("step" in group for group in state_dict["param_groups"]):
+    if not optimizer._dracopt_kind.counts_steps:
         return state_dict
     groups, state = [], dict(state_dict["state"])
     for group in state_dict["param_groups"]:
+        moments = optimizer._dracopt_kind.moments
+        lacking = [key for key in group["params"] if moments[0] in state.get(key, {}) and "step" not in state[key]]
+        if "step" not in group or not lacking:
+            groups.append(group)
+            continue
         groups.append({key: value for key, value in group.items() if key != "step"})
-        for key in group["params"] if "step" in group else ():
-            if key in state and "step" not in state[key]:
-                state[key] = {"step": torch.tensor(float(group["step"])), **state[key]}
+        state.update({key: {"step": torch.tensor(float(group["step"])), **state[key]} for key in lacking})
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _unwrapped(optimizer: FusedOptimizer, inner: StateDict, masters: Sequence[Any]) -> StateDict:
-    if len(masters) != len(optimizer.param_groups):
-        raise ValueError(f"the checkpoint has masters for {len(masters)} groups, not {len(optimizer.param_groups)}")
+    for found, what in ((masters, "masters for"), (inner["param_groups"], "states for")):
+        if len(found) != len(optimizer.param_groups):
+            raise ValueError(f"the checkpoint has {what} {len(found)} groups, not {len(optimizer.param_groups)}")
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     for index, (group, saved, of_group) in enumerate(
@@ -61,8 +65,12 @@ def _unwrapped(optimizer: FusedOptimizer, inner: StateDict, masters: Sequence[An
             pieces = {name: _split(name, flat[name], shapes, index) for name in ("master", *(flat.keys() - {"master"}))}
             entries = [{name: parts[i] for name, parts in pieces.items()} for i in range(len(shapes))]
         else:
+            if len(saved["params"]) != len(shapes):
+                raise ValueError(
+                    f"group {index} of the checkpoint has {len(saved['params'])} parameters, not {len(shapes)}"
+                )
             entries = [dict(inner["state"].get(key, {})) for key in saved["params"]]
-            shorts = [i for i, p in enumerate(group["params"]) if is_short(p)]
+            shorts = [i for i, p in enumerate(group["params"]) if is_short(p) and p.requires_grad]
             if len(shorts) != len(of_group):
                 raise ValueError(
                     f"group {index} of the checkpoint has {len(of_group)} masters for {len(shorts)} parameters in 16 "

@@ -62,7 +62,7 @@ class Kind:
 
     def lacks_state(self, entries: Any, group: Group) -> bool:
         """Says whether the moments and scalars of a parameter must be created before the step."""
-        return not entries
+        return all(name in reference.MASTERS for name in entries.keys())  # noqa: SIM118
 
     def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:
         """Creates the state of ``group["params"]``, all of which have a gradient and none of which has a state."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..containers import entries_of
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 StateDtype = torch.dtype | Mapping[str, torch.dtype] | None
 """The dtype of all moments, or dtypes by the moments' names. None, or a missing name, stands for the parameter's."""
 
+SHORT = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MASTERS = dict(zip(("fp32", "split16"), reference.MASTERS, strict=True))
 """The forms of masters, with the names of their states."""
@@ -41,11 +43,11 @@ class Precision:
             for name in dtypes:
                 if name not in moments:
                     raise ValueError(f"state_dtype has the key {name!r}; the moments are {', '.join(moments)}")
-        for dtype in dtypes.values() if isinstance(dtypes, Mapping) else () if dtypes is None else (dtypes,):
-            if not (isinstance(dtype, torch.dtype) and dtype in STATE_DTYPES):
+        for dtype in dtypes.values() if isinstance(dtypes, Mapping) else (dtypes,):
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in STATE_DTYPES):
                 names = ", ".join(map(str, STATE_DTYPES))
                 raise ValueError(f"state_dtype={dtypes!r} is none of {names}; None stands for the parameter's own")
-        if self.master_weights is not None and self.master_weights not in MASTERS:
+        if self.master_weights not in (None, *MASTERS):
             raise ValueError(f"master_weights={self.master_weights!r} is none of None, 'fp32' and 'split16'")
         if not isinstance(self.stochastic_rounding, bool) and self.stochastic_rounding != "all":
             raise ValueError(f"stochastic_rounding={self.stochastic_rounding!r} is none of False, True and 'all'")
@@ -54,6 +56,8 @@ class Precision:
                 "stochastic_rounding=True has nothing to do beside master_weights, which keep what rounding takes. "
                 "Leave one of them out, or round the moments in 16 bits by stochastic_rounding='all'"
             )
+        if not isinstance(self.rounding_seed, int):
+            raise TypeError(f"rounding_seed must be an int, not {type(self.rounding_seed).__name__}")
         if not 0 <= self.rounding_seed < 2**64:
             raise ValueError(f"rounding_seed is {self.rounding_seed}; it must be at least 0 and less than 2^64")
 
@@ -71,11 +75,10 @@ class Precision:
 
     def rounds(self, p: Tensor) -> bool:
         """Says whether a parameter's update does more about rounding than torch's."""
-        return (
-            self.master_of(p) is not None
-            or self.stochastic_rounding == "all"
-            or bool(self.stochastic_rounding and is_short(p))
-        )
+        if self.stochastic_rounding == "all":
+            moments = [self.dtype_of(name) or p.dtype for name in reference.MOMENTS]
+            return any(dtype in SHORT for dtype in (p.dtype, *moments))
+        return self.master_of(p) is not None or bool(self.stochastic_rounding and is_short(p))
 
     def new_master(self, p: Tensor) -> Tensor:
         """Returns the state of a parameter that is its own master so far."""
@@ -88,7 +91,7 @@ class Precision:
 
 
 def is_short(p: Tensor) -> bool:
-    return p.dtype in (torch.bfloat16, torch.float16)
+    return p.dtype in SHORT
 
 
 def check_group(optimizer: FusedOptimizer, precision: Precision, group_index: int) -> None:
@@ -133,11 +136,11 @@ def master_params(optimizer: FusedOptimizer, precision: Precision) -> list[Tenso
     masters = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            entries = optimizer.state.get(p, {})
+            entries = entries_of(optimizer.state, p)
             name = precision.master_of(p)
             if name is None:
                 masters.append(p)
-            elif name not in entries:
+            elif name not in entries.keys():  # noqa: SIM118
                 masters.append(p.detach().to(torch.float32, copy=True))
             else:
                 masters.append(_like(p, reference.current_master(_local(p.detach()), _local(entries[name]))))
@@ -175,6 +178,18 @@ def _like(p: Any, local: Tensor) -> Tensor:
     return whole
 
 
+def steps_of(group: Any) -> int:
+    """Returns a group's count of steps, by which streams are rounded at random."""
+    try:
+        return int(group[ROUNDING_STEPS])
+    except KeyError:
+        return 0
+
+
+def advance(group: Any, steps: int) -> None:
+    group[ROUNDING_STEPS] = steps_of(group) + steps
+
+
 Shard = tuple[int, int, int, list[int]]
 """A parameter's group index and own index, the number of the shard's first element in the whole tensor, and the whole
 tensor's strides."""
@@ -183,7 +198,7 @@ tensor's strides."""
 def at_random(step: Step) -> tuple[int, bool, list[int], int, list[Shard]]:
     """Describes to a plan how this step rounds at random; see csrc/bindings/step_plan.h."""
     precision = step.engine.precision
-    steps = [group.get(ROUNDING_STEPS, 0) % 2**32 for group in step.groups]
+    steps = [steps_of(group) % 2**32 for group in step.groups]
     shards = []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for g, group in enumerate(step.groups):

@@ -206,17 +206,17 @@ class Step:
             self.kind.create_state(self.optimizer, group)
             return
         for p in group["params"]:  # one by one, so that no more than one parameter's moments exist twice
-            moments = {k: v for k, v in entries_of(states, p).items() if k not in reference.MASTERS}
-            if self.kind.lacks_state(moments, group):
-                self.kind.create_state(self.optimizer, {**group, "params": [p]})
             state = states[p]
+            master = precision.master_of(p)
+            kept = state.pop(master) if master is not None and master in state else None
+            if self.kind.lacks_state(state, group):
+                self.kind.create_state(self.optimizer, {**group, "params": [p]})
             for name in self.kind.moments:
                 dtype = precision.dtype_of(name)
-                if dtype is not None and state.get(name) is not None:
+                if dtype is not None and name in state and state[name] is not None:
                     state[name] = state[name].to(dtype)
-            master = precision.master_of(p)
-            if master is not None and master not in state:
-                state[master] = precision.new_master(p)
+            if master is not None:
+                state[master] = precision.new_master(p) if kept is None else kept
 
     def lacks_state(self, p: Tensor, group: Group) -> bool:
         """Says whether a parameter's state must be created before the step, as a whole or in part."""
