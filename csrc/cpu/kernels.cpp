@@ -118,7 +118,7 @@ DRACOPT_APART void apply_staged(const Segment& segment, int64_t from, int64_t co
   const bool in_place = all_dense(segment, kFirstState + N, dtype_of<T>);
   for (int k = 0; k < kFirstState + N; ++k) {
     if (k == kParam && segment.master != Master::none) {
-      load_masters(segment, kFirstState + N, from, count, tiles[k] = staged[k]);
+      tiles[k] = load_masters(segment, kFirstState + N, from, count, staged[k]);
     } else {
       tiles[k] = in_place ? static_cast<T*>(segment.data[k]) + from : load(segment, k, from, count, staged[k]);
     }
@@ -126,7 +126,8 @@ DRACOPT_APART void apply_staged(const Segment& segment, int64_t from, int64_t co
   tiles[kGrad] = divided(*segment.update, tiles[kGrad], count, staged[kGrad]);
   apply<Rule, N>(Constants<Rule, T>(*segment.update), tiles, count);
   for (int k = 0; k < kFirstState + N && !in_place; ++k) {
-    if (k != kGrad && tiles[k] == staged[k]) store_rounded(segment, k, kFirstState + N, from, count, staged[k]);
+    const bool is_staged = tiles[k] == staged[k] || (k == kParam && segment.master != Master::none);
+    if (k != kGrad && is_staged) store_rounded(segment, k, kFirstState + N, from, count, tiles[k]);
   }
 }
 

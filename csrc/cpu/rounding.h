@@ -50,33 +50,50 @@ DRACOPT_INLINE void as_half(const Segment& segment, int stream, const Body& body
   body(Fp16());
 }
 
-// Loads a tile of masters. Their own stream is `at`.
+// Replaces masters that are out of date by their parameters, given as bits.
+DRACOPT_APART inline void make_current(const Segment& segment, const Bits* params, int64_t count, float* masters) {
+  if (segment.dtypes[kParam] == Dtype::bf16) {
+    uint32_t differs = 0;
+    DRACOPT_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) {
+      differs |= bits_of(current_master(widen(Bf16{params[i]}), masters[i], Bf16())) ^ bits_of(masters[i]);
+    }
+    for (int64_t i = 0; i < count && differs != 0; ++i) {
+      masters[i] = current_master(widen(Bf16{params[i]}), masters[i], Bf16());
+    }
+    return;
+  }
+  // This is current_master() in steps, for some of which processors have instructions.
+  alignas(64) Fp16 rounded[kMostBits];
+  alignas(64) float wide[kMostBits], again[kMostBits];
+  widen_run(reinterpret_cast<const Fp16*>(params), count, wide);
+  narrow_run(masters, count, rounded);
+  widen_run(rounded, count, again);
+  DRACOPT_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) masters[i] = again[i] == wide[i] ? masters[i] : wide[i];
+}
+
+// Returns a tile of masters, in place or as a copy in `staged`. Their own stream is `at`.
 template <typename T>
-DRACOPT_APART void load_masters(const Segment& segment, int at, int64_t from, int64_t count, T* masters) {
+DRACOPT_APART T* load_masters(const Segment& segment, int at, int64_t from, int64_t count, T* staged) {
   alignas(64) Bits staged_params[kMostBits], staged_rests[kMostBits];
-  alignas(64) float staged[kTile<float>];
+  alignas(64) float copy[kTile<float>];
   const Bits* const params = load_bits(segment, kParam, from, count, staged_params);
   if (segment.master == Master::split16) {
     const Bits* const rests = load_bits(segment, at, from, count, staged_rests);
     DRACOPT_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) masters[i] = static_cast<T>(join_master(widen(Bf16{params[i]}), rests[i]));
-    return;
+    for (int64_t i = 0; i < count; ++i) staged[i] = static_cast<T>(join_master(widen(Bf16{params[i]}), rests[i]));
+    return staged;
   }
-  const float* const found = load(segment, at, from, count, staged);
-  if (segment.dtypes[kParam] == Dtype::bf16) {
-    DRACOPT_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      masters[i] = static_cast<T>(current_master(widen(Bf16{params[i]}), found[i], Bf16()));
-    }
+  if constexpr (sizeof(T) == 4) {
+    float* const masters = load(segment, at, from, count, staged);
+    make_current(segment, params, count, masters);
+    return masters;
   } else {
-    // This is current_master() in steps, for some of which processors have instructions.
-    alignas(64) Fp16 rounded[kMostBits];
-    alignas(64) float wide[kMostBits], again[kMostBits];
-    widen_run(reinterpret_cast<const Fp16*>(params), count, wide);
-    narrow_run(found, count, rounded);
-    widen_run(rounded, count, again);
-    DRACOPT_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) masters[i] = static_cast<T>(again[i] == wide[i] ? found[i] : wide[i]);
+    float* const masters = load(segment, at, from, count, copy);
+    make_current(segment, params, count, masters);
+    for (int64_t i = 0; i < count; ++i) staged[i] = static_cast<T>(masters[i]);
+    return staged;
   }
 }
 
@@ -101,7 +118,8 @@ DRACOPT_APART inline void store_masters(const Segment& segment, int at, int64_t 
     } else {
       narrow_run(masters, count, reinterpret_cast<Fp16*>(params));
     }
-    store(segment, at, from, count, masters);
+    const bool in_place = segment.dense[at] && masters == static_cast<const float*>(segment.data[at]) + from;
+    if (!in_place) store(segment, at, from, count, masters);
   }
   store_bits(segment, kParam, from, count, staged);
 }
