@@ -36,7 +36,7 @@ class Way(NamedTuple):
     dtype: torch.dtype
     options: dict[str, Any]
     style: dict[str, Any]
-    """Of its curve. Curves that lie upon each other must all be seen."""
+    """The style of its curve. Curves that lie upon each other must all be seen."""
 
 
 WAYS = [
@@ -68,7 +68,7 @@ class Task:
     lr: float
     steps: int
     scale: str
-    """Of the loss in the plot."""
+    """The scale of the loss in the plot."""
     losses: dict[str, list[list[float]]] = field(default_factory=dict)
     """By the way's name and seed, the loss of each step."""
 

@@ -237,7 +237,7 @@ class Rounding:
     param: int
     """The index of the parameter in the optimizer."""
     states: bool
-    """Whether states in 16 bits are rounded at random as well."""
+    """States in 16 bits are rounded at random as well."""
     first: int = 0
     """The number of a shard's first element in the whole tensor."""
     strides: Sequence[int] | None = None

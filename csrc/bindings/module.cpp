@@ -76,7 +76,6 @@ py::dict launch_layout() {
   at["ELEMENT"] = offsetof(Row, first);
   at["ELEMENTS_LAYOUT"] = offsetof(Row, numbers);
   at["PARAM_INDEX"] = offsetof(Row, param);
-  at["AT_RANDOM"] = offsetof(Row, at_random);
   at["SEED"] = offsetof(Arguments, seed);
   at["SLOT"] = offsetof(Row, slot);
   at["LAYOUT"] = offsetof(Row, layout);

@@ -43,7 +43,7 @@ inline bool rounds_at_random(const Segment& segment, int stream) {
   return segment.rounding != nullptr && (segment.rounding->streams >> stream & 1) != 0;
 }
 
-// Calls `body` with a value of the type of a parameter that has a master.
+// Calls `body` with a value of the type of a stream in 16 bits.
 template <typename Body>
 DRACOPT_INLINE void as_half(const Segment& segment, int stream, const Body& body) {
   if (segment.dtypes[stream] == Dtype::bf16) return body(Bf16());

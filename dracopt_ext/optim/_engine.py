@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -71,9 +72,9 @@ def checked_norm(max_grad_norm: float | None) -> float | None:
 def given_engine(
     optimizer: FusedOptimizer,
     backend: str | None,
+    precision: Precision,
     max_grad_norm: float | None,
     error_if_nonfinite: bool,
-    **precision: Any,
 ) -> Iterator[None]:
     """Gives an optimizer its engine, before torch's constructor runs in the block.
 
@@ -84,14 +85,13 @@ def given_engine(
         backend = backend or before.backend
         max_grad_norm = before.max_grad_norm if max_grad_norm is None else max_grad_norm
         error_if_nonfinite = error_if_nonfinite or before.error_if_nonfinite
-        precision = {name: value or getattr(before.precision, name) for name, value in precision.items()}
-    if isinstance(precision["state_dtype"], Mapping):
-        precision["state_dtype"] = dict(precision["state_dtype"])
-    asked_for = Precision(**precision)
-    asked_for.check(optimizer._dracopt_kind.moments)
-    optimizer._dracopt_engine = Engine(backend, asked_for, max_grad_norm, error_if_nonfinite)
+        precision = replace(before.precision, **{name: value for name, value in vars(precision).items() if value})
+    if isinstance(precision.state_dtype, Mapping):
+        precision = replace(precision, state_dtype=dict(precision.state_dtype))
+    precision.check(optimizer._dracopt_kind.moments)
+    optimizer._dracopt_engine = Engine(backend, precision, max_grad_norm, error_if_nonfinite)
     yield
-    check_use(optimizer, asked_for)
+    check_use(optimizer, precision)
 
 
 def engine_of(optimizer: FusedOptimizer) -> Engine:

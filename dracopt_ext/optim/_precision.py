@@ -29,7 +29,7 @@ ROUNDING_STEPS = "rounding_steps"
 
 @dataclass(frozen=True)
 class Precision:
-    """What the user asked for. The optimizers' docstrings describe the fields."""
+    """A precision is what the user asked for. The optimizers' docstrings describe the fields."""
 
     state_dtype: StateDtype = None
     master_weights: str | None = None

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from ._base import FusedOptimizer
 from ._engine import given_engine
 from ._kind import Kind
-from ._precision import StateDtype
+from ._precision import Precision, StateDtype
 
 _SPARSE_ERROR = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -76,16 +76,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
     ) -> None:
-        with given_engine(
-            self,
-            backend,
-            max_grad_norm,
-            error_if_nonfinite,
-            state_dtype=state_dtype,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-        ):
+        precision = Precision(state_dtype, master_weights, stochastic_rounding, rounding_seed)
+        with given_engine(self, backend, precision, max_grad_norm, error_if_nonfinite):
             # torch's AdamW is passed over if it stands between, because it takes fewer arguments.
             passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
             torchs: Any = super(passed, self)
@@ -135,16 +127,8 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
     ) -> None:
-        with given_engine(
-            self,
-            backend,
-            max_grad_norm,
-            error_if_nonfinite,
-            state_dtype=state_dtype,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-        ):
+        precision = Precision(state_dtype, master_weights, stochastic_rounding, rounding_seed)
+        with given_engine(self, backend, precision, max_grad_norm, error_if_nonfinite):
             super(FusedOptimizer, self).__init__(
                 params,
                 lr,

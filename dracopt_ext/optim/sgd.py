@@ -12,7 +12,7 @@ from ..containers import Group
 from ._base import FusedOptimizer
 from ._engine import given_engine
 from ._kind import Kind
-from ._precision import StateDtype
+from ._precision import Precision, StateDtype
 
 
 class SgdKind(Kind):
@@ -88,16 +88,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
     ) -> None:
-        with given_engine(
-            self,
-            backend,
-            max_grad_norm,
-            error_if_nonfinite,
-            state_dtype=state_dtype,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-        ):
+        precision = Precision(state_dtype, master_weights, stochastic_rounding, rounding_seed)
+        with given_engine(self, backend, precision, max_grad_norm, error_if_nonfinite):
             super(FusedOptimizer, self).__init__(
                 params,
                 lr,
