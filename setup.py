@@ -9,7 +9,9 @@ The library contains the CUDA kernels if nvcc is found: in ``CUDA_HOME`` if that
 /usr/local/cuda.
 
 The CUDA kernels are compiled for all of ``CUDA_ARCHITECTURES`` that this nvcc knows. ``DRACOPT_CUDA_ARCHITECTURES``
-replaces them by those that it names, such as ``90`` or ``80,90``. Each of these takes a sixth of the time.
+replaces them by those that it names, such as ``90`` or ``80,90``. Each takes a sixth of the time.
+
+A build in a tree that was built before compiles what has changed since.
 
 A further module ``_C``, which uses only torch's stable C interface, serves all versions that no other module fits.
 
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +62,14 @@ KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-tra
 # The build makes machine code for these architectures, and PTX for GPUs of all other and later generations. The PTX has
 # an architecture of its own, by which the sources recognize it.
 PTX = 87
-CUDA_ARCHITECTURES = [75, 80, 86, 90, 100, 120]  # 89 runs the code for 86
+CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]  # 86 and 89 run the code for 80
 if os.environ.get("DRACOPT_CUDA_ARCHITECTURES"):
     wanted = re.split(r"[,; ]+", os.environ["DRACOPT_CUDA_ARCHITECTURES"])
     if not all(number.isdecimal() for number in wanted):
         raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES is {' '.join(wanted)!r}; give it numbers such as 90 or 80,90")
     CUDA_ARCHITECTURES = sorted(map(int, wanted))
     if PTX in CUDA_ARCHITECTURES:
-        raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES: {PTX} stands for PTX here; the code for 86 runs on such a GPU")
+        raise SystemExit(f"DRACOPT_CUDA_ARCHITECTURES: {PTX} stands for PTX here; the code for 80 runs on such a GPU")
 # Kernels and bindings must agree on the headers that both include, so a hash of these is compiled into both.
 SHARED_HEADERS = [*sorted((ROOT / "csrc/core").glob("*.h")), *map(Path, ("csrc/cpu/kernels.h", "csrc/cuda/kernels.h"))]
 SHARED_HEADERS.append(Path("csrc/cuda/launch.h"))
@@ -310,16 +313,25 @@ class BuildNative(BuildExtension):
         macros = [INTERFACE_MACRO, *([("DRACOPT_X86_64", "1")] if "avx2" in ISA_FLAGS else [])]
         jobs = [(isa, [kernels], [*KERNEL_FLAGS, *flags]) for isa, flags in ISA_FLAGS.items()]
         jobs.append(("host", sorted({*kernels.parent.glob("*.cpp")} - {kernels}), COMMON_FLAGS))
-        objects = []
-        for isa, sources, flags in jobs:
-            objects += self.compiler.compile(
-                [str(source) for source in sources],
-                output_dir=str(Path(self.build_temp) / isa),
-                macros=[("DRACOPT_ISA", isa), *macros],
-                include_dirs=["csrc"],
-                extra_postargs=flags,
-            )
-        return objects
+        read = ["setup.py", *map(str, SHARED_HEADERS), *sources_in("core", "rules", "cpu")]
+
+        def compile_one(job: tuple[str, list[Path], list[str]]) -> list[str]:
+            isa, sources, flags = job
+            folder = Path(self.build_temp) / f"{'sanitized-' if MODE == 'sanitize' else ''}{isa}"
+            names = [str(source) for source in sources]
+            objects: list[str] = self.compiler.object_filenames(names, output_dir=str(folder))
+            if any(newer_group(read, target) for target in objects):
+                self.compiler.compile(
+                    names,
+                    output_dir=str(folder),
+                    macros=[("DRACOPT_ISA", isa), *macros],
+                    include_dirs=["csrc"],
+                    extra_postargs=flags,
+                )
+            return objects
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return [target for objects in pool.map(compile_one, jobs) for target in objects]
 
     def compile_for_gpu(self) -> tuple[list[str], list[str]]:
         """Returns the CUDA kernels' objects and the libraries that they need; without nvcc, an object that says so."""
@@ -327,9 +339,8 @@ class BuildNative(BuildExtension):
         if self.cuda is None:
             name = "-".join([*NVCC.version().split(), *map(str, NVCC.known)])
             target = Path(self.build_temp) / name / "kernels.o"
-            sources = [str(path) for folder in ("core", "rules", "cuda") for path in Path("csrc", folder).iterdir()]
             try:
-                if newer_group([*sources, "setup.py"], str(target)):
+                if newer_group(["setup.py", *sources_in("core", "rules", "cuda")], str(target)):
                     NVCC.compile(Path("csrc/cuda/kernels.cu"), target)
                 return [str(target)], ["cudart_static", "dl", "rt", "pthread"]
             except subprocess.CalledProcessError as error:
@@ -388,6 +399,10 @@ class BuildNative(BuildExtension):
     @staticmethod
     def compiler_version() -> str:
         return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+
+
+def sources_in(*folders: str) -> list[str]:
+    return [str(path) for folder in folders for path in Path("csrc", folder).iterdir()]
 
 
 def commit() -> str | None:

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+import dracopt_ext
+
 Shape = tuple[int, ...]
 
 
@@ -98,7 +102,18 @@ class Suite:
     """The type of the device that holds the tensors. Each type has a CSV file and a plot of its own."""
 
 
-FP32_BYTES = {"AdamW": 28, "NAdam": 28, "SGD": 20}  # SGD with momentum
+def moments_of(optimizer: str) -> int:
+    """Returns how many moments a parameter has, without amsgrad but with SGD's momentum."""
+    return len([switch for switch in _rule_of(optimizer).moments.values() if switch != "amsgrad"])
+
+
+def _rule_of(optimizer: str) -> Any:
+    return getattr(dracopt_ext, optimizer)._dracopt_kind.rule
+
+
+FP32_BYTES = {name: 4 * (3 + 2 * moments_of(name)) for name in dracopt_ext.optim.__all__}
+OWN = [name for name in dracopt_ext.optim.__all__ if not hasattr(torch.optim, name)]
+"""Our classes that torch.optim lacks."""
 
 
 def adamw(name: str, shapes: Sequence[Shape], options: Mapping[str, Any] | None = None, **more: Any) -> Case:
@@ -119,6 +134,15 @@ def sgd(name: str, shapes: Sequence[Shape], nesterov: bool = True, **more: Any) 
     bytes_per_parameter = more.pop("bytes_per_parameter", FP32_BYTES["SGD"])
     options = {"lr": 1e-2, "momentum": 0.9, "nesterov": nesterov}
     return Case(name, "SGD", options, bytes_per_parameter, shapes, **more)
+
+
+def own(name: str, tensors: str, shapes: Sequence[Shape], **more: Any) -> Case:
+    """Describes a class that torch lacks, beside a class of ours with as many moments, and written in torch's own
+    operations if PEERS has that."""
+    storage: Storage = more.get("storage", PLAIN)
+    itemsize = 4 if storage == PLAIN else 2
+    options = {"lr": 1e-4, "weight_decay": 1e-2}
+    return Case(f"{name}, {tensors}", name, options, itemsize * FP32_BYTES[name] // 4, shapes, **more)
 
 
 _NORM: list[Shape] = [(768,), (768,)]
@@ -166,6 +190,8 @@ CAPTURABLE, FUSED = {"capturable": True}, {"fused": True}
 """Options that put the step counts on the GPU."""
 COUNTING = ["dracopt", "dracopt triton", "torch fused"]
 """Peers that take these options."""
+
+SIBLINGS = ["dracopt", "dracopt triton", "dracopt sibling"]
 
 SUITES = {
     "cpu": Suite(
@@ -269,6 +295,20 @@ SUITES = {
             ],
         ],
         peers=["dracopt", "dracopt plain", "torch fused"],
+        interleaved=True,
+    ),
+    "own": Suite(
+        cases=[
+            case
+            for name in OWN
+            for case in (
+                own(name, "1 tensor of 64M", SQUARE, baseline="dracopt sibling"),
+                own(name, "all bf16, 64M", SQUARE, storage=BF16, baseline="dracopt sibling"),
+                own(name, "all fp16, 64M", SQUARE, storage=FP16, baseline="dracopt sibling"),
+                own(name, "1000 tensors of 256", [(256,)] * 1000, baseline="dracopt sibling"),
+            )
+        ],
+        peers=["dracopt", "dracopt sibling", "torch foreach"],
         interleaved=True,
     ),
     "host": Suite(
@@ -392,6 +432,7 @@ SUITES = {
                 options=FUSED,
                 peers=COUNTING,
             ),
+            *[own(name, "1B in 300 tensors", BILLION, baseline="dracopt sibling", peers=SIBLINGS) for name in OWN],
             adamw("AdamW, 3900 tensors in 30 groups", [(1024,)] * 3900, groups=30),
             adamw("AdamW, ResNet-50", RESNET50),
             sgd("SGD Nesterov, ResNet-50", RESNET50),

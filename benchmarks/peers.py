@@ -14,13 +14,13 @@ import torch
 
 import dracopt_ext
 
-from .cases import CLIP, CLIP_AND_STEP, STEP, UNSCALE_CLIP_AND_STEP, Case, Shape
+from .cases import CLIP, CLIP_AND_STEP, STEP, UNSCALE_CLIP_AND_STEP, Case, Shape, moments_of
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Case, Groups], torch.optim.Optimizer]
 
 OURS = {
-    **dict.fromkeys(("dracopt", "dracopt plain", "dracopt step", "dracopt nearest"), "native"),
+    **dict.fromkeys(("dracopt", "dracopt plain", "dracopt step", "dracopt nearest", "dracopt sibling"), "native"),
     "dracopt triton": "triton",
 }
 """Our optimizers, with their backends."""
@@ -85,11 +85,45 @@ def _dracopt(backend: str | None = None) -> Make:
     return make
 
 
+def _sibling(case: Case, groups: Groups) -> torch.optim.Optimizer:
+    """Makes our SGD with momentum, or our AdamW: whichever has as many moments as the case's class."""
+    name, options = {1: ("SGD", {"momentum": 0.9}), 2: ("AdamW", {})}[moments_of(case.optimizer)]
+    return _dracopt()(replace(case, optimizer=name, options={"lr": case.options["lr"], **options}), groups)
+
+
+class ForeachLion(torch.optim.Optimizer):
+    """Lion in torch's operations on lists of tensors."""
+
+    def __init__(self, params: Groups, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.99)})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            params, lr, (beta1, beta2) = group["params"], group["lr"], group["betas"]
+            grads = [p.grad for p in params]
+            averages = [self.state[p]["exp_avg"] for p in params]
+            signs = torch._foreach_mul(averages, beta1)
+            torch._foreach_add_(signs, grads, alpha=1 - beta1)
+            torch._foreach_sign_(signs)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, signs, alpha=-lr)
+            torch._foreach_mul_(averages, beta2)
+            torch._foreach_add_(averages, grads, alpha=1 - beta2)
+
+
+FOREACH: dict[str, Any] = {"Lion": ForeachLion}
+"""Optimizers that torch.optim lacks, in torch's operations on lists of tensors."""
+
+
 def _torch(**implementation: bool) -> Make:
     def make(case: Case, groups: Groups) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, case.optimizer)(
-            groups, **{**case.options, **implementation}
-        )
+        options = case.options if case.optimizer in FOREACH else {**case.options, **implementation}
+        maker = FOREACH.get(case.optimizer) or getattr(torch.optim, case.optimizer)
+        optimizer: torch.optim.Optimizer = maker(groups, **options)
         return optimizer
 
     return make
@@ -114,6 +148,7 @@ PEERS: dict[str, Make] = {
     "dracopt plain": _dracopt(),  # on contiguous fp32 tensors; see measure.Stepped
     "dracopt step": _dracopt(),  # only step(), whatever the case times
     "dracopt nearest": lambda case, groups: _dracopt()(replace(case, precision={}), groups),  # rounds to nearest
+    "dracopt sibling": _sibling,
     "torch fused": _torch(fused=True),
     "torch foreach": _torch(foreach=True),
     "torch for-loop": _torch(foreach=False, fused=False),
@@ -156,6 +191,8 @@ def work_of(peer: str, case: Case, optimizer: Any) -> Callable[[], object]:
 
 
 def runs(peer: str, case: Case) -> bool:
+    if peer == "torch foreach":
+        return case.optimizer in FOREACH or hasattr(torch.optim, case.optimizer)
     return peer != "DeepSpeed CPUAdam" or case.optimizer in ("Adam", "AdamW")
 
 
@@ -184,19 +221,20 @@ def require_ours(optimizers: dict[str, torch.optim.Optimizer], device: str) -> N
 
 def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case) -> None:
     """Raises unless all optimizers arrived at the same parameters after as many steps."""
-    if case.baseline in (None, "dracopt nearest"):  # which rounds in another way, and so goes another way
+    baseline = case.baseline if case.baseline != "dracopt sibling" else "torch foreach"
+    if baseline not in optimizers or baseline == "dracopt nearest":  # which rounds, and so goes, another way
         return
-    expected = _params(optimizers[case.baseline])
+    expected = _params(optimizers[baseline])
     # In bf16 torch's foreach rounds after each operation, while ours rounds once.
     exact = case.storage.param == "float32"
     # torch adds the squares of one tensor of 64M in fp32, and finds a norm that is too small by half a percent.
     rtol, atol = (0.03, 0.01) if not exact else (1e-5, 1e-6) if case.tail == STEP else (1e-4, 1e-4)
     for name, optimizer in optimizers.items():
-        if name in ("dracopt plain", "dracopt step") or name in BANDWIDTHS:
+        if name in ("dracopt plain", "dracopt step", "dracopt sibling") or name in BANDWIDTHS:
             continue
         for ours, theirs in zip(_params(optimizer), expected, strict=True):
             if not torch.allclose(ours, theirs, rtol=rtol, atol=atol):
-                raise RuntimeError(f"{name} computes something else than {case.baseline}")
+                raise RuntimeError(f"{name} computes something else than {baseline}")
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -48,14 +48,16 @@ class StepPlan:
 class Rule(NamedTuple):
     """Describes an update rule."""
 
-    group_keys: tuple[str, ...]
-    """Keys of the parameter group that the rule reads."""
+    group_keys: dict[str, str]
+    """Keys of the parameter group that the rule reads, with their kinds: see dracopt_ext/rule.py."""
     hyperparameters: int
     """How many numbers these keys yield; decay rates are two."""
     state_scalar_keys: tuple[str, ...]
     """Keys of the state's scalars; the step count is the first."""
     state_keys: tuple[str, ...]
     """Keys of the state's tensors."""
+    scalars: int
+    """How many scalars a step prepares, each in the arithmetic's dtype."""
 
 def rules() -> dict[str, Rule]:
     """Describes the compiled rules, by name."""

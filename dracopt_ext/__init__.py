@@ -1,6 +1,6 @@
 """Fused optimizers behind torch.optim's interface: ``import dracopt_ext as optim``.
 
-``SGD``, ``Adam``, ``AdamW`` and ``NAdam`` are ours; every other name of ``torch.optim`` is torch's own.
+The classes of :mod:`dracopt_ext.optim` are ours; every other name of ``torch.optim`` is torch's own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from .clip_grad import clip_grad_value_ as clip_grad_value_
 from .clip_grad import clip_grads_with_norm_ as clip_grads_with_norm_
 from .clip_grad import get_total_norm as get_total_norm
 from .grad_scaler import GradScaler as GradScaler
-from .optim import SGD as SGD
-from .optim import Adam as Adam
-from .optim import AdamW as AdamW
-from .optim import NAdam as NAdam
+from .optim import *  # noqa: F403
+from .optim import __all__ as _ours
 
 if TYPE_CHECKING:  # the names that __getattr__ passes on
     from torch.optim import (  # noqa: F401
@@ -48,7 +46,7 @@ if TYPE_CHECKING:  # the names that __getattr__ passes on
 __version__ = "0.1.0"
 
 __all__ = [
-    *torch.optim.__all__,
+    *dict.fromkeys((*torch.optim.__all__, *_ours)),
     "GradScaler",
     "backends",
     "clip_grad_norm_",
@@ -60,7 +58,7 @@ __all__ = [
 
 def _with_our_classes(module: ModuleType) -> ModuleType:
     """Returns a submodule of ``torch.optim``, or a module that replaces its classes by ours and passes on the rest."""
-    ours = {c.__name__: c for c in (SGD, Adam, AdamW, NAdam) if hasattr(module, c.__name__)}
+    ours = {name: globals()[name] for name in _ours if hasattr(module, name)}
     if not ours:
         return module
     passing_on = ModuleType(module.__name__.replace("torch.optim", __name__), module.__doc__)

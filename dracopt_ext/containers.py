@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .reference import DECAY_RATES, FLAGS, MASTERS, MOMENTS, STATE_SCALARS
+from .reference import MOMENTS, STATE_SCALARS
+from .rule import DECAY_RATES, FLAG, MASTERS
 
 Group = dict[str, Any]
 
 
-_FLAGS = ("maximize", "fused", "differentiable", "capturable", *FLAGS)
+_FLAGS = ("maximize", "fused", "differentiable", "capturable")
 _TEXT = (str, bytes, bytearray)
 
 
@@ -26,15 +27,15 @@ def is_plain_dict(mapping: Any) -> bool:
 
 
 def plain_groups(
-    param_groups: Any, defaults: Mapping[str, Any], hyperparameters: Iterable[str] | None = None
+    param_groups: Any, defaults: Mapping[str, Any], hyperparameters: Mapping[str, str] | None = None
 ) -> list[Group]:
     """Returns the groups as dicts, with ``params`` in lists, pairs such as ``betas`` in tuples, and plain numbers.
 
     Args:
         param_groups: the groups of an optimizer.
         defaults: has the keys that a group may hold without listing them.
-        hyperparameters: the keys of the rule's numbers, pairs of numbers and flags. With None, these and all other
-            flags stay as they are.
+        hyperparameters: the kinds of the rule's hyperparameters, by key. With None, these and all flags stay as they
+            are.
 
     Raises:
         TypeError, ValueError: an object is one that torch could not read either, or an iterator, which would be empty
@@ -52,13 +53,14 @@ def plain_groups(
         changed: Group = {}
         if type(plain.get("params")) is not list:
             changed["params"] = _as_list(plain.get("params"), f"{name}['params']")
-        for key in () if hyperparameters is None else (*_FLAGS, *hyperparameters):
+        kinds = {} if hyperparameters is None else {**dict.fromkeys(_FLAGS, FLAG), **hyperparameters}
+        for key, kind in kinds.items():
             if key not in plain:
                 continue
             value = plain[key]
-            if key in _FLAGS:
+            if kind == FLAG:
                 changed[key] = value if value is None else bool(value)
-            elif key in DECAY_RATES:
+            elif kind == DECAY_RATES:
                 numbers = _as_tuple(value, f"{name}[{key!r}]")
                 changed[key] = tuple([_as_number(number, f"{name}[{key!r}]") for number in numbers])
             else:

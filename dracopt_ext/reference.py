@@ -8,18 +8,21 @@ fp32 otherwise. Scalars are computed in double precision and rounded once.
 A rule takes a parameter, its gradient, its state, and the parameter group's hyperparameters by the group's names. The
 tensors are in the arithmetic's dtype. The rule replaces the moments in the given state, advances the state scalars in
 place, and returns the new parameter. :func:`update` does what all rules share.
+
+:class:`dracopt_ext.rule.Rule` says what a rule declares beside its function.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .rule import DECAY_RATES, FLAG, NUMBER, PARAM, RULES, declare_rule
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -79,6 +82,7 @@ def _denominator(second_moment: Tensor, beta2: float, step: float, eps: float) -
     return _sqrt(second_moment) / _scalar((1 - beta2**step) ** 0.5, second_moment) + _scalar(eps, second_moment)
 
 
+@declare_rule(moments={"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}, state_scalars={"step": 0})
 def adam(
     p: Tensor,
     g: Tensor,
@@ -113,6 +117,26 @@ def adam(
     return p + (step_size * state["exp_avg"]) / _denominator(second_moment, betas[1], step, eps)
 
 
+@declare_rule(moments={"exp_avg": None})
+def lion(
+    p: Tensor, g: Tensor, state: dict[str, Tensor], *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> Tensor:
+    r"""Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms").
+
+    .. math::
+        c &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad m \leftarrow \beta_2 m + (1 - \beta_2) g \\
+        p &\leftarrow (1 - \gamma\lambda)\, p - \gamma\, \mathrm{sign}(c)
+
+    The state holds ``exp_avg`` (m). The sign of zero is zero, and the sign of NaN is NaN.
+    """
+    beta1, beta2 = betas
+    average = _fma(_scalar(1 - beta1, p), g, state["exp_avg"] * _scalar(beta1, p))
+    sign = torch.where(average > 0, 1, torch.where(average < 0, -1, average))
+    state["exp_avg"] = _fma(_scalar(1 - beta2, p), g, state["exp_avg"] * _scalar(beta2, p))
+    return _fma(_scalar(-lr, p), sign, p * _scalar(1 - lr * weight_decay, p))
+
+
+@declare_rule(moments={"exp_avg": None, "exp_avg_sq": None}, state_scalars={"step": 0, "mu_product": 1})
 def nadam(
     p: Tensor,
     g: Tensor,
@@ -150,6 +174,7 @@ def nadam(
     return p + direction / _denominator(state["exp_avg_sq"], betas[1], step, eps)
 
 
+@declare_rule(moments={"momentum_buffer": "momentum"}, first_step_fills=True)
 def sgd(
     p: Tensor,
     g: Tensor,
@@ -296,35 +321,10 @@ def round_at_random(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     return (rounded - (rounded >> 15 << 16)).to(torch.int16).view(dtype)
 
 
-RULES: dict[str, Callable[..., Tensor]] = {"adam": adam, "nadam": nadam, "sgd": sgd}
-
-
-def hyperparameters(rule: str) -> tuple[str, ...]:
-    """Returns the names of the hyperparameters that a rule takes from the parameter group."""
-    return tuple(inspect.getfullargspec(RULES[rule]).kwonlyargs)
-
-
-STATE_SCALARS = ("step", "mu_product")
-"""The state scalars: entries of a state that a rule advances itself."""
-MOMENTS_OF = {
-    "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    "nadam": ("exp_avg", "exp_avg_sq"),
-    "sgd": ("momentum_buffer",),
-}
-"""By rule, a state's entries that are tensors like the parameter, in the kernels' order."""
-MOMENTS = tuple(dict.fromkeys(name for names in MOMENTS_OF.values() for name in names))
+STATE_SCALARS = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.state_scalars))
+"""The state scalars of all rules."""
+MOMENTS = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.moments))
 """The moments of all rules."""
-PARAM = 0
-STREAMS = {name: 2 + number for names in MOMENTS_OF.values() for number, name in enumerate(names)}
-"""The numbers of a parameter's and its moments' streams, by which their random bits differ."""
-MASTERS = ("master", "master_remainder")
-"""A state's entries that may hold the parameter's master: the whole one, or its lower half."""
-
-
-DECAY_RATES = ("betas",)
-"""Hyperparameters that are several numbers, each at least 0 and less than 1."""
-FLAGS = ("amsgrad", "decoupled_weight_decay", "nesterov")
-"""Hyperparameters of which only the truth value matters."""
 
 
 def numbers(rule: str, group: dict[str, Any]) -> dict[str, Any]:
@@ -333,14 +333,12 @@ def numbers(rule: str, group: dict[str, Any]) -> dict[str, Any]:
     def number(value: Any) -> Any:
         return value.item() if isinstance(value, Tensor) else value
 
-    found: dict[str, Any] = {}
-    for name in hyperparameters(rule):
-        value = group[name]
-        if name in FLAGS:
-            found[name] = bool(value)
-        else:
-            found[name] = tuple(map(number, value)) if name in DECAY_RATES else number(value)
-    return found
+    read: dict[str, Callable[[Any], Any]] = {
+        NUMBER: number,
+        DECAY_RATES: lambda rates: tuple(map(number, rates)),
+        FLAG: bool,
+    }
+    return {name: read[kind](group[name]) for name, kind in RULES[rule].kinds.items()}
 
 
 def in_fp64(param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> bool:
@@ -385,10 +383,11 @@ def check_finite(
 
     def are_finite(numbers: dict[str, Any]) -> bool:
         zero = torch.zeros((), dtype=dtype)
-        state = {"step": torch.zeros(()), "mu_product": torch.ones(()), **dict.fromkeys(MOMENTS, zero)}
+        state = {name: torch.tensor(float(value)) for name, value in RULES[rule].state_scalars.items()}
+        state.update(dict.fromkeys(RULES[rule].moments, zero))
         state.update({name: value.detach().cpu().clone() for name, value in state_scalars.items()})
         try:
-            RULES[rule](zero, zero, state, **numbers)
+            RULES[rule].update(zero, zero, state, **numbers)
         except (OverflowError, ZeroDivisionError):
             return False
         return True
@@ -396,7 +395,7 @@ def check_finite(
     if are_finite(numbers):
         return
     consequence = f": it makes the update infinite in {'fp64' if in_fp64 else 'fp32'}"
-    keys = [key for key in numbers if key not in FLAGS and key not in DECAY_RATES]
+    keys = [key for key, kind in RULES[rule].kinds.items() if kind == NUMBER]
     zeros = {key: (0.0, 0.0) if isinstance(value, tuple) else type(value)(0) for key, value in numbers.items()}
     culprits = [key for key in keys if are_finite({**numbers, key: 0.0})] or (keys if are_finite(zeros) else [])
     if culprits:
@@ -435,7 +434,7 @@ def update(
             The parameter is then rounded from it.
         rounding: how streams in 16 bits are rounded at random; None rounds to nearest, ties to even.
     """
-    moments = {name: state[name] for name in MOMENTS if state.get(name) is not None}
+    moments = {name: state[name] for name in RULES[rule].moments if state.get(name) is not None}
     of_master = None if master is None else state[master]
     dtype = torch.float64 if in_fp64(param, grad, moments) else torch.float32
 
@@ -461,10 +460,10 @@ def update(
         g = g / torch.tensor(grad_scale, dtype=dtype, device=g.device)
     if coefficient != 1:
         g = g * torch.tensor(coefficient, dtype=dtype, device=g.device)
-    of_rule = {name: state[name].clone() for name in STATE_SCALARS if name in state}
+    of_rule = {name: state[name].clone() for name in RULES[rule].state_scalars if name in state}
     if not first:
         of_rule.update({name: widened(value) for name, value in moments.items()})
-    p = RULES[rule](
+    p = RULES[rule].update(
         widened(param if of_master is None else current_master(param, of_master)),
         -g if maximize else g,
         of_rule,
@@ -472,12 +471,12 @@ def update(
     )
     # Nothing is modified before the rule has finished, because it may raise.
     store(p, param, PARAM)
-    for name in STATE_SCALARS:
+    for name in RULES[rule].state_scalars:
         if name in state:
             state[name].copy_(of_rule[name])
     for name, moment in moments.items():
         if name in of_rule:
-            store(of_rule[name], moment, STREAMS[name])
+            store(of_rule[name], moment, RULES[rule].stream_of(name))
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> float:

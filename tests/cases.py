@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +13,44 @@ import torch
 from torch import Tensor
 
 import dracopt_ext
+import dracopt_ext.optim
 from dracopt_ext.reference import STATE_SCALARS
+from dracopt_ext.rule import RULES, Rule
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 Snapshot = dict[str, Tensor]
 Place = Callable[[Tensor], Tensor]
 
 
+def rule_of(name: str) -> Rule:
+    rule: Rule = getattr(dracopt_ext, name)._dracopt_kind.rule
+    return rule
+
+
+def classes(*, in_torch: bool | None = None, fused: bool | None = None, counts: bool | None = None) -> list[str]:
+    """Returns the names of our classes, or of those that torch has, that take ``fused``, or that count steps."""
+
+    def fits(name: str) -> bool:
+        facts = (
+            (in_torch, hasattr(torch.optim, name)),
+            (fused, "fused" in inspect.signature(getattr(dracopt_ext, name)).parameters),
+            (counts, "step" in rule_of(name).state_scalars),
+        )
+        return all(wanted in (None, fact) for wanted, fact in facts)
+
+    return [name for name in dracopt_ext.optim.__all__ if fits(name)]
+
+
+def torchs(name: str) -> MakeOptimizer:
+    """Returns torch's class, or ours on the reference if torch has none."""
+    if hasattr(torch.optim, name):
+        return getattr(torch.optim, name)
+    return functools.partial(getattr(dracopt_ext, name), backend="reference")
+
+
 @dataclass(frozen=True)
 class Case:
-    """An algorithm of ``torch.optim`` with the options that change its arithmetic."""
+    """An optimizer class with the options that change its arithmetic."""
 
     algorithm: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +64,15 @@ class Case:
 
     @property
     def torchs(self) -> MakeOptimizer:
-        return getattr(torch.optim, self.algorithm)
+        return torchs(self.algorithm)
+
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.algorithm)
+
+    def moments(self) -> list[str]:
+        """Returns the names of the moments that these options ask for."""
+        return self.rule.moments_of(self.ours([torch.zeros(1)], **self.options).param_groups[0])
 
     @property
     def fused(self) -> dict[str, bool]:
@@ -42,8 +80,8 @@ class Case:
 
         For other processors than x86-64 torch has another kernel of Adam, which fuses other operations.
         """
-        has_kernel = self.algorithm == "SGD" or (self.algorithm != "NAdam" and platform.machine() == "x86_64")
-        return {"fused": True} if has_kernel else {}
+        has_kernel = self.algorithm in classes(in_torch=True, fused=True)
+        return {"fused": True} if has_kernel and (self.algorithm == "SGD" or platform.machine() == "x86_64") else {}
 
     def assert_agree(self, ours: Snapshot, theirs: Snapshot, steps: int) -> None:
         """Checks our result against torch's after ``steps`` steps on whole SIMD blocks."""
@@ -71,13 +109,20 @@ CASES = [
     Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.5, 0.95)}),
     Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True}),
     Case("AdamW", {"lr": 0.01, "weight_decay": 0, "eps": 0}),
+    Case("Lion", {"lr": 0.01}),
+    Case("Lion", {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 0.1, "maximize": True}),
     Case("NAdam"),
-    Case("NAdam", {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.3, "maximize": True}),
+    Case("NAdam", {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1, "momentum_decay": 0.3, "maximize": True}),
     Case("NAdam", {"lr": 0.01, "betas": (0.4, 0.9), "weight_decay": 0.1, "decoupled_weight_decay": True}),
 ]
 FUSED_CASES = [case for case in CASES if case.fused]
-RULES = [CASES[4], CASES[11], CASES[14]]
-"""One case for each rule, with every stream that the rule can have."""
+BY_RULE = {
+    name: max(rows, key=lambda case: (len(case.moments()), len(case.options)))
+    for name, rule in RULES.items()
+    if (rows := [case for case in CASES if case.rule is rule])
+}
+"""By rule, the case with the most moments, and of these the one with the most options."""
+RULE_CASES = list(BY_RULE.values())
 
 DTYPES = [torch.float32, torch.float64]
 STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

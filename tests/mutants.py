@@ -47,7 +47,7 @@ TRITON_KERNEL, TRITON_LAUNCHER = "triton_kernels/kernel.py", "triton_kernels/lau
 TRITON_LAUNCHES, TRITON_ARITHMETIC = "csrc/bindings/triton_launches.cpp", "triton_kernels/arithmetic.py"
 ANY_TORCH, ONE_TORCH = (f"csrc/bindings/tensor_of_{which}_torch.h" for which in ("any", "one"))
 TRITON_BITS = "test_triton::test_on_the_cpu_in_the_interpreter"
-ADAM, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "moments", "sgd", "nadam"))
+ADAM, LION, MOMENTS, SGD, NADAM = (f"csrc/rules/{name}.h" for name in ("adam", "lion", "moments", "sgd", "nadam"))
 KERNELS, TILES = "csrc/cpu/kernels.cpp", "csrc/cpu/tiles.h"
 PATCHES, RUNS = "csrc/cpu/patches.h", "csrc/cpu/runs.h"
 DTYPE, LAYOUT, MATH, SEGMENT = (f"csrc/core/{name}.h" for name in ("dtype", "layout", "math", "segment"))
@@ -78,6 +78,8 @@ ANY = ["-p", "tests.by_any_torch"]
 
 MUTANTS = [
     # The rules
+    Mutant("sign of the next average", LION, "states[0] * c.beta1);", "states[0] * c.beta2);", BITS),
+    Mutant("NaN has no sign", LION, ": average;", ": T(0);", "test_own::test_the_sign_of_zero_and_nan"),
     Mutant("weight decay without lr", MOMENTS, "1 - h.lr * h.weight_decay", "1 - h.weight_decay", BITS),
     Mutant("no L2 penalty", MOMENTS, ".has_l2 = flag<T>(!decoupled && h.weight_decay != 0)", ".has_l2 = 0", BITS),
     Mutant("moment of the raw gradient", MOMENTS, "g = select(has_l2, fma(p, l2, g), g);", "", BITS),
@@ -1059,7 +1061,7 @@ MUTANTS = [
     Mutant(
         "Triton: the first momentum is dampened",
         "triton_kernels/rules.py",
-        "buffer = tl.where(first, g, fma(",
+        "buffer = tl.where(first != 0, g, fma(",
         "buffer = tl.where(first == 2, g, fma(",
         TRITON_BITS,
     ),
@@ -1273,8 +1275,8 @@ MUTANTS = [
     Mutant(
         "torch's fused SGD",
         SGD_CLASS,
-        "keeps_fused = False",
-        "keeps_fused = True",
+        "keeps_fused=False",
+        "keeps_fused=True",
         "test_other_peoples_code::test_fused_sgd_of_torch_is_not_used",
     ),
     Mutant(

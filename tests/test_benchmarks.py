@@ -75,6 +75,7 @@ def test_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     milliseconds = {
         "dracopt": 2.0,
         "dracopt triton": 2.1,
+        "dracopt sibling": 4.0,
         "torch fused": 4.0,
         "torch foreach": 8.0,
         "stream": 1.5,

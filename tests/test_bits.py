@@ -20,7 +20,7 @@ from .cases import (
     DTYPES,
     FAULTS,
     FUSED_CASES,
-    RULES,
+    RULE_CASES,
     SIZES,
     UNFUSED_ULPS,
     WHOLE_BLOCKS,
@@ -181,7 +181,7 @@ def test_offsets_and_guards(case: Case, dtype: torch.dtype, offset: int) -> None
         assert (buffer[offset + numel :] == 7.5).all()
 
 
-@pytest.mark.parametrize("case", RULES, ids=str)
+@pytest.mark.parametrize("case", RULE_CASES, ids=str)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 1e-42, -0.0])
 def test_nan_in_every_stream(case: Case, special: float) -> None:
     """NaNs, infinities, subnormal numbers and zeros stand in the parameter, the gradient and the states."""

@@ -26,7 +26,7 @@ from .cases import (
     CASES,
     DTYPES,
     FAULTS,
-    RULES,
+    RULE_CASES,
     SIZES,
     STORAGE,
     UNFUSED_ULPS,
@@ -35,6 +35,7 @@ from .cases import (
     NoOp,
     assert_close,
     assert_same_bits,
+    classes,
     inputs,
     snapshot,
     train,
@@ -50,7 +51,7 @@ FOR_THREADS = 4 * 2**20
 """Elements of which three threads get a part, whatever their dtype."""
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=str)
 every_fault = pytest.mark.parametrize("fault", FAULTS)
 
 
@@ -323,7 +324,7 @@ def test_what_torch_steps_counts_too() -> None:
     assert_close(found[0], found[1], 3 * (UNFUSED_ULPS + 8))
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", classes())
 def test_sparse_gradients(name: str) -> None:
     """torch's norm does not take sparse gradients. Nothing changes."""
     embedding = nn.Embedding(10, 3, sparse=True)
@@ -336,9 +337,10 @@ def test_sparse_gradients(name: str) -> None:
     assert not optimizer.state
 
 
+@pytest.mark.filterwarnings("ignore:Lion leaves parameters to the reference:RuntimeWarning")
 def test_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dracopt_ext.backend.NATIVE_REASON", "switched off")
-    for case in RULES:
+    for case in RULE_CASES:
         given = inputs(WHOLE_BLOCKS, FP32, 3)
         ours = train(case.ours, {**case.options, "max_grad_norm": 5.0}, *given)
         assert_close(ours, train(Clipped(case.torchs, 5.0), case.options, *given), 3 * (UNFUSED_ULPS + 8))
@@ -347,7 +349,7 @@ def test_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- options
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes())
 def test_wrong_norms(name: str) -> None:
     make = getattr(dracopt_ext, name)
     p = nn.Parameter(torch.ones(2))

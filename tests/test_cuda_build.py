@@ -13,10 +13,11 @@ import pytest
 
 from dracopt_ext import _C
 from dracopt_ext.backend import BUILD_INFO, NATIVE
+from dracopt_ext.rule import RULES
 
 MODULE = NATIVE / "libdracopt_kernels.so"
 SOURCES = Path(__file__).parents[1] / "csrc"
-ARCHITECTURES = [75, 80, 86, 90, 100, 120]
+ARCHITECTURES = [75, 80, 90, 100, 120]
 
 pytestmark = pytest.mark.skipif(not _C.cuda_architectures(), reason=f"no CUDA kernels: {BUILD_INFO.get('no_cuda')}")
 
@@ -47,7 +48,7 @@ def test_every_architecture_is_there() -> None:
 def test_nothing_lies_in_local_memory() -> None:
     """No register is spilled, and no array is indexed at run time."""
     kernels = re.findall(r"Function (\S*step\S*):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", cuobjdump("-res-usage"))
-    assert len(kernels) == 6 * len(ARCHITECTURES)  # three rules, two arithmetics
+    assert len(kernels) == 2 * len(RULES) * len(ARCHITECTURES)  # two arithmetics
     for name, registers, stack, local in kernels:
         assert (stack, local) == ("0", "0"), name
         # Six blocks of 128 threads must fit at once, so that some compute while the others wait; two in fp64.
@@ -56,17 +57,18 @@ def test_nothing_lies_in_local_memory() -> None:
 
 @cache
 def kernels_of(architecture: int) -> list[tuple[str, str]]:
-    """Returns names, such as "Adam-f" for fp32, and machine code."""
+    """Returns names, such as "adam-f" for fp32, and machine code."""
     kernels = []
     for part in cuobjdump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]:
         name, code = part.split("\n", 1)
         found = re.search(r"step.*device\d+([A-Za-z]+)E([fd])E", name)
         if found:
-            kernels.append(("-".join(found.groups()), code))
+            kernels.append((f"{found[1].lower()}-{found[2]}", code))
     return kernels
 
 
-STATES = {"Sgd": (0, 1), "Adam": (2, 3), "NAdam": (2, 2)}
+STATES = {name: (list(rule.moments.values()).count(None), len(rule.moments)) for name, rule in RULES.items()}
+"""By rule, the least and the largest number of states."""
 
 
 def vectors(dtype: str, own: int, states: int) -> int:
@@ -159,7 +161,7 @@ LOOPS += [(8, 7, False), *[(8, 8, False)] * 3]
 def test_few_instructions_for_an_element(architecture: int) -> None:
     """The limits hold on the path that nearly all elements take. More would make the machine the bound, not memory."""
     counts = []
-    for loop in loops_of(dict(kernels_of(architecture))["Adam-f"]):
+    for loop in loops_of(dict(kernels_of(architecture))["adam-f"]):
         elements = sum("MUFU.RSQ" in text for _, text in loop)
         form = elements, sum(is_vector("LDG", each) for each in loop), makes_random_bits(loop)
         if form in LIMITS:  # other loops have three states
@@ -170,15 +172,16 @@ def test_few_instructions_for_an_element(architecture: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loads_wait_together(architecture: int) -> None:
-    """No root stands between the loads of a turn. SGD has no roots: there, no arithmetic stands between loads.
+    """No root stands between the loads of a turn. In rules without roots, no arithmetic stands between loads.
 
     The exceptions are loops for which 80 registers do not suffice: amsgrad in 16 bits with fp32 states, which loads
     eight vectors, or nine with split masters, and random bits beside fp32 states.
     """
+    triton_rules = pytest.importorskip("dracopt_ext.triton_kernels.rules").RULES
     for kernel, code in kernels_of(architecture):
         if kernel.endswith("-d"):
             continue
-        arithmetic = "FFMA" if kernel == "Sgd-f" else "MUFU"
+        arithmetic = "MUFU" if triton_rules[kernel.removesuffix("-f")].divides else "FFMA"
         for loop in loops_of(code):
             first = next(i for i, (_, text) in enumerate(loop) if arithmetic in text)
             early, loads = (sum(is_vector("LDG", each) for each in part) for part in (loop[:first], loop))

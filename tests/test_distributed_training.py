@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dracopt_ext
 
-from .cases import CASES, FAULTS, RULES, Case, NoOp, assert_same_bits, same_bits, snapshot
+from .cases import BY_RULE, CASES, FAULTS, RULE_CASES, Case, NoOp, assert_same_bits, same_bits, snapshot
 from .processes import in_processes
 
 NATIVE = {"cpu": frozenset({"native"})}
@@ -210,11 +210,11 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]
 
 
 def follow_all(name: str) -> None:
-    for case in [CASES[0], *RULES]:
+    for case in [CASES[0], *RULE_CASES]:
         follow(name, case, case.ours)
     for fault in [*FAULTS, SkipsARank]:
         with pytest.raises(AssertionError, match="differs"):
-            follow(name, RULES[1], fault(RULES[1].ours))
+            follow(name, BY_RULE["adam"], fault(BY_RULE["adam"].ours))
 
 
 @pytest.mark.parametrize(("name", "count"), [(name, count) for name, (_, counts) in MODELS.items() for count in counts])
@@ -233,7 +233,7 @@ def train_equally(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Te
 
 
 def compare_with_one_process(name: str) -> None:
-    for case in RULES:
+    for case in RULE_CASES:
         for make in (case.torchs, case.ours):  # torch's classes show that the reductions are the same
             model, alone = MODELS[name][0](), made(Network)
             found = train_equally(model, make(model.parameters(), **case.options))
@@ -241,7 +241,7 @@ def compare_with_one_process(name: str) -> None:
             raise_on_all([f"{make}" for p, q in zip(found, expected, strict=True) if not torch.equal(p, q)])
     for fault in [*FAULTS, SkipsARank]:
         model = MODELS[name][0]()
-        found = train_equally(model, fault(RULES[2].ours)(list(model.parameters()), **RULES[2].options))
+        found = train_equally(model, fault(BY_RULE["nadam"].ours)(list(model.parameters()), **BY_RULE["nadam"].options))
         with pytest.raises(AssertionError):
             raise_on_all(["differs" for p, q in zip(found, expected, strict=True) if not torch.equal(p, q)])
 
@@ -378,7 +378,7 @@ def redistribute_gradients() -> None:
 def share_states_by_zero() -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    for case in RULES:
+    for case in RULE_CASES:
         found = []
         for make in (case.torchs, case.ours):
             model = replicated()
@@ -421,7 +421,7 @@ def round_like_one_process(name: str) -> None:
     """Masters, their halves, and the random bits of each element are those of whole tensors."""
     torch.set_default_dtype(torch.bfloat16)
     for options in PRECISIONS:
-        for case in RULES:
+        for case in RULE_CASES:
             follow(name, Case(case.algorithm, {**case.options, **options}), case.ours)
     for options in PRECISIONS[1:3]:
         with pytest.raises(AssertionError, match="differs"):
@@ -621,11 +621,11 @@ def test_fused_where_placements_differ(tmp_path: Path) -> None:
 
 def clip_in_the_step(name: str) -> None:
     """The norm is that of whole gradients, the same on all ranks, and each rank clips its part by it."""
-    for case in RULES:
+    for case in RULE_CASES:
         follow_clipped(name, case, case.ours)
     for fault in [*FAULTS, SkipsARank, ClipsByItself]:
         with pytest.raises(AssertionError, match="is not"):
-            follow_clipped(name, RULES[0], fault(RULES[0].ours))
+            follow_clipped(name, BY_RULE["sgd"], fault(BY_RULE["sgd"].ours))
 
 
 class ClipsByItself(NoOp):

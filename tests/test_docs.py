@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import dracopt_ext
+
+from .cases import classes, rule_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,6 +40,29 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_can_be_found() -> None:
     linked = set(re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text()))
     assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+def row_of(name: str) -> str:
+    """Describes a class in the table of docs/torch.md."""
+    rule, kind = rule_of(name), getattr(dracopt_ext, name)._dracopt_kind
+    signature = inspect.signature(getattr(dracopt_ext, name)).parameters
+    numbers = ", ".join(f"`{key}={signature[key].default}`" for key in rule.kinds if key in signature)
+    moments = [f"`{moment}`" + (f" (with `{switch}`)" if switch else "") for moment, switch in rule.moments.items()]
+    state = ", ".join([*(f"`{scalar}`" for scalar in rule.state_scalars), *moments])
+    sparse = "torch's step" if kind.takes_sparse else "raise"
+    return f"| `{name}` | {'yes' if hasattr(torch.optim, name) else 'no'} | {numbers} | {state} | {sparse} |"
+
+
+def test_table_of_classes() -> None:
+    """Declarations say what the table must be. An error shows the right one."""
+    table = "\n".join(map(row_of, classes()))
+    assert table in (ROOT / "docs/torch.md").read_text(), f"put this into docs/torch.md:\n{table}"
+
+
+@pytest.mark.parametrize("name", classes())
+def test_every_class_is_named_for_users(name: str) -> None:
+    assert name in dracopt_ext.__all__
+    assert f"`{name}`" in (ROOT / "README.md").read_text(), f"name {name} in the README"
 
 
 def programs_in(page: str) -> list[str]:

@@ -16,12 +16,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import dracopt_ext
 
-from .cases import CASES, Case, MakeOptimizer, Snapshot, assert_same_bits, inputs, snapshot
+from .cases import CASES, Case, MakeOptimizer, Snapshot, assert_same_bits, classes, inputs, snapshot
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-CLASSES = ["SGD", "Adam", "AdamW", "NAdam"]
+CLASSES = classes(in_torch=True)
 every_class = pytest.mark.parametrize("name", CLASSES)
-every_fused_class = pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+every_fused_class = pytest.mark.parametrize("name", classes(in_torch=True, fused=True))
 
 
 def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
@@ -523,7 +523,7 @@ def test_sgd_without_momentum_keeps_no_state() -> None:
     assert optimizer.state_dict()["state"] == {}
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("name", classes(in_torch=True, fused=True, counts=True))
 def test_capturable_with_fused_runs_on_the_cpu_as_in_torch(name: str) -> None:
     (value,), steps = inputs([64], torch.float32, 3)
     found = []
@@ -537,7 +537,7 @@ def test_capturable_with_fused_runs_on_the_cpu_as_in_torch(name: str) -> None:
     Case(name).assert_agree(*found, steps=3)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes(in_torch=True, counts=True))
 @pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
 def test_capturable_without_fused_raises_as_in_torch(name: str) -> None:
     errors = []

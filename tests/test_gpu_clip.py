@@ -13,14 +13,14 @@ from torch import Tensor, nn
 import dracopt_ext
 from dracopt_ext.optim._engine import engine_of
 
-from .cases import FAULTS, RULES, STORAGE, Case, NoOp, assert_same_bits, inputs, snapshot, train
+from .cases import BY_RULE, FAULTS, RULE_CASES, STORAGE, Case, NoOp, assert_same_bits, inputs, snapshot, train
 from .test_clip import CHUNKS
 from .test_gpu import Gpu, OnGpu, Simulated, distributed, gpu, simulation, with_count  # noqa: F401
 from .test_layouts import LAYOUTS, given
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
-every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=str)
 counting = pytest.mark.parametrize("counts_on", ["host", "gpu"])
 
 
@@ -77,7 +77,7 @@ def test_bits_of_the_cpu_bites(gpu: Gpu, case: Case, fault: type[NoOp]) -> None:
 @pytest.mark.parametrize("where", list(itertools.product((0, 1), repeat=2)), ids=str)
 def test_layouts(gpu: Gpu, layout: str, where: tuple[int, int]) -> None:  # noqa: F811
     """A gradient counts in the order of its own memory, and the CPU does the same."""
-    case, found = RULES[0], []
+    case, found = BY_RULE["sgd"], []
     for on_gpu in (True, False):
         places = [(OnGpu(gpu, LAYOUTS[name]) if on_gpu else OnCpu(LAYOUTS[name])) for name in names(layout, where)]
         place = dict(zip(("place", "place_grad"), places, strict=True))
@@ -176,7 +176,7 @@ def test_overflow_is_found_on_the_way(
 
 @counting
 def test_overflow_that_the_scaler_has_found(gpu: Gpu, counts_on: str) -> None:  # noqa: F811
-    case = RULES[1]
+    case = BY_RULE["adam"]
     p = nn.Parameter(gpu(torch.ones(300)))
     optimizer = case.ours([p], **with_count(case, counts_on), max_grad_norm=1.0)
     p.grad = gpu(torch.full((300,), 2.0))
@@ -318,7 +318,7 @@ def test_not_finite_without_a_scaler(gpu: Gpu) -> None:  # noqa: F811
 
 def test_scaler_on_another_device(gpu: Gpu) -> None:  # noqa: F811
     """The scaler lies where the loss is. It must learn of an overflow all the same."""
-    for case in RULES:
+    for case in RULE_CASES:
         p = nn.Parameter(gpu(torch.ones(30)))
         optimizer = case.ours([p], **with_count(case, "gpu"), max_grad_norm=1.0)
         for value in (1.0, math.inf, 1.0):

@@ -33,11 +33,11 @@ from torch.utils._pytree import tree_map
 
 import dracopt_ext
 
-from .cases import assert_same_bits, inputs, snapshot
+from .cases import assert_same_bits, classes, inputs, snapshot, torchs
 
-CLASSES = ["SGD", "Adam", "AdamW", "NAdam"]
+CLASSES = classes()
 every_class = pytest.mark.parametrize("name", CLASSES)
-left_to_torch = pytest.mark.filterwarnings("ignore:.*leaves .* to torch's own:RuntimeWarning")
+left_to_torch = pytest.mark.filterwarnings("ignore:.*leaves .* to (torch's own|the reference):RuntimeWarning")
 NATIVE = {"cpu": frozenset({"native"})}
 
 
@@ -47,7 +47,7 @@ def make(name: str, count: int = 4, module: Any = dracopt_ext, **options: Any) -
     if name == "SGD":
         options = {"momentum": 0.9, **options}
     groups = [{"params": params[i : i + 2]} for i in range(0, 2 * count, 2)]
-    optimizer = getattr(module, name)(groups, lr=0.1, **options)
+    optimizer: Any = (torchs(name) if module is torch.optim else getattr(module, name))(groups, lr=0.1, **options)
     give_gradients(params)
     optimizer.step()
     return optimizer
@@ -678,7 +678,8 @@ def test_a_learned_learning_rate(name: str) -> None:
         lr = nn.Parameter(torch.tensor(0.5 * fault))
         groups = [{"params": [params[0]]}, {"params": [lr]}, {"params": params[1:], "lr": lr.detach()}]
         options = {"momentum": 0.9} if name == "SGD" else {}
-        optimizer = getattr(module, name)(groups, lr=0.25, foreach=False, **options)
+        maker = torchs(name) if module is torch.optim else getattr(module, name)
+        optimizer: Any = maker(groups, lr=0.25, foreach=False, **options)
         for step in range(3):
             for p in params_of(optimizer):
                 p.grad = torch.full_like(p, 0.125 * (step + 1))
@@ -686,7 +687,8 @@ def test_a_learned_learning_rate(name: str) -> None:
         return optimizer
 
     ours, theirs = build(dracopt_ext), build(torch.optim)
-    assert ours.last_backend == {"cpu": frozenset({"native", "torch"})}
+    other = "torch" if hasattr(torch.optim, name) else "reference"
+    assert ours.last_backend == {"cpu": frozenset({"native", other})}
     for p, q in zip(params_of(ours)[1:], params_of(theirs)[1:], strict=True):
         assert torch.equal(p, q)
     torch.testing.assert_close(params_of(ours)[0], params_of(theirs)[0])

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import dracopt_ext
 
-from .cases import RULES, WHOLE_BLOCKS, Case, assert_same_bits, inputs, snapshot, train
+from .cases import RULE_CASES, WHOLE_BLOCKS, Case, assert_same_bits, classes, inputs, snapshot, train
 
 NATIVE = {"cpu": frozenset({"native"})}
-CLASSES = ["SGD", "Adam", "AdamW", "NAdam"]
-every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+CLASSES = classes()
+every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=str)
 every_class = pytest.mark.parametrize("name", CLASSES)
 low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -172,7 +172,7 @@ def test_106951_strides_of_dimensions_of_one_element() -> None:
 
 
 @low_precision
-@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes(counts=True))
 def test_torchao_4915_step_counts_go_on_beyond_256(name: str, dtype: torch.dtype) -> None:
     optimizer, p = one(name, torch.ones(4, dtype=dtype), torch.ones(4, dtype=dtype))
     optimizer.step()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import dracopt_ext
 
 from .cases import (
+    BY_RULE,
     FAULTS,
-    RULES,
+    RULE_CASES,
     UNFUSED_ULPS,
     Case,
     NoOp,
@@ -82,7 +83,7 @@ LAYOUTS: dict[str, Callable[..., Tensor]] = {
     "channels_last with gaps": strided((1, 2, 1, 1), order=(0, 2, 3, 1)),
 }
 
-every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=str)
 every_fault = pytest.mark.parametrize("fault", FAULTS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -121,7 +122,7 @@ def test_one_layout(case: Case, layout: str, dtype: torch.dtype, where: str) -> 
 @every_layout
 @every_fault
 def test_one_layout_bites(layout: str, fault: type[NoOp]) -> None:
-    case = RULES[1]
+    case = BY_RULE["adam"]
     expected = train(case.ours, case.options, *given())
     with pytest.raises(AssertionError, match="elements differ"):
         assert_same_bits(placed(case, FP32, layout, layout, layout, fault(case.ours)), expected)
@@ -187,7 +188,7 @@ def test_empty_tensors_at_every_position(case: Case) -> None:
 
 
 def test_many_dimensions() -> None:
-    case = RULES[1]
+    case = BY_RULE["adam"]
     (value,), gradients = inputs([2**12], FP32, 3)
     shape = (2, 1) * 12
 
@@ -201,7 +202,7 @@ def test_many_dimensions() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_strided_tensors_are_split_between_threads(threads: int) -> None:
-    case = RULES[1]
+    case = BY_RULE["adam"]
     torch.set_num_threads(threads)
     expected = train(case.ours, case.options, *given(shape=(301, 333)))
     options = {**case.options, "backend": "native"}
@@ -260,7 +261,7 @@ def test_patches(case: Case, patch: str, dtype: torch.dtype, where: str, threads
 @every_patch
 @every_fault
 def test_patches_bite(patch: str, fault: type[NoOp]) -> None:
-    case = RULES[1]
+    case = BY_RULE["adam"]
     shape, order = PATCHED[patch]
     expected = train(case.ours, case.options, *given(shape=shape))
     with pytest.raises(AssertionError, match="elements differ"):

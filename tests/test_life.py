@@ -23,7 +23,7 @@ SGD = Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5})
 NADAM = Case("NAdam", {"lr": 0.01})
 
 both_rules = pytest.mark.parametrize("case", [ADAMW, SGD], ids=str)
-all_rules = pytest.mark.parametrize("case", [ADAMW, SGD, NADAM], ids=str)
+all_rules = pytest.mark.parametrize("case", [ADAMW, SGD, NADAM, Case("Lion", {"lr": 0.01})], ids=str)
 
 
 class Pair:

@@ -12,14 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .cases import Case
+from .cases import RULE_CASES, Case
 from .test_gpu import Gpu, gpu  # noqa: F401
-
-CASES = [
-    Case("AdamW", {"lr": 0.01, "amsgrad": True}),
-    Case("SGD", {"lr": 0.1, "momentum": 0.9}),
-    Case("NAdam", {"lr": 0.01}),
-]
 
 
 class Run:
@@ -375,7 +369,7 @@ def compare(name: str, case: Case, place: Callable[[Tensor], Tensor]) -> None:
 
 
 edits = pytest.mark.parametrize("name", EDITS)
-cases = pytest.mark.parametrize("case", CASES, ids=str)
+cases = pytest.mark.parametrize("case", RULE_CASES, ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore")  # that torch steps some parameters
 
 
@@ -395,7 +389,7 @@ def test_edits_on_a_gpu(name: str, case: Case, gpu: Gpu) -> None:  # noqa: F811
 @pytest.mark.parametrize("gone", ["the first gradient", "a gradient", "a group"])
 @pytest.mark.parametrize("gpu", ["simulated"], indirect=True)
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.algorithm != "SGD"], ids=str
+    "case", [case for case in RULE_CASES if case.rule.state_scalars], ids=str
 )  # the host counts their steps
 def test_calls_that_take_no_step(case: Case, gone: str, gpu: Gpu) -> None:  # noqa: F811
     """A plan says that the host must read the scaler. Before that call, a parameter or a gradient has gone."""

@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dracopt_ext
 
-from .cases import FAULTS, WHOLE_BLOCKS, NoOp, Snapshot, assert_same_bits, inputs, snapshot
+from .cases import FAULTS, WHOLE_BLOCKS, NoOp, Snapshot, assert_same_bits, classes, inputs, snapshot
 
 NATIVE = {"cpu": frozenset({"native"})}
 TORCH = {"cpu": frozenset({"torch"})}
-CLASSES = ["SGD", "Adam", "AdamW", "NAdam"]
+CLASSES = classes(in_torch=True)
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.1, "momentum": 0.9}}
 every_class = pytest.mark.parametrize("name", CLASSES)
 left_to_torch = pytest.mark.filterwarnings("ignore:.*(leaves .* to|is stepped by) torch's own:RuntimeWarning")
@@ -200,7 +200,7 @@ def test_init_group_replaced_in_wrappers_of_torchs(name: str, monkeypatch: pytes
 
 
 @left_to_torch
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes(in_torch=True, counts=True))
 def test_every_method_that_torchs_step_calls(name: str) -> None:
     """The methods are those of the installed version of torch."""
     methods = ours(name)._dracopt_kind.methods
@@ -230,7 +230,7 @@ def test_what_torchs_step_cannot_keep_is_refused(option: dict[str, Any]) -> None
 
 
 @left_to_torch
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", classes(in_torch=True, fused=True))
 def test_init_group_overridden_with_grad_scaler(name: str) -> None:
     found = []
     for base in (ours(name), torchs(name)):
@@ -556,7 +556,7 @@ BETAS = {
 
 
 @pytest.mark.parametrize("form", BETAS)
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes(in_torch=True, counts=True))
 def test_betas_in_any_form(name: str, form: str) -> None:
     expected = step(oracle_class(name)(fresh(), **oracle(name, betas=(0.5, 0.75))))
 

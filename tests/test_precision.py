@@ -19,7 +19,7 @@ import dracopt_ext
 from dracopt_ext import reference
 from dracopt_ext.reference import MOMENTS, current_master, split_master
 
-from .cases import FAULTS, RULES, SIZES, Case, NoOp, Snapshot, assert_same_bits, inputs, snapshot, train
+from .cases import FAULTS, RULE_CASES, SIZES, Case, NoOp, Snapshot, assert_same_bits, classes, inputs, snapshot, train
 from .test_gpu import INTERPRETED, ON_GPUS, Gpu, gpu, real_gpu  # noqa: F401
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -51,7 +51,7 @@ def name_of(value: Any) -> str:
     return str(value).removeprefix("torch.")
 
 
-every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=str)
 every_fault = pytest.mark.parametrize("fault", FAULTS)
 every_option = pytest.mark.parametrize(("param", "grad", "options"), OPTIONS, ids=name_of)
 every_form = pytest.mark.parametrize("form", list(BY_FORM))
@@ -512,7 +512,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(
 
 
 @every_form
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes(in_torch=True))
 def test_torch_loads_our_checkpoints_and_we_load_torchs(form: str, name: str) -> None:
     """torch takes everything except the masters, which it keeps and ignores."""
     options = {"momentum": 0.9} if name == "SGD" else {}

@@ -12,7 +12,7 @@ from torch import nn
 
 import dracopt_ext
 
-from .cases import assert_same_bits, inputs, snapshot
+from .cases import assert_same_bits, classes, inputs, snapshot
 
 
 class Broken:
@@ -108,7 +108,7 @@ def wrong_gradients() -> dict[str, tuple[Callable[[nn.Parameter], None], str]]:
     }
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes())
 @pytest.mark.parametrize("kind", wrong_gradients())
 def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
     change, message = wrong_gradients()[kind]
@@ -282,7 +282,7 @@ def test_torch_steps_nothing_where_a_later_group_is_wrong() -> None:
     assert torch.equal(dense.detach(), torch.ones(3))
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes())
 def test_native_backend_refuses_what_it_does_not_serve(name: str) -> None:
     broken = Broken(name, backend="native")
     broken.optimizer.param_groups[0]["differentiable"] = True
@@ -347,3 +347,85 @@ def test_freed_memory() -> None:
     lr.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] is a tensor whose storage was freed"):
         optimizer.step()
+
+
+# Refusals of whole groups
+
+
+def alone(name: str, **options: Any) -> Any:
+    """An optimizer whose groups hold a parameter that kernels step, two in shared memory, and one that changes."""
+    whole = torch.ones(8)
+    params = [nn.Parameter(t) for t in (torch.ones(8), whole[:6], whole[2:], torch.ones(8))]
+    groups = [{"params": params[:1]}, {"params": params[1:3]}, {"params": params[3:]}]
+    optimizer = getattr(dracopt_ext, name)(groups, lr=0.1, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return optimizer
+
+
+def last_of(optimizer: Any) -> Any:
+    return optimizer.param_groups[2]["params"][0]
+
+
+def set_key(optimizer: Any, key: str) -> None:
+    optimizer.param_groups[2][key] = True
+
+
+UNSERVED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "sparse": (lambda o: setattr(last_of(o), "grad", torch.ones(8).to_sparse()), "sparse"),
+    "complex gradient": (
+        lambda o: setattr(last_of(o).grad, "data", torch.ones(8, dtype=torch.complex64)),
+        "has a dtype that does not fit, torch.complex64",
+    ),
+    "capturable": (lambda o: set_key(o, "capturable"), "capturable"),
+    "differentiable": (lambda o: set_key(o, "differentiable"), "differentiable"),
+}
+"""How to make the last parameter one that no class serves, or only torch's classes, and what the error says."""
+
+
+@pytest.mark.parametrize("name", classes())
+@pytest.mark.parametrize("kind", UNSERVED)
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*leaves .* to:RuntimeWarning")
+def test_a_group_that_is_refused_leaves_the_others_alone(
+    name: str, kind: str, warm: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, in_torch = name in classes(counts=True), name in classes(in_torch=True)
+    serves = {
+        "sparse": name == "SGD",  # which refuses only with fused=True
+        "capturable": not counts,
+        "differentiable": in_torch,
+    }
+    optimizer = alone(name)
+    if not compiled:
+        monkeypatch.setattr("dracopt_ext.backend.NATIVE_REASON", "switched off")
+    if warm:
+        optimizer.step()
+    change, message = UNSERVED[kind]
+    change(optimizer)
+    before = snapshot(optimizer)
+    if serves.get(kind):
+        optimizer.step()
+        assert not torch.equal(snapshot(optimizer)["2.0"], before["2.0"])
+        return
+    with pytest.raises((RuntimeError, ValueError, AssertionError), match=message):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)
+    for key in ("capturable", "differentiable"):
+        if key in optimizer.param_groups[2]:
+            optimizer.param_groups[2][key] = False
+    last_of(optimizer).grad = torch.ones(8)
+    optimizer.step()
+    assert not any(
+        torch.equal(value, before[key]) for key, value in snapshot(optimizer).items() if key in "0.0 1.0 2.0"
+    )
+
+
+def test_fused_sgd_takes_no_sparse_gradient() -> None:
+    optimizer = alone("SGD", fused=True)
+    UNSERVED["sparse"][0](optimizer)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="`_fused_sgd` does not support sparse gradients"):
+        optimizer.step()
+    assert_same_bits(snapshot(optimizer), before)

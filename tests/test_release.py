@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import dracopt_ext
 
-from .cases import CASES, FAULTS, RULES, UNFUSED_ULPS, Case, assert_close, assert_same_bits, snapshot
+from .cases import BY_RULE, CASES, FAULTS, UNFUSED_ULPS, Case, assert_close, assert_same_bits, snapshot
 from .processes import in_processes
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -85,7 +85,7 @@ def test_results(case: Case) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_results_bite(fault: Any) -> None:
     """A step() that does nothing is no fault here, so the faults spoil the step of each parameter."""
-    case, model = RULES[1], made()
+    case, model = BY_RULE["adam"], made()
     optimizer = case.ours(groups_of(model), **case.options)
     optimizer.release_gradients()
     for p in model.parameters():
@@ -126,7 +126,7 @@ def test_gradients_are_freed_one_after_the_other() -> None:
 
 def test_checkpoints_go_on() -> None:
     """A checkpoint from one way of training continues in the other. Loading replaces the groups' dicts."""
-    case, results = RULES[1], []
+    case, results = BY_RULE["adam"], []
     for first, second in itertools.product((True, False), repeat=2):
         model = made()
         optimizer = case.ours(groups_of(model), **case.options)

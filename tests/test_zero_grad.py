@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dracopt_ext
 
-from .cases import CASES, FAULTS, RULES, SIZES, STORAGE, Case, assert_same_bits, inputs, snapshot
+from .cases import BY_RULE, CASES, FAULTS, RULE_CASES, SIZES, STORAGE, Case, assert_same_bits, classes, inputs, snapshot
 from .test_clip import NATIVE, with_gradients
 from .test_gpu import Gpu, OnGpu, gpu, with_count  # noqa: F401
 from .test_gpu_clip import scale
@@ -21,7 +21,7 @@ from .test_layouts import LAYOUTS, Buffers
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_rule = pytest.mark.parametrize("case", RULES, ids=str)
+every_rule = pytest.mark.parametrize("case", RULE_CASES, ids=str)
 
 
 def gradients_of(params: list[nn.Parameter]) -> list[Tensor]:
@@ -38,7 +38,7 @@ def is_zero(params: list[nn.Parameter]) -> bool:
 # ---- zero_grad
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", classes())
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_zero_grad(name: str, dtype: torch.dtype) -> None:
     params = with_gradients(*(torch.randn(size).to(dtype) for size in SIZES))
@@ -306,9 +306,9 @@ def test_layouts_on_a_gpu(gpu: Gpu, layout: str) -> None:  # noqa: F811
     values = torch.randn(3, 6, 5, 8, 7).unbind()
     given = [values[0]], [[values[1]], [values[2]]]
     place = OnGpu(gpu, LAYOUTS[layout])
-    found, _ = train_zeroing(RULES[1], RULES[1].options, given, place=place)
+    found, _ = train_zeroing(BY_RULE["adam"], BY_RULE["adam"].options, given, place=place)
     place.assert_nothing_else_was_written()
-    assert_same_bits(found[-1], train_plain(RULES[1].ours, RULES[1].options, given)[-1])
+    assert_same_bits(found[-1], train_plain(BY_RULE["adam"].ours, BY_RULE["adam"].options, given)[-1])
 
 
 @pytest.mark.parametrize("offsets", [(1, 1), (3, 2), (0, 1), (5, 7)], ids=str)
@@ -322,14 +322,14 @@ def test_misaligned_on_a_gpu(gpu: Gpu, offsets: tuple[int, int], dtype: torch.dt
         return OnGpu(gpu, lambda buffer, shape: buffer[offset : offset + shape.numel()].view(shape))(tensor)
 
     # The vectors of most streams decide where a tile begins: SGD has one state, which is aligned.
-    found, _ = train_zeroing(RULES[0], RULES[0].options, given, place=shifted)
-    assert_same_bits(found[-1], train_plain(RULES[0].ours, RULES[0].options, given)[-1])
+    found, _ = train_zeroing(BY_RULE["sgd"], BY_RULE["sgd"].options, given, place=shifted)
+    assert_same_bits(found[-1], train_plain(BY_RULE["sgd"].ours, BY_RULE["sgd"].options, given)[-1])
 
 
 @pytest.mark.parametrize("clips", [False, True])
 def test_overflow_on_a_gpu_leaves_zeros(gpu: Gpu, clips: bool) -> None:  # noqa: F811
     """The host does not know of the overflow, and neither waits nor launches more."""
-    case = RULES[1]
+    case = BY_RULE["adam"]
     options = {**with_count(case, "gpu"), **({"max_grad_norm": 1.0} if clips else {})}
     params = [nn.Parameter(gpu(torch.ones(size))) for size in (5, 4099)]
     optimizer = case.ours(params, **options)

@@ -19,6 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dracopt_ext.rule import RULES
+
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -42,8 +44,7 @@ def variants(complete: bool) -> list[Variant]:
     else:
         few = [("fp32", "fp32", "fp32"), ("bf16", "bf16", "fp32"), ("fp64", "fp64", "fp64")]
         chosen = {"sm_80": few, "sm_90": sorted({*USUAL, *PAIRWISE}), "sm_100": few, "gfx942": USUAL}
-    rules = ("adam", "nadam", "sgd")
-    return [(rule, dtypes, target) for target in TARGETS for rule in rules for dtypes in chosen[target]]
+    return [(rule, dtypes, target) for target in TARGETS for rule in RULES for dtypes in chosen[target]]
 
 
 def compile_one(variant: Variant) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def compile_one(variant: Variant) -> dict[str, Any]:
 
     rule, (param, grad, state), target = variant
     backend = TARGETS[target][0]
-    dtypes = param, grad, *[state] * len(launcher.RULES[rule].state_keys)
+    dtypes = param, grad, *[state] * len(RULES[rule].moments)
     constants = launcher.specialization(rule, dtypes, backend)
     addresses = dict.fromkeys(("rows", "layouts", "first_tiles", "arguments"), "i64")
     signature = {**addresses, **dict.fromkeys(constants, "constexpr")}

@@ -114,22 +114,15 @@ def prepare_row(
     """Returns the state scalars of this step, the step's scalars, and the state scalars' addresses and dtypes."""
     fp32 = field(recipe, FP32_ADDRESS, tl.int16, mask)
     fp64 = field(recipe, FP64_ADDRESS, tl.int16, mask)
-    h0 = number_in(recipe, fp32, fp64, 0, mask)
-    h1 = number_in(recipe, fp32, fp64, 1, mask)
-    h2 = number_in(recipe, fp32, fp64, 2, mask)
-    h3 = number_in(recipe, fp32, fp64, 3, mask)
-    h4 = number_in(recipe, fp32, fp64, 4, mask)
-    if numbers == 7:
-        h5 = number_in(recipe, fp32, fp64, 5, mask)
-        h = (h0, h1, h2, h3, h4, h5, number_in(recipe, fp32, fp64, 6, mask))
-    else:
-        h = (h0, h1, h2, h3, h4)  # type: ignore[assignment]
+    h = ()
+    for k in tl.static_range(numbers):
+        h = h + (number_in(recipe, fp32, fp64, k, mask),)  # type: ignore[assignment]
     first = field(recipe, FIRST, tl.int8, mask) != 0
     bits = field(row, STATE_SCALAR_FP32, tl.int8, mask)
     is_fp32 = (bits & 1) != 0, (bits & 2) != 0
     address0 = field(row, STATE_SCALARS, tl.int64, mask)
     address1 = field(row, STATE_SCALARS + 8, tl.int64, mask)
-    scalar0, scalar1 = h0, h0  # if the rule has none
+    scalar0, scalar1 = recipe, recipe  # if the rule has none
     if carries > 0:
         scalar0 = state_scalar_number(recipe, numbers, address0, is_fp32[0], mask)
     if carries > 1:
@@ -329,7 +322,7 @@ def step_kernel(
     first_tiles: tl.int64,
     arguments: tl.int64,
     rule: tl.constexpr,
-    load_scalars: tl.constexpr,
+    scalar_count: tl.constexpr,
     update: tl.constexpr,
     numbers: tl.constexpr,
     carries: tl.constexpr,
@@ -356,7 +349,9 @@ def step_kernel(
     if field(row, HAS_RECIPE, tl.int8) != 0:
         _, scalars, _, _ = prepare_row(row, slot, True, rule, numbers, carries, power, T)
     else:
-        scalars = load_scalars(slot, T)
+        scalars = ()
+        for k in tl.static_range(scalar_count):
+            scalars = scalars + (tl.load(slot.to(tl.pointer_type(T)) + k),)
 
     numel = field(row, NUMEL, tl.int64)
     begin = (program - field(first_tiles, 4 * index, tl.int32)).to(tl.int64) * TILE

@@ -10,14 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from dracopt_ext._C import rules
+from dracopt_ext._C import rules as compiled_rules
 
 from . import kernel
 from .kernel import VECTOR_BYTES, step_kernel
-from .rules import FUNCTIONS
+from .rules import RULES
 from .squares import squares_kernel
 
-RULES = rules()
+COMPILED = compiled_rules()
+if RULES.keys() != COMPILED.keys():
+    raise ImportError(f"triton_kernels/rules.py has the rules {sorted(RULES)}, and csrc/rules has {sorted(COMPILED)}")
 TILE = kernel.TILE.value
 WARPS = 4
 OPTIONS = {"enable_fp_fusion": False, "num_warps": WARPS}
@@ -56,18 +58,18 @@ def specialization(
     """
     fp64 = "fp64" in dtypes
     threads = WARPS * (32 if target == "cuda" else 64)
-    prepare, load_scalars, update, divides = FUNCTIONS[rule]
+    functions, compiled = RULES[rule], COMPILED[rule]
     return {
-        "rule": prepare,
-        "load_scalars": load_scalars,
-        "update": update,
-        "numbers": RULES[rule].hyperparameters,
-        "carries": len(RULES[rule].state_scalar_keys),
+        "rule": functions.prepare,
+        "scalar_count": compiled.scalars,
+        "update": functions.update,
+        "numbers": compiled.hyperparameters,
+        "carries": len(compiled.state_scalar_keys),
         **dict(zip_longest(("param", "grad", *STATES), dtypes)),
         "master": master,
         "at_random": at_random,
         "T": tl.float64 if fp64 else tl.float32,
-        "fast": fast and divides and not fp64 and target == "cuda",
+        "fast": fast and functions.divides and not fp64 and target == "cuda",
         # Every stream is accessed by as many elements. Otherwise Triton would exchange elements between threads.
         "LANES": VECTOR_BYTES.value
         // max(ITEMSIZE[dtype] for dtype in (*dtypes, *(["fp32"] if master == "fp32" else []))),
@@ -79,10 +81,9 @@ def options(rule: str, dtypes: tuple[str, ...], target: str = TARGET) -> dict[st
     """Returns the compiler's options for the update kernel."""
     chosen: dict[str, Any] = dict(OPTIONS)
     if target == "cuda":
-        # These limits spill no registers. With 96 registers five programs run at once. NAdam needs a few more, and so
-        # does a gradient whose dtype is not the parameter's, which is rare.
-        is_usual = rule != "nadam" and dtypes[0] == dtypes[1]
-        chosen["maxnreg"] = 168 if "fp64" in dtypes else 96 if is_usual else 104
+        # These limits spill no registers. A gradient whose dtype is not the parameter's, which is rare, needs more.
+        registers = RULES[rule].registers if dtypes[0] == dtypes[1] else 104
+        chosen["maxnreg"] = 168 if "fp64" in dtypes else registers
     return chosen
 
 

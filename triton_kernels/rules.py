@@ -1,36 +1,21 @@
 """The update rules in Triton, line for line like csrc/rules: the same operations in the same order give the same bits.
 
-A rule has three functions. ``prepare`` takes the last step's state scalars and the hyperparameters, all of them fp64,
-and returns this step's state scalars and the step's scalars in the arithmetic's dtype, T. ``load`` reads these scalars
-if the host has prepared them: at an address, in the order of csrc/rules. ``update`` takes the scalars and a block of
-elements of the parameter, the gradient and the states, and returns the new parameter and states. With ``fast``, the
-parameter is NaN where ``update`` must compute it again without ``fast``.
+A rule has two functions. ``prepare`` takes the last step's state scalars and the hyperparameters, all of them fp64, and
+returns this step's state scalars and the step's scalars: in the arithmetic's dtype, T, and in the order of csrc/rules,
+because the kernel reads them from memory if the host has prepared them. A flag is true unless it is 0. ``update`` takes
+these scalars and a block of elements of the parameter, the gradient and three states, and returns the new parameter and
+states. States that the rule has not are passed through. With ``fast``, the parameter is NaN where ``update`` must
+compute it again without ``fast``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .arithmetic import divisor_of, exponential, fma, maximum, quotient, root_over, sqrt
-
-
-@triton.jit
-def scalar(address, k: tl.constexpr, T: tl.constexpr):
-    """Reads number k of the scalars at an address."""
-    return tl.load(address.to(tl.pointer_type(T)) + k)
-
-
-@triton.jit
-def flag(address, k: tl.constexpr, T: tl.constexpr):
-    """Reads number k of the scalars at an address: a flag, which is true if any of its bits is set."""
-    if T == tl.float32:
-        bits = tl.load(address.to(tl.pointer_type(tl.int32)) + k).to(tl.int64)
-    else:
-        bits = tl.load(address.to(tl.pointer_type(tl.int64)) + k)
-    return bits != 0
 
 
 @triton.jit
@@ -56,48 +41,35 @@ def prepare_moments(
     decoupled = decoupled_weight_decay != 0
     weight = (1 - beta1).to(T)
     from_grad = weight >= 0.5  # torch.lerp then starts from the gradient, the nearer end
+    bias_correction2_sqrt, reciprocal = divisor_of(sqrt(1 - power(beta2, step)).to(T))
     return (
         tl.where(decoupled, 1 - lr * weight_decay, 1.0).to(T),  # the parameter's factor, if decoupled
         tl.where(decoupled, 0.0, weight_decay).to(T),  # the parameter's factor in the gradient, if not decoupled
         tl.where(from_grad, weight - 1, weight),
         beta2.to(T),
         (1 - beta2).to(T),
-        divisor_of(sqrt(1 - power(beta2, step)).to(T)),
+        bias_correction2_sqrt,
+        reciprocal,
         eps.to(T),
-        (decoupled == 0) & (weight_decay != 0),
-        from_grad,
+        ((decoupled == 0) & (weight_decay != 0)).to(T),
+        from_grad.to(T),
     )
 
 
 @triton.jit
-def load_moments(address, T: tl.constexpr):
-    return (
-        scalar(address, 0, T),
-        scalar(address, 1, T),
-        scalar(address, 2, T),
-        scalar(address, 3, T),
-        scalar(address, 4, T),
-        (scalar(address, 5, T), scalar(address, 6, T)),
-        scalar(address, 7, T),
-        flag(address, 8, T),
-        flag(address, 9, T),
-    )
-
-
-@triton.jit
-def update_moments(c, p, g, exp_avg, exp_avg_sq):
-    decay, l2, lerp, beta2, one_minus_beta2, _, _, has_l2, from_grad = c
-    g = tl.where(has_l2, fma(p, l2, g), g)
+def update_moments(moments, p, g, exp_avg, exp_avg_sq):
+    decay, l2, lerp, beta2, one_minus_beta2, _, _, _, has_l2, from_grad = moments
+    g = tl.where(has_l2 != 0, fma(p, l2, g), g)
     p = p * decay
-    exp_avg = fma(lerp, g - exp_avg, tl.where(from_grad, g, exp_avg))
+    exp_avg = fma(lerp, g - exp_avg, tl.where(from_grad != 0, g, exp_avg))
     exp_avg_sq = fma(one_minus_beta2 * g, g, exp_avg_sq * beta2)
     return p, g, exp_avg, exp_avg_sq
 
 
 @triton.jit
-def denominator(c, second_moment, fast: tl.constexpr):
-    _, _, _, _, _, bias_correction2_sqrt, eps, _, _ = c
-    return root_over(second_moment, bias_correction2_sqrt, fast) + eps
+def denominator(moments, second_moment, fast: tl.constexpr):
+    _, _, _, _, _, bias_correction2_sqrt, reciprocal, eps, _, _ = moments
+    return root_over(second_moment, (bias_correction2_sqrt, reciprocal), fast) + eps
 
 
 # ---- Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and AdamW (Loshchilov & Hutter 2019)
@@ -110,22 +82,36 @@ def prepare_adam(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.co
     bias_correction1 = 1 - power(beta1, step)
     moments = prepare_moments(step, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, power, T)
     neg_step_size = (-(lr / bias_correction1)).to(T)
-    return (step, state_scalars[1]), (moments, neg_step_size)
-
-
-@triton.jit
-def load_adam(address, T: tl.constexpr):
-    return load_moments(address, T), scalar(address, 10, T)
+    return (step, state_scalars[1]), moments + (neg_step_size,)
 
 
 @triton.jit
 def update_adam(c, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, states, fast: tl.constexpr):
-    moments, neg_step_size = c
+    moments, neg_step_size = c[:10], c[10]
     p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     second_moment = tl.where(states == 3, max_exp_avg_sq, exp_avg_sq)
     p = p + quotient(neg_step_size * exp_avg, denominator(moments, second_moment, fast), fast)
     return p, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+# ---- Lion (Chen et al. 2023)
+
+
+@triton.jit
+def prepare_lion(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.constexpr):
+    lr, beta1, beta2, weight_decay = h
+    scalars = (1 - lr * weight_decay).to(T), (-lr).to(T), beta1.to(T), (1 - beta1).to(T), beta2.to(T), (1 - beta2).to(T)
+    return state_scalars, scalars
+
+
+@triton.jit
+def update_lion(c, p, g, exp_avg, none1, none2, states, fast: tl.constexpr):
+    decay, neg_lr, beta1, one_minus_beta1, beta2, one_minus_beta2 = c
+    average = fma(one_minus_beta1, g, exp_avg * beta1)
+    sign = tl.where(average > 0, 1.0, tl.where(average < 0, -1.0, average))  # zero and NaN stay as they are
+    p = fma(neg_lr, sign, p * decay)
+    return p, fma(one_minus_beta2, g, exp_avg * beta2), none1, none2
 
 
 # ---- NAdam (Dozat 2016), and NAdamW with decoupled weight decay, as torch.optim.NAdam defines them
@@ -151,17 +137,12 @@ def prepare_nadam(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.c
     moments = prepare_moments(step, lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, power, T)
     grad_factor = (-lr * (1 - mu) / (1 - mu_product)).to(T)
     exp_avg_factor = (-lr * mu_next / (1 - mu_product * mu_next)).to(T)
-    return (step, mu_product), (moments, grad_factor, exp_avg_factor)
-
-
-@triton.jit
-def load_nadam(address, T: tl.constexpr):
-    return load_moments(address, T), scalar(address, 10, T), scalar(address, 11, T)
+    return (step, mu_product), moments + (grad_factor, exp_avg_factor)
 
 
 @triton.jit
 def update_nadam(c, p, g, exp_avg, exp_avg_sq, none, states, fast: tl.constexpr):
-    moments, grad_factor, exp_avg_factor = c
+    moments, grad_factor, exp_avg_factor = c[:10], c[10], c[11]
     p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
     direction = fma(exp_avg_factor, exp_avg, grad_factor * g)
     p = p + quotient(direction, denominator(moments, exp_avg_sq, fast), fast)
@@ -181,39 +162,36 @@ def prepare_sgd(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.con
         momentum.to(T),
         (1 - dampening).to(T),
         weight_decay.to(T),
-        weight_decay != 0,
-        nesterov != 0,
-        first,
+        (weight_decay != 0).to(T),
+        nesterov.to(T),
+        first.to(T),
     )
     return state_scalars, scalars
 
 
 @triton.jit
-def load_sgd(address, T: tl.constexpr):
-    return (
-        scalar(address, 0, T),
-        scalar(address, 1, T),
-        scalar(address, 2, T),
-        scalar(address, 3, T),
-        flag(address, 4, T),
-        flag(address, 5, T),
-        flag(address, 6, T),
-    )
-
-
-@triton.jit
 def update_sgd(c, p, g, buffer, none1, none2, states, fast: tl.constexpr):
     neg_lr, momentum, one_minus_dampening, l2, has_l2, nesterov, first = c
-    g = tl.where(has_l2, fma(p, l2, g), g)
-    buffer = tl.where(first, g, fma(one_minus_dampening, g, buffer * momentum))
-    g = tl.where(states == 1, tl.where(nesterov, fma(momentum, buffer, g), buffer), g)
+    g = tl.where(has_l2 != 0, fma(p, l2, g), g)
+    buffer = tl.where(first != 0, g, fma(one_minus_dampening, g, buffer * momentum))
+    g = tl.where(states == 1, tl.where(nesterov != 0, fma(momentum, buffer, g), buffer), g)
     p = fma(neg_lr, g, p)
     return p, buffer, none1, none2
 
 
-FUNCTIONS: dict[str, tuple[Any, Any, Any, bool]] = {
-    "adam": (prepare_adam, load_adam, update_adam, True),
-    "nadam": (prepare_nadam, load_nadam, update_nadam, True),
-    "sgd": (prepare_sgd, load_sgd, update_sgd, False),
+class Rule(NamedTuple):
+    prepare: Any
+    update: Any
+    divides: bool = True
+    """``update`` divides, so ``fast`` pays."""
+    registers: int = 96
+    """The most registers of the kernel in fp32: with 96 five programs run at once, and a rule must not spill."""
+
+
+RULES = {
+    "adam": Rule(prepare_adam, update_adam),
+    "lion": Rule(prepare_lion, update_lion, divides=False),
+    "nadam": Rule(prepare_nadam, update_nadam, registers=104),
+    "sgd": Rule(prepare_sgd, update_sgd, divides=False),
 }
-"""The functions of each rule, and whether ``update`` divides."""
+"""All rules, by their names in csrc/rules."""

@@ -49,17 +49,29 @@ py::tuple names_in(const char* const* names) {
   return py::tuple(found);
 }
 
-// Describes the rules to Triton's launcher: for each name, the attributes of dracopt_ext/_C.pyi's Rule.
+const char* name_of(KeyKind kind) {
+  switch (kind) {
+    case KeyKind::number:
+      return "number";
+    case KeyKind::decay_rates:
+      return "decay_rates";
+    case KeyKind::flag:
+      return "flag";
+  }
+  return nullptr;
+}
+
+// Describes the rules to Python: for each name, the attributes of dracopt_ext/_C.pyi's Rule.
 py::dict rules() {
   const auto rule_type = py::module_::import("collections")
                              .attr("namedtuple")("Rule", py::make_tuple("group_keys", "hyperparameters",
-                                                                        "state_scalar_keys", "state_keys"));
+                                                                        "state_scalar_keys", "state_keys", "scalars"));
   py::dict found;
   for (const RuleEntry* rule = cpu::kernels().rules; rule != cpu::kernels().rules + cpu::kernels().rule_count; ++rule) {
-    py::list keys;
-    for (const GroupKey* key = rule->group_keys; key->name != nullptr; ++key) keys.append(key->name);
-    found[rule->name] = rule_type(py::tuple(keys), rule->hyperparameters, names_in(rule->state_scalar_keys),
-                                  names_in(rule->state_keys));
+    py::dict keys;
+    for (const GroupKey* key = rule->group_keys; key->name != nullptr; ++key) keys[key->name] = name_of(key->kind);
+    found[rule->name] = rule_type(keys, rule->hyperparameters, names_in(rule->state_scalar_keys),
+                                  names_in(rule->state_keys), rule->scalar_bytes[0] / sizeof(float));
   }
   return found;
 }

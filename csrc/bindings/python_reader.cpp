@@ -108,6 +108,7 @@ bool PythonReader::read_group(PyObject* dict, Inventory& inventory, Group& group
       !read_flag(values[3], differentiable) || !read_flag(values[4], group.capturable)) {
     return false;
   }
+  group.capturable &= rule_.state_scalars > 0;  // otherwise there is no count of steps that a graph must advance
   group.unsupported = differentiable ? "differentiable=True" : nullptr;
   group.lasts = true;
   group.reads_memory = false;

@@ -4,10 +4,11 @@
 #include <type_traits>
 
 #include "rules/adam.h"
+#include "rules/lion.h"
 #include "rules/nadam.h"
 #include "rules/sgd.h"
 
-#define DRACOPT_FOR_EACH_RULE(apply) apply(Adam) apply(NAdam) apply(Sgd)
+#define DRACOPT_FOR_EACH_RULE(apply) apply(Adam) apply(Lion) apply(NAdam) apply(Sgd)
 
 namespace dracopt {
 inline namespace DRACOPT_ISA {

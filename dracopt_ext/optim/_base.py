@@ -25,8 +25,8 @@ from ._step import Step
 class FusedOptimizer(torch.optim.Optimizer):
     """Mixed in before a ``torch.optim`` class: keeps its constructor, state and checkpoints, and replaces its step.
 
-    A subclass names its kind. Each step decides for every parameter which engine updates it: the native kernels if they
-    can, otherwise torch's own implementation.
+    ``OwnOptimizer`` stands in for a class that torch.optim lacks. A subclass names its kind. Each step decides for
+    every parameter which engine updates it: the native kernels if they can, otherwise torch's own implementation.
 
     Our names must not clash with those of users' subclasses. Every name that is not torch's begins with ``_dracopt``,
     except ``backend``, ``state_dtype``, ``last_backend``, ``max_grad_norm``, ``error_if_nonfinite``, ``grad_norm``,
@@ -35,6 +35,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _dracopt_kind: ClassVar[Kind]
     _dracopt_engine: Engine  # engine_of() finds it, or makes it if the constructor was skipped
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "_dracopt_kind" in vars(cls):
+            cls._dracopt_kind.belong_to(cls)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # A subclass may call super(Adam, self).__init__(params, defaults), which initializes an Optimizer in torch.
@@ -70,7 +75,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dtype(self, value: Any) -> None:
         precision = replace(engine_of(self).precision, state_dtype=dict(value) if isinstance(value, Mapping) else value)
         try:
-            precision.check(self._dracopt_kind.moments)
+            precision.check(self._dracopt_kind.rule.moments)
         except ValueError:
             if isinstance(value, Mapping):
                 raise

@@ -35,13 +35,13 @@ def update(step: Step, groups: list[Group], grad_scale: float) -> None:
                 if step.lacks_state(p, group):
                     step.create_state({**group, "params": [p]})
                 reference.update(
-                    step.kind.rule,
+                    step.kind.rule.name,
                     *_tensors_of(step, p),
                     group,
                     maximize=group["maximize"],
                     grad_scale=grad_scale,
                     coefficient=step.coefficient,
-                    first=new and not step.kind.counts_steps,
+                    first=new and step.kind.rule.first_step_fills,
                     master=step.engine.precision.master_of(p),
                     rounding=step.rounding_of(p),
                 )
@@ -61,9 +61,10 @@ def check(step: Step, groups: list[Group]) -> None:
     """Raises for what the compiled kernels would refuse, and for what the reference does not serve."""
     rule = step.kind.rule
     for group in groups:
-        if group.get("differentiable") or (group.get("capturable") and not group.get("fused")):
+        is_capturable = rule.state_scalars and group.get("capturable") and not group.get("fused")
+        if group.get("differentiable") or is_capturable:
             raise RuntimeError("the reference implementation serves neither differentiable nor capturable groups")
-        numbers = reference.numbers(rule, group)
+        numbers = reference.numbers(rule.name, group)
         index = step.find(group["params"][0])[0]
         for key, value in numbers.items():
             _check_number(f"param_groups[{index}][{key!r}]", value)
@@ -72,7 +73,7 @@ def check(step: Step, groups: list[Group]) -> None:
             scalars = {name: state[name] for name in reference.STATE_SCALARS if name in state}
             in_fp64 = reference.in_fp64(p, p.grad, state)
             in_fp64 |= not state and torch.float64 in step.engine.precision.dtypes()
-            reference.check_finite(rule, numbers, scalars, in_fp64, index, partial(step.describe, p))
+            reference.check_finite(rule.name, numbers, scalars, in_fp64, index, partial(step.describe, p))
 
 
 def _check_number(where: str, value: Any) -> None:
@@ -95,17 +96,20 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
             f"the reference implementation takes dense tensors only, not the {grad.layout} gradient of "
             f"{step.describe(p)}"
         )
-    entries = entries_of(step.optimizer.state, p)
+    rule, entries = step.kind.rule, entries_of(step.optimizer.state, p)
     state = {} if step.kind.lacks_state(entries, group) else entries
-    if state and group.get("amsgrad") and "max_exp_avg_sq" not in state:
-        raise KeyError(f"the state of {step.describe(p)} has no 'max_exp_avg_sq'")
+    for name in (*rule.state_scalars, *rule.moments_of(group)):
+        if state and name not in state:
+            raise KeyError(f"the state of {step.describe(p)} has no {name!r}")
     master = step.engine.precision.master_of(p)
     if state and master is not None:
         _check_master(step, p, state, master, group)
-    for name in ("the gradient", *reference.MOMENTS, *([master] if master is not None else [])):
+    for name in ("the gradient", *rule.moments, *([master] if master is not None else [])):
         tensor = grad if name == "the gradient" else state.get(name)
         if tensor is not None and tensor.shape != p.shape:
             raise ValueError(f"{name} of {step.describe(p)} has another shape, {list(tensor.shape)}")
+        if tensor is not None and not (tensor.is_complex() if p.is_complex() else tensor.is_floating_point()):
+            raise ValueError(f"{name} of {step.describe(p)} has a dtype that does not fit, {tensor.dtype}")
         mesh = getattr(tensor, "device_mesh", None)
         if isinstance(tensor, Tensor) and mesh != getattr(p, "device_mesh", None) and not _may_mix(p, tensor):
             where = "not distributed" if mesh is None else f"distributed over {mesh}"

@@ -39,6 +39,7 @@ def step_overridden(step: Step, method: str) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         devices = set(map(attrgetter("device"), params))
+    assert step.kind.torch_step is not None  # otherwise there is no such method
     with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
         step.kind.torch_step(optimizer)
     step.note("torch", devices)
@@ -69,9 +70,12 @@ def update_all(step: Step, grad_scale: float) -> None:
     with step.restored_on_error(step.select([(g, i, i + 1) for g, i, _, form in all_of_them if form & NEW])):
         uses_reference = update(step, all_of_them, grad_scale)
     if uses_reference:
+        which = (
+            "parameters" if step.kind.torch_step is None else "parameters whose gradients or states have other dtypes"
+        )
         warn_once(
-            f"{type(step.optimizer).__name__} leaves parameters whose gradients or states have other dtypes to the "
-            "reference implementation, which is much slower than compiled kernels"
+            f"{type(step.optimizer).__name__} leaves {which} to the reference implementation, which is much slower "
+            "than compiled kernels"
         )
 
 
@@ -89,6 +93,8 @@ def update(step: Step, parameters: list[Unsupported], grad_scale: float) -> bool
             by_torch += [{**group, "params": unfused, "fused": None}] if unfused else []
             by_reference += [{**group, "params": mixed}] if mixed else []
     _by_reference.check(step, by_reference)
+    # torch raises for a capturable group on the CPU before it changes any of that group, so such groups come first.
+    by_torch.sort(key=lambda group: not group.get("capturable"))
     if by_torch:
         with _adjusted(by_torch, grad_scale, step.coefficient):
             call_torch(step, by_torch)
@@ -102,7 +108,8 @@ def _sort_for_torch(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Returns those that torch steps as their group is, those that torch steps without ``fused``, and the reference's.
 
-    Raises early what torch would raise only after it has changed something.
+    The reference steps all if torch has no such class. Raises early what torch would raise only after it has changed
+    something.
     """
     as_it_is: list[Tensor] = []
     unfused: list[Tensor] = []
@@ -110,7 +117,7 @@ def _sort_for_torch(
     kind, precision = step.kind, step.engine.precision
     dtypes = precision.dtypes()
     fused = group.get("fused")
-    refuses_sparse = fused or kind.counts_steps
+    refuses_sparse = fused or not kind.takes_sparse
     may_mix = not group.get("differentiable")
     for _, i, _, form in members:
         p = group["params"][i]
@@ -118,7 +125,7 @@ def _sort_for_torch(
             raise RuntimeError(kind.sparse_error)
         # torch would give new moments, and those that a sparse gradient changes, the parameter's dtype.
         will_mix = form & (NEW | SPARSE) and dtypes - {p.dtype}
-        if will_mix or precision.rounds(p) or (form & MIXED and (may_mix or dtypes)):
+        if kind.torch_step is None or will_mix or precision.rounds(p) or (form & MIXED and (may_mix or dtypes)):
             mixed.append(p)
         elif not fused:
             as_it_is.append(p)
@@ -136,6 +143,7 @@ def call_torch(step: Step, groups: list[Group], *, scaled: bool = False) -> None
     """Lets torch step these groups. If they are ``scaled``, torch unscales the gradients itself."""
     # torch's step works on an optimizer's groups. This view shares everything else with the optimizer.
     optimizer = step.optimizer
+    assert step.kind.torch_step is not None
     view = object.__new__(step.kind.torch_class)
     view.__dict__.update(optimizer.__dict__, state=optimizer.state, param_groups=groups)
     if not scaled:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
 from .. import backend as backend_module
-from ._precision import Precision, check_use, place_of_shard
+from ._precision import Precision, StateDtype, check_use, place_of_shard
 
 if TYPE_CHECKING:
     from .._C import StepPlan
@@ -68,18 +68,43 @@ def checked_norm(max_grad_norm: float | None) -> float | None:
     return most
 
 
+class Options(TypedDict, total=False):
+    """The options that all optimizers take beside torch's, as keywords. The docstring of ``Adam`` describes them."""
+
+    backend: str | None
+    state_dtype: StateDtype
+    master_weights: str | None
+    stochastic_rounding: bool | str
+    rounding_seed: int
+    max_grad_norm: float | None
+    error_if_nonfinite: bool
+
+
+DEFAULTS: Options = {
+    "backend": None,
+    "state_dtype": None,
+    "master_weights": None,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "max_grad_norm": None,
+    "error_if_nonfinite": False,
+}
+
+
 @contextmanager
-def given_engine(
-    optimizer: FusedOptimizer,
-    backend: str | None,
-    precision: Precision,
-    max_grad_norm: float | None,
-    error_if_nonfinite: bool,
-) -> Iterator[None]:
+def given_engine(optimizer: FusedOptimizer, options: Options) -> Iterator[None]:
     """Gives an optimizer its engine, before torch's constructor runs in the block.
 
     None, False and 0 keep an option that a subclass has set.
+
+    Raises:
+        TypeError: an option has an unknown name.
     """
+    for name in options.keys() - DEFAULTS.keys():
+        raise TypeError(f"{type(optimizer).__name__}.__init__() got an unexpected keyword argument {name!r}")
+    given: dict[str, Any] = {**DEFAULTS, **options}
+    backend, max_grad_norm, error_if_nonfinite = map(given.pop, ("backend", "max_grad_norm", "error_if_nonfinite"))
+    precision = Precision(**given)
     before: Engine | None = optimizer.__dict__.get("_dracopt_engine")
     if before is not None:
         backend = backend or before.backend
@@ -88,7 +113,7 @@ def given_engine(
         precision = replace(before.precision, **{name: value for name, value in vars(precision).items() if value})
     if isinstance(precision.state_dtype, Mapping):
         precision = replace(precision, state_dtype=dict(precision.state_dtype))
-    precision.check(optimizer._dracopt_kind.moments)
+    precision.check(optimizer._dracopt_kind.rule.moments)
     optimizer._dracopt_engine = Engine(backend, precision, max_grad_norm, error_if_nonfinite)
     yield
     check_use(optimizer, precision)

@@ -34,12 +34,12 @@ def translated(optimizer: FusedOptimizer, state_dict: StateDict) -> StateDict:
     for inner, masters in _WRAPPERS:
         if "param_groups" not in state_dict and inner in state_dict and masters in state_dict:
             state_dict = _unwrapped(optimizer, state_dict[inner], state_dict[masters])
-    if not optimizer._dracopt_kind.counts_steps:
+    if not optimizer._dracopt_kind.rule.state_scalars:
         return state_dict
     groups, state = [], dict(state_dict["state"])
     for group in state_dict["param_groups"]:
-        moments = optimizer._dracopt_kind.moments
-        lacking = [key for key in group["params"] if moments[0] in state.get(key, {}) and "step" not in state[key]]
+        moment = next(iter(optimizer._dracopt_kind.rule.moments))
+        lacking = [key for key in group["params"] if moment in state.get(key, {}) and "step" not in state[key]]
         if "step" not in group or not lacking:
             groups.append(group)
             continue

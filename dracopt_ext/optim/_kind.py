@@ -1,4 +1,4 @@
-"""Describes how the four classes differ."""
+"""Describes how the optimizer classes differ."""
 
 from __future__ import annotations
 
@@ -7,45 +7,78 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dtype
 
-from .. import reference
+from .. import backend
 from ..containers import Group
+from ..rule import MASTERS, RULES, differences
+from ._engine import DEFAULTS, Options
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
+if backend._C is not None and (_found := differences(backend._C.rules())):
+    raise ImportError("; ".join(_found) + ". If the sources agree, run `make build`")
+
 
 class Kind:
-    """Describes one of the four classes.
+    """Describes an optimizer class, whose attribute it is.
 
     Args:
-        rule: name of the update rule, in the compiled module and in :data:`dracopt_ext.reference.RULES`.
-        torch_class: the class of torch that it replaces.
-        sparse_error: torch's error for a sparse gradient that this class, or this class with ``fused=True``, does not
-            take.
+        rule: the name of its update rule, in :data:`dracopt_ext.rule.RULES`.
+        torch_class: the class of torch that it replaces; None (default) if torch has none.
+        takes_sparse: torch's class takes sparse gradients, except with ``fused=True`` (default False).
+        sparse_error: the error for a sparse gradient that the class does not take, in torch's words if torch has any
+            (default "NAME does not support sparse gradients").
+        keeps_fused: torch's fused kernels for the CPU are right for this class, if they are right for the tensors
+            (default True).
     """
 
-    counts_steps = True
-    """A parameter's state counts its steps, and is zero before the first. Otherwise the first step fills the state."""
-    keeps_fused = True
-    """torch's fused kernels for the CPU are right for this class, if they are right for the tensors."""
-
-    def __init__(self, rule: str, torch_class: Any, sparse_error: str) -> None:
-        self.rule = rule
+    def __init__(
+        self,
+        rule: str,
+        torch_class: Any = None,
+        *,
+        takes_sparse: bool = False,
+        sparse_error: str = "{} does not support sparse gradients",
+        keeps_fused: bool = True,
+    ) -> None:
+        self.rule = RULES[rule]
         self.torch_class = torch_class
+        self.takes_sparse = takes_sparse
         self.sparse_error = sparse_error
-        self.torch_step = inspect.unwrap(torch_class.step)
+        self.keeps_fused = keeps_fused
+        self.torch_step = None if torch_class is None else inspect.unwrap(torch_class.step)
         """torch's step for this class, without hooks and decorators."""
-        self.moments = reference.MOMENTS_OF[rule]
-        """The names of the moments that a state may hold."""
-        self.hyperparameters = reference.hyperparameters(rule)
-        """The keys of a parameter group that the rule reads."""
-        used = ((name, getattr(torch_class, name, None)) for name in self.torch_step.__code__.co_names)
+        names = () if self.torch_step is None else self.torch_step.__code__.co_names
+        used = ((name, getattr(torch_class, name, None)) for name in names)
         self.methods: dict[str, Any] = {name: method for name, method in used if callable(method)}
         """The methods that torch's step calls on its class, and ours does not."""
         self.originals = {name: inspect.unwrap(method) for name, method in self.methods.items()}
+
+    def belong_to(self, owner: type[FusedOptimizer]) -> None:
+        """Becomes the kind of a class. Lists all options in the signature of its constructor, for those who read it.
+
+        Raises:
+            TypeError: the constructor does not take all hyperparameters of the rule.
+        """
+        self.sparse_error = self.sparse_error.format(owner.__name__)
+        init: Any = owner.__init__
+        parameters = dict(inspect.signature(init).parameters)
+        del parameters["options"]
+        if self.torch_class is None:
+            for name in self.rule.kinds.keys() - parameters.keys():
+                raise TypeError(f"{owner.__name__}.__init__ must take {name!r}, a hyperparameter of {self.rule.name!r}")
+            of_base = inspect.signature(super(owner, owner).__init__).parameters.items()
+            parameters.update((name, p) for name, p in of_base if p.kind is p.KEYWORD_ONLY)
+        for name, default in DEFAULTS.items():
+            annotation = Options.__annotations__[name].__forward_arg__
+            parameters[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+        init.__signature__ = inspect.Signature(list(parameters.values()))
 
     def overridden(self, optimizer: FusedOptimizer) -> str | None:
         """Names a method that the optimizer overrides and only torch's step calls; None if there is none."""
@@ -62,11 +95,25 @@ class Kind:
 
     def lacks_state(self, entries: Any, group: Group) -> bool:
         """Says whether the moments and scalars of a parameter must be created before the step."""
-        return all(name in reference.MASTERS for name in entries.keys())  # noqa: SIM118
+        if self.rule.state_scalars:
+            return all(name in MASTERS for name in entries.keys())  # noqa: SIM118
+        return any(entries.get(name) is None for name in self.rule.moments_of(group))
 
     def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:
-        """Creates the state of ``group["params"]``, all of which have a gradient and none of which has a state."""
-        self.torch_class._init_group(optimizer, group, [], [], [], [], [], [])
+        """Creates what the states of ``group["params"]`` lack, with torch's dtypes and on torch's devices."""
+        fused = bool(group.get("fused"))
+        for p in group["params"]:
+            if fused:
+                _device_dtype_check_for_fused(p)
+            state = optimizer.state[p]
+            device = p.device if fused or group.get("capturable") else "cpu"
+            dtype = _get_scalar_dtype(is_fused=fused)  # type: ignore[no-untyped-call]
+            for name, value in self.rule.state_scalars.items():
+                state[name] = torch.full((), value, dtype=dtype, device=device)
+            for name in self.rule.moments_of(group):
+                if state.get(name) is None:
+                    new = torch.empty_like if self.rule.first_step_fills else torch.zeros_like
+                    state[name] = new(p, memory_format=torch.preserve_format)
 
 
 def _wraps(function: Any, original: Any) -> bool:

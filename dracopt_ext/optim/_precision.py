@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..containers import entries_of
+from ..rule import MASTERS as MASTER_STATES
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -21,7 +22,7 @@ StateDtype = torch.dtype | Mapping[str, torch.dtype] | None
 
 SHORT = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MASTERS = dict(zip(("fp32", "split16"), reference.MASTERS, strict=True))
+MASTERS = dict(zip(("fp32", "split16"), MASTER_STATES, strict=True))
 """The forms of masters, with the names of their states."""
 ROUNDING_STEPS = "rounding_steps"
 """The key of a parameter group that counts its steps, by which streams are rounded at random."""
@@ -36,7 +37,7 @@ class Precision:
     stochastic_rounding: bool | str = False
     rounding_seed: int = 0
 
-    def check(self, moments: tuple[str, ...]) -> None:
+    def check(self, moments: Iterable[str]) -> None:
         """Raises ValueError for an option that cannot be right. ``moments`` are the names that the class has."""
         dtypes = self.state_dtype
         if isinstance(dtypes, Mapping):

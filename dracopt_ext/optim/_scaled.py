@@ -27,7 +27,7 @@ def update_scaled(step: Step, found_inf: Tensor | None, grad_scale: Tensor | Non
     groups = step.with_gradients()
     params = [p for group in groups for p in group["params"]]
     torch_may = engine.backend is None and engine.precision == Precision() and engine.max_grad_norm is None
-    torch_may &= kernels_serve_none
+    torch_may &= kernels_serve_none and step.kind.torch_step is not None
     if torch_may and params and all(p.device.type != "cpu" for p in params):
         _by_torch.call_torch(step, groups, scaled=True)  # torch's fused kernels read both as well
         step.note("torch", {p.device for p in params})

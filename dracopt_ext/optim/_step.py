@@ -150,10 +150,9 @@ class Step:
             if not todo.nothing_left:
                 self._run(plan, grad_scale, scaler, options)
         for reason in {reason: None for _, _, reason, _ in unsupported}:
-            backend_module.warn_once(
-                f"{type(self.optimizer).__name__} leaves {reason} to torch's own implementation (or to the reference, "
-                "where dtypes mix), which is slower"
-            )
+            torchs = "torch's own implementation (or to the reference, where dtypes mix)"
+            other = "the reference implementation" if self.kind.torch_step is None else torchs
+            backend_module.warn_once(f"{type(self.optimizer).__name__} leaves {reason} to {other}, which is slower")
 
     def _plan(self) -> StepPlan | None:
         """Returns the plan for the backends that may serve this step; None without a compiled module."""
@@ -167,7 +166,7 @@ class Step:
         plan = self.engine.plans.get(key)
         if plan is None:
             masters = self.engine.precision.master_weights
-            plan = backend_module.step_plan(self.kind.rule, type(self.optimizer).__name__, *key, masters)
+            plan = backend_module.step_plan(self.kind.rule.name, type(self.optimizer).__name__, *key, masters)
             self.engine.plans[key] = plan
         return plan
 
@@ -196,7 +195,7 @@ class Step:
         """Replaces the groups by ones that a plan reads."""
         if not self.are_plain:
             optimizer = self.optimizer
-            self.groups = plain_groups(self.groups, optimizer.defaults, self.kind.hyperparameters)
+            self.groups = plain_groups(self.groups, optimizer.defaults, self.kind.rule.kinds)
             self.are_plain = True
 
     def create_state(self, group: Group) -> None:
@@ -211,7 +210,7 @@ class Step:
             kept = state.pop(master) if master is not None and master in state else None
             if self.kind.lacks_state(state, group):
                 self.kind.create_state(self.optimizer, {**group, "params": [p]})
-            for name in self.kind.moments:
+            for name in self.kind.rule.moments:
                 dtype = precision.dtype_of(name)
                 if dtype is not None and name in state and state[name] is not None:
                     state[name] = state[name].to(dtype)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ._base import FusedOptimizer
-from ._engine import given_engine
+from ._engine import Options, given_engine
 from ._kind import Kind
-from ._precision import Precision, StateDtype
 
 _SPARSE_ERROR = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -51,7 +51,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     The formula is documented with :func:`dracopt_ext.reference.adam`.
     """
 
-    _dracopt_kind = Kind("adam", torch.optim.Adam, _SPARSE_ERROR)
+    _dracopt_kind = Kind("adam", torch.optim.Adam, sparse_error=_SPARSE_ERROR)
 
     def __init__(
         self,
@@ -68,16 +68,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str | None = None,
-        state_dtype: StateDtype = None,
-        master_weights: str | None = None,
-        stochastic_rounding: bool | str = False,
-        rounding_seed: int = 0,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        precision = Precision(state_dtype, master_weights, stochastic_rounding, rounding_seed)
-        with given_engine(self, backend, precision, max_grad_norm, error_if_nonfinite):
+        with given_engine(self, options):
             # torch's AdamW is passed over if it stands between, because it takes fewer arguments.
             passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
             torchs: Any = super(passed, self)
@@ -103,7 +96,7 @@ class AdamW(Adam, torch.optim.AdamW):
     Takes what :class:`Adam` takes, but ``decoupled_weight_decay`` is always on and ``weight_decay`` is 1e-2 by default.
     """
 
-    _dracopt_kind = Kind("adam", torch.optim.AdamW, _SPARSE_ERROR)
+    _dracopt_kind = Kind("adam", torch.optim.AdamW, sparse_error=_SPARSE_ERROR)
 
     def __init__(
         self,
@@ -119,16 +112,9 @@ class AdamW(Adam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str | None = None,
-        state_dtype: StateDtype = None,
-        master_weights: str | None = None,
-        stochastic_rounding: bool | str = False,
-        rounding_seed: int = 0,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        precision = Precision(state_dtype, master_weights, stochastic_rounding, rounding_seed)
-        with given_engine(self, backend, precision, max_grad_norm, error_if_nonfinite):
+        with given_engine(self, options):
             super(FusedOptimizer, self).__init__(
                 params,
                 lr,
