@@ -46,7 +46,7 @@ $(INTEGRATIONS)/ready: tests/integrations/requirements.txt
 	$(INTEGRATIONS)/bin/python -m pip install -q -r $<
 	@touch $@
 
-# Builds about 170 faults into copies, one copy for each core. Each must fail the test that is named for it.
+# Builds faults into copies, one copy for each core. Each must fail the test that is named for it.
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants
 

@@ -69,6 +69,7 @@ BASE, STEP, KIND, SCALED, BY_TORCH, BY_REFERENCE, CHECKPOINTS = (
     for name in ("base", "step", "kind", "scaled", "by_torch", "by_reference", "checkpoints")
 )
 REFERENCE, PRECISION = "dracopt_ext/reference.py", "dracopt_ext/optim/_precision.py"
+RULE, ENGINE, OWN = "dracopt_ext/rule.py", "dracopt_ext/optim/_engine.py", "dracopt_ext/optim/_own.py"
 SGD_CLASS, CONTAINERS = "dracopt_ext/optim/sgd.py", "dracopt_ext/containers.py"
 
 BITS = "test_bits::test_reference_in_fp32"
@@ -80,6 +81,91 @@ MUTANTS = [
     # The rules
     Mutant("sign of the next average", LION, "states[0] * c.beta1);", "states[0] * c.beta2);", BITS),
     Mutant("NaN has no sign", LION, ": average;", ": T(0);", "test_own::test_the_sign_of_zero_and_nan"),
+    Mutant(
+        "Triton: NaN has no sign",
+        "triton_kernels/rules.py",
+        "tl.where(average < 0, -1.0, average)",
+        "tl.where(average < 0, -1.0, 0.0)",
+        "test_own::test_the_sign_of_zero_and_nan",
+    ),
+    # Declarations, and what is derived from them
+    Mutant(
+        "a moment without its option",
+        RULE,
+        "switch is None or is_on(switch)",
+        "True",
+        "test_cases::test_a_moment_that_is_switched_off_by_a_number_or_a_flag",
+    ),
+    Mutant(
+        "all moments have the same random bits",
+        RULE,
+        "FIRST_STATE + list(self.moments).index(moment)",
+        "FIRST_STATE",
+        "test_precision::test_reference",
+    ),
+    Mutant(
+        "declarations are not compared",
+        KIND,
+        "if backend._C is not None and (_found",
+        "if False and (_found",
+        "test_own::test_the_import_fails_if_the_declarations_differ",
+    ),
+    Mutant(
+        "new moments are not zeros",
+        KIND,
+        "self.rule.first_step_fills else torch.zeros_like",
+        "self.rule.first_step_fills else torch.ones_like",
+        "test_own::test_lion_is_what_the_paper_says",
+    ),
+    Mutant(
+        "constructors lack a hyperparameter",
+        KIND,
+        "for name in self.rule.kinds.keys() - parameters.keys():",
+        "for name in ():",
+        "test_own::test_a_class_that_lacks_a_hyperparameter",
+    ),
+    Mutant(
+        "unknown options are taken",
+        ENGINE,
+        "for name in options.keys() - DEFAULTS.keys():",
+        "for name in ():",
+        "test_own::test_constructors_refuse",
+    ),
+    Mutant(
+        "negative numbers are taken",
+        OWN,
+        "if not value >= 0:",
+        "if value != value:",
+        "test_own::test_constructors_refuse",
+    ),
+    Mutant(
+        "old checkpoints lack options",
+        OWN,
+        "group.setdefault(key, self.defaults[key])",
+        "pass",
+        "test_own::test_checkpoints_of_other_libraries",
+    ),
+    Mutant(
+        "sparse gradients are left to torch",
+        BY_TORCH,
+        "refuses_sparse = fused or not kind.takes_sparse",
+        "refuses_sparse = fused",
+        "test_refusals::test_a_group_that_is_refused_leaves_the_others_alone",
+    ),
+    Mutant(
+        "capturable groups are not the first",
+        BY_TORCH,
+        'by_torch.sort(key=lambda group: not group.get("capturable"))',
+        "pass",
+        "test_refusals::test_a_group_that_is_refused_leaves_the_others_alone",
+    ),
+    Mutant(
+        "capturable without a count of steps",
+        READER,
+        "group.capturable &= rule_.state_scalars > 0;",
+        "",
+        "test_own::test_capturable_changes_nothing_without_a_count_of_steps",
+    ),
     Mutant("weight decay without lr", MOMENTS, "1 - h.lr * h.weight_decay", "1 - h.weight_decay", BITS),
     Mutant("no L2 penalty", MOMENTS, ".has_l2 = flag<T>(!decoupled && h.weight_decay != 0)", ".has_l2 = 0", BITS),
     Mutant("moment of the raw gradient", MOMENTS, "g = select(has_l2, fma(p, l2, g), g);", "", BITS),

@@ -26,7 +26,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dracopt_ext
 
-from .cases import BY_RULE, CASES, FAULTS, RULE_CASES, Case, NoOp, assert_same_bits, same_bits, snapshot
+from .cases import (
+    BY_RULE,
+    CASES,
+    FAULTS,
+    RULE_CASES,
+    Case,
+    NoOp,
+    assert_same_bits,
+    same_bits,
+    snapshot,
+)
 from .processes import in_processes
 
 NATIVE = {"cpu": frozenset({"native"})}

@@ -222,8 +222,8 @@ def test_hooks_run_once_each_in_torchs_order() -> None:
         register_optimizer_step_post_hook(lambda *_: calls.append("global post")),
     ]
     try:
-        for make in (dracopt_ext.Adam, dracopt_ext.AdamW, dracopt_ext.SGD, dracopt_ext.NAdam):
-            optimizer = make([p])
+        for name in classes():
+            optimizer = getattr(dracopt_ext, name)([p])
             optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
             optimizer.register_step_post_hook(lambda *_: calls.append("post"))
             calls.clear()

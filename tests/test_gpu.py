@@ -39,7 +39,9 @@ from .cases import (
     NoOp,
     Snapshot,
     assert_same_bits,
+    classes,
     inputs,
+    rule_of,
     snapshot,
     train,
 )
@@ -809,8 +811,8 @@ def test_what_other_code_may_take_away_of_distributed_tensors(
         torch.testing.assert_close(result.cpu(), q.detach(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD])
-def test_what_other_code_may_take_away(gpu: Gpu, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_rule
+def test_what_other_code_may_take_away(gpu: Gpu, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """While Python launches a kernel, other code takes away what the CPU has yet to step, and the learning rate."""
     if gpu.backend == "native" or gpu.simulation is None:
         pytest.skip("of the interpreter")
@@ -819,7 +821,7 @@ def test_what_other_code_may_take_away(gpu: Gpu, make: Any, monkeypatch: pytest.
     def prepare() -> tuple[Any, list[Any]]:
         params = [nn.Parameter(gpu(torch.ones(1000))), *(nn.Parameter(torch.ones(1000)) for _ in range(3))]
         groups = [{"params": params[:1], "lr": gpu(torch.tensor(0.5))}, {"params": params[1:], "lr": 0.5}]
-        optimizer = make(groups, **({"momentum": 0.9} if make is dracopt_ext.SGD else {}))
+        optimizer: Any = case.ours(groups, **case.options)
         optimizer.param_groups[0]["capturable"] = True
         for _ in range(2):
             for p in params:
@@ -853,7 +855,7 @@ def test_what_other_code_may_take_away(gpu: Gpu, make: Any, monkeypatch: pytest.
     optimizer.step()
     assert all((tensor == 1e9).all() for tensor in rubbish)
     q = nn.Parameter(torch.ones(1000))
-    theirs = getattr(torch.optim, make.__name__)([q], lr=0.5, **({"momentum": 0.9} if make is dracopt_ext.SGD else {}))
+    theirs = case.torchs([q], **{**case.options, "lr": 0.5})
     for gradient in (0.5, 0.5, 0.25):
         q.grad = torch.full_like(q, gradient)
         theirs.step()
@@ -958,7 +960,7 @@ def test_tensor_lr_on_the_gpu(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
-@pytest.mark.parametrize("algorithm", ["SGD", "AdamW", "NAdam"])
+@pytest.mark.parametrize("algorithm", classes())
 def test_tensor_hyperparameters(gpu: Gpu, algorithm: str, dtype: torch.dtype) -> None:
     values = {"lr": 0.05} if algorithm != "AdamW" else {"lr": 0.05, "betas": (0.8, 0.95)}
     if algorithm == "SGD":
@@ -971,7 +973,7 @@ def test_tensor_hyperparameters(gpu: Gpu, algorithm: str, dtype: torch.dtype) ->
 
     given = inputs([7, TILE + 1], FP32, 3)
     options = {key: numbers(value) if key != "momentum" else value for key, value in values.items()}
-    more = {} if algorithm == "SGD" else {"capturable": True}
+    more = {"capturable": True} if rule_of(algorithm).state_scalars else {}
     make = getattr(dracopt_ext, algorithm)
     exact = {key: value if dtype == FP64 else _rounded(value) for key, value in values.items()}
     assert_same_bits(gpu.train(make, {**options, **more}, *given), train(make, exact, *given))
@@ -1223,7 +1225,8 @@ def test_scaler_where_kernels_serve_some(gpu: Gpu) -> None:
 
 def test_grad_scaler_end_to_end(real_gpu: Gpu) -> None:
     """A real GradScaler trains like unscaled training that leaves out the steps that overflow."""
-    for make in (dracopt_ext.AdamW, dracopt_ext.SGD):
+    for name in classes(fused=True):
+        make = getattr(dracopt_ext, name)
         torch.manual_seed(0)
         p, q = (nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda")) for _ in range(2))
         ours, plain = make([p], lr=0.1, fused=True), make([q], lr=0.1)
@@ -1259,7 +1262,8 @@ def test_capture_is_refused_where_it_would_be_wrong(gpu: Gpu, simulation: simula
         simulation.set("capturing", 0)
         assert_same_bits(snapshot(optimizer), before)
 
-    for optimizer in (dracopt_ext.AdamW([q], capturable=True), dracopt_ext.SGD([q], momentum=0.9)):
+    for case in RULE_CASES:
+        optimizer = case.ours([q], **case.options, **({"capturable": True} if case.rule.state_scalars else {}))
         simulation.set("capturing", 1)
         with pytest.raises(
             RuntimeError, match=r"parameter 0 of group 0 \(shape \[20\]\) has no state yet. Take a step"
@@ -1490,14 +1494,14 @@ def test_host_never_waits(real_gpu: Gpu) -> None:
         assert number == 0 or not slept.query()
 
 
-@pytest.mark.parametrize("make", [dracopt_ext.AdamW, dracopt_ext.SGD, dracopt_ext.NAdam])
-def test_model_is_trained_alike(real_gpu: Gpu, make: Any) -> None:
+@pytest.mark.parametrize("name", classes())
+def test_model_is_trained_alike(real_gpu: Gpu, name: str) -> None:
     """A twin on the CPU that gets the GPU's gradients keeps the same bits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 10))
     twin = copy.deepcopy(model)
     model.cuda()
-    lr = 0.2 if make is dracopt_ext.SGD else 1e-2
+    make, lr = getattr(dracopt_ext, name), {"SGD": 0.2, "Lion": 1e-3}.get(name, 1e-2)
     ours, theirs = make(model.parameters(), lr=lr), make(twin.parameters(), lr=lr)
     x, y = torch.randn(256, 64, device="cuda"), torch.randint(10, (256,), device="cuda")
     losses = []

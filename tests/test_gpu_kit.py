@@ -122,7 +122,8 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     found = summary(tmp_path)
     for part in ("tests", "benchmarks"):
         assert re.match(
-            r"cannot run: (this torch .* was built without CUDA|torch finds no GPU|compiled without CUDA kernels)", found[part]
+            r"cannot run: (this torch .* was built without CUDA|torch finds no GPU|compiled without CUDA kernels)",
+            found[part],
         )
     assert found["sweep"].startswith("cannot run: ")
 

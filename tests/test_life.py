@@ -15,7 +15,18 @@ from torch import nn
 
 import dracopt_ext
 
-from .cases import CASES, FAULTS, STORAGE, Case, NoOp, assert_close, assert_same_bits, inputs, snapshot
+from .cases import (
+    CASES,
+    FAULTS,
+    RULE_CASES,
+    STORAGE,
+    Case,
+    NoOp,
+    assert_close,
+    assert_same_bits,
+    inputs,
+    snapshot,
+)
 
 NATIVE = {"cpu": frozenset({"native"})}
 ADAMW = Case("AdamW", {"lr": 0.01})
@@ -23,7 +34,8 @@ SGD = Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5})
 NADAM = Case("NAdam", {"lr": 0.01})
 
 both_rules = pytest.mark.parametrize("case", [ADAMW, SGD], ids=str)
-all_rules = pytest.mark.parametrize("case", [ADAMW, SGD, NADAM, Case("Lion", {"lr": 0.01})], ids=str)
+OTHERS = [case for case in RULE_CASES if case.rule not in [known.rule for known in (ADAMW, SGD, NADAM)]]
+all_rules = pytest.mark.parametrize("case", [ADAMW, SGD, NADAM, *OTHERS], ids=str)
 
 
 class Pair:

@@ -352,7 +352,7 @@ def test_constructor_of_the_base_class(name: str) -> None:
     assert optimizer.defaults == defaults
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam"])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "AdamW"])
 def test_constructor_after_our_class(name: str) -> None:
     """``super(Adam, self)`` is the base class with torch's Adam. The next test has AdamW, a subclass of Adam."""
     defaults = torchs(name)(fresh(), **options_of(name)).defaults
@@ -491,7 +491,7 @@ def test_average_of_the_weights(name: str) -> None:
     assert_same_bits(step(again), step(other))
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam"])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "AdamW"])
 def test_rebuilt_from_defaults_and_groups(name: str) -> None:
     """Wrappers make the same optimizer again for other parameters. torch's AdamW cannot be made like this."""
     found = []
@@ -1047,7 +1047,7 @@ def test_fused_sgd_of_torch_is_not_used(dtype: torch.dtype) -> None:
 
 @left_to_torch
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+@pytest.mark.parametrize("name", classes(in_torch=True, fused=True))
 def test_distributed_tensors_with_fused(name: str, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch steps shards whose gradients are partial, and not with its fused kernel."""
     from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -1219,7 +1219,7 @@ def test_real_parameters_under_a_fake_mode(name: str) -> None:
 
 @left_to_torch
 @pytest.mark.parametrize("pre_dispatch", [False, True])
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", classes(in_torch=True, fused=True))
 def test_a_traced_training_step_trains(name: str, pre_dispatch: bool) -> None:
     """The step follows torch.optim.swap_in_optimizer_params_and_state. torch's NAdam cannot be traced."""
     swap_in = getattr(torch.optim, "swap_in_optimizer_params_and_state", None)

@@ -6,8 +6,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dracopt_ext
+from dracopt_ext import backend as backend_module
 from dracopt_ext import rule as rules
 from dracopt_ext.optim._kind import Kind
 from dracopt_ext.optim._own import OwnOptimizer
@@ -275,7 +281,7 @@ def test_a_class_that_lacks_a_hyperparameter() -> None:
 
 
 def test_rules_that_are_not_in_both_languages(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = dracopt_ext.backend._C.rules()  # type: ignore[union-attr]
+    compiled = backend_module._C.rules()  # type: ignore[union-attr]
     assert rules.differences(compiled) == []
     assert rules.differences({name: rule for name, rule in compiled.items() if name != "lion"}) == [
         "csrc/rules/all.h does not list the rule 'lion'"
@@ -293,6 +299,29 @@ def test_rules_that_are_not_in_both_languages(monkeypatch: pytest.MonkeyPatch) -
         assert found.startswith(message)
     monkeypatch.delitem(RULES, "lion")
     assert rules.differences(compiled) == ["dracopt_ext/reference.py has no rule 'lion'"]
+
+
+def test_the_import_fails_if_the_declarations_differ(tmp_path: Path) -> None:
+    source = Path(dracopt_ext.__file__).parent
+    shutil.copytree(source, tmp_path / "dracopt_ext", ignore=lambda *_: ["native", "triton_kernels", "__pycache__"])
+    (tmp_path / "dracopt_ext/native").symlink_to(source / "native")
+    program, environment = [sys.executable, "-c", "import dracopt_ext"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert subprocess.run(program, cwd=tmp_path, env=environment).returncode == 0
+    reference = tmp_path / "dracopt_ext/reference.py"
+    reference.write_text(reference.read_text().replace('moments={"exp_avg": None})', 'moments={"average": None})'))
+    run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (
+        "ImportError: the moments of 'lion' are ['average'] in dracopt_ext/reference.py and ['exp_avg'] in csrc"
+        in run.stderr
+    )
+
+
+@pytest.mark.parametrize("name", classes(counts=False))
+def test_capturable_changes_nothing_without_a_count_of_steps(name: str) -> None:
+    optimizer = getattr(dracopt_ext, name)(fresh())
+    optimizer.param_groups[0]["capturable"] = True
+    step(optimizer)
+    assert optimizer.last_backend == NATIVE
 
 
 # ---- Lion
@@ -318,9 +347,11 @@ def test_lion_is_what_the_paper_says(dtype: torch.dtype) -> None:
         assert_same_bits(wrong, expected)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "reference", "triton"])
 def test_the_sign_of_zero_and_nan(backend: str) -> None:
     """A gradient of zero only decays the parameter, and NaN must not go unnoticed."""
+    if backend == "triton" and dracopt_ext.backends()["triton"] is not None and not backend_module.INTERPRETING:
+        pytest.skip("needs a GPU or Triton's interpreter")
     p = nn.Parameter(torch.full((5,), 2.0))
     p.grad = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf])
     dracopt_ext.Lion([p], lr=0.5, weight_decay=0.5, backend=backend).step()

@@ -379,8 +379,8 @@ def test_elements_and_steps_and_parameters_and_seeds_differ() -> None:
 @pytest.mark.parametrize("options", [{"stochastic_rounding": True}, {"stochastic_rounding": "all"}], ids=name_of)
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_no_learning_rate_leaves_parameters_alone(options: Options, backend: str) -> None:
-    for make in (dracopt_ext.SGD, dracopt_ext.AdamW, dracopt_ext.NAdam):
-        optimizer = trained(make, steps=0, lr=0.0, backend=backend, **options)
+    for case in RULE_CASES:
+        optimizer = trained(case.ours, steps=0, lr=0.0, backend=backend, **options)
         before = [p.detach().clone() for p in params_of(optimizer)]
         go_on(optimizer, steps=3)
         assert all(torch.equal(p, old) for p, old in zip(params_of(optimizer), before, strict=True))
@@ -726,11 +726,11 @@ WRONG_STATES: list[tuple[str, Any, type[Exception], str]] = [
 
 @pytest.mark.parametrize(("form", "master", "kind", "error"), WRONG_STATES)
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("make", [dracopt_ext.AdamW, lambda p, **o: dracopt_ext.SGD(p, momentum=0.9, **o)])
+@every_rule
 def test_wrong_masters_in_a_state(
-    form: str, master: Any, kind: type[Exception], error: str, backend: str, make: Any
+    form: str, master: Any, kind: type[Exception], error: str, backend: str, case: Case
 ) -> None:
-    optimizer = trained(make, master_weights=form, backend=backend)
+    optimizer = trained(case.ours, master_weights=form, backend=backend, **case.options)
     p, name = params_of(optimizer)[1], BY_FORM[form][0]
     del optimizer.state[p][name]
     before = snapshot(optimizer)

@@ -12,7 +12,7 @@ from torch import nn
 
 import dracopt_ext
 
-from .cases import assert_same_bits, classes, inputs, snapshot
+from .cases import RULE_CASES, Case, assert_same_bits, classes, inputs, snapshot
 
 
 class Broken:
@@ -82,8 +82,8 @@ def test_expanded_parameter() -> None:
     p.grad = torch.ones(4)
     good = nn.Parameter(torch.ones(2))
     good.grad = torch.ones(2)
-    for make in (dracopt_ext.SGD, dracopt_ext.AdamW):
-        optimizer = make([good, p])
+    for name in classes():
+        optimizer = getattr(dracopt_ext, name)([good, p])
         with pytest.raises(ValueError, match=r"parameter 1 of group 0 \(shape \[4\]\) is expanded: .* clone\(\)"):
             optimizer.step()
         assert not optimizer.state
@@ -120,27 +120,30 @@ def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
 
 
 WRONG_STATES: dict[str, tuple[str, Any, str]] = {
-    "shape": ("exp_avg_sq", torch.zeros(8, 8), r"has another shape, \[8, 8\]"),
-    "integers": ("exp_avg", torch.zeros(64, dtype=torch.int32), "has a dtype that does not fit, torch.int32"),
-    "complex": ("exp_avg", torch.zeros(64, dtype=torch.complex64), "has a dtype that does not fit, torch.complex64"),
+    "shape": ("moment", torch.zeros(8, 8), r"has another shape, \[8, 8\]"),
+    "integers": ("moment", torch.zeros(64, dtype=torch.int32), "has a dtype that does not fit, torch.int32"),
+    "complex": ("moment", torch.zeros(64, dtype=torch.complex64), "has a dtype that does not fit, torch.complex64"),
     "expanded": (
-        "exp_avg",
+        "moment",
         torch.zeros(1).expand(64),
         "is expanded: several of its elements share one memory location",
     ),
-    "device": ("exp_avg", torch.zeros(64, device="meta"), "is on another device, meta"),
-    "number": ("exp_avg", 0.0, "is no tensor but a float"),
+    "device": ("moment", torch.zeros(64, device="meta"), "is on another device, meta"),
+    "number": ("moment", 0.0, "is no tensor but a float"),
     "step as a number": ("step", 1, "is no tensor but a int"),
     "step of two elements": ("step", torch.ones(2), r"has another shape, \[2\]"),
     "step on another device": ("step", torch.ones((), device="meta"), "is on another device, meta"),
 }
 
 
-@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+@pytest.mark.parametrize("case", RULE_CASES, ids=str)
 @pytest.mark.parametrize("kind", WRONG_STATES)
-def test_states_that_do_not_fit(name: str, kind: str) -> None:
+def test_states_that_do_not_fit(case: Case, kind: str) -> None:
     key, value, message = WRONG_STATES[kind]
-    broken = Broken(name)
+    if key == "step" and not case.rule.state_scalars:
+        pytest.skip("there is no count of steps")
+    key = case.moments()[-1] if key == "moment" else key
+    broken = Broken(case.algorithm, **{name: value for name, value in case.options.items() if name != "lr"})
     state = broken.optimizer.state[broken.params[1]]
     good, state[key] = state[key], value
     params = [p.detach().clone() for p in broken.params]

@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 import dracopt_ext
 
-from .cases import BY_RULE, CASES, FAULTS, RULE_CASES, SIZES, STORAGE, Case, assert_same_bits, classes, inputs, snapshot
+from .cases import (
+    BY_RULE,
+    CASES,
+    FAULTS,
+    RULE_CASES,
+    SIZES,
+    STORAGE,
+    Case,
+    assert_same_bits,
+    classes,
+    inputs,
+    snapshot,
+)
 from .test_clip import NATIVE, with_gradients
 from .test_gpu import Gpu, OnGpu, gpu, with_count  # noqa: F401
 from .test_gpu_clip import scale
