@@ -3,8 +3,10 @@
 // one of the tests.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 
 #include "cuda/fast_math.h"
 #include "problem.h"
@@ -163,6 +165,31 @@ int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule:
   return wrong;
 }
 
+// Makes hyperparameters of any rule, by which each state and each flag matters.
+template <typename Rule>
+typename Rule::Hyperparameters ordinary() {
+  std::vector<double> numbers;
+  for (const GroupKey* key = Rule::group_keys; key->name != nullptr; ++key) {
+    if (key->kind == KeyKind::decay_rates) numbers.push_back(0.9);
+    numbers.push_back(key->kind == KeyKind::decay_rates ? 0.99 : key->kind == KeyKind::flag ? 1 : 1e-2);
+  }
+  typename Rule::Hyperparameters found;
+  std::memcpy(&found, numbers.data(), sizeof(found));
+  return found;
+}
+
+// Steps tensors by a rule with all of its states: in fp32, and all in bf16.
+template <typename Rule>
+int run_in_usual_dtypes(bool counts_on_device) {
+  int wrong = 0;
+  for (const auto& [dtype, in] : {std::pair(Dtype::fp32, " in fp32"), std::pair(Dtype::bf16, " in bf16")}) {
+    const std::vector<Dtype> dtypes(kFirstState + Rule::max_states, dtype);
+    const std::string what = std::string(Rule::name) + in;
+    wrong += run<Rule, float, Rule::max_states>(what.c_str(), dtypes, ordinary<Rule>(), counts_on_device, false);
+  }
+  return wrong;
+}
+
 #if defined(__CUDACC__)
 struct Counts {
   unsigned long long asked, exact, wrong;
@@ -282,7 +309,6 @@ int main(int argc, char**) {
   }
   constexpr Dtype fp32 = Dtype::fp32, fp64 = Dtype::fp64, bf16 = Dtype::bf16, fp16 = Dtype::fp16;
   const Adam::Hyperparameters adam{1e-3, 0.9, 0.999, 1e-8, 1e-2, 0, 1}, amsgrad{1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 0};
-  const NAdam::Hyperparameters nadam{1e-3, 0.9, 0.999, 1e-8, 1e-2, 4e-3, 1};
   const Sgd::Hyperparameters plain{1e-2, 0, 0, 1e-2, 0}, nesterov{1e-2, 0.9, 0, 1e-2, 1};
   int wrong = argc > 1 ? 0 : compare_math();
   for (const bool on_device : {false, true}) {
@@ -296,7 +322,9 @@ int main(int argc, char**) {
         run<Adam, float, 3>("Adam amsgrad, fp16 gradient", {fp32, fp16, fp32, bf16, fp32}, amsgrad, on_device, false);
     wrong += run<Adam, double, 2>("AdamW fp64", {fp64, fp64, fp64, fp64}, adam, on_device, on_device);
     wrong += run<Adam, double, 2>("AdamW fp64, bf16 gradient", {fp64, bf16, fp32, fp64}, adam, on_device, false);
-    wrong += run<NAdam, float, 2>("NAdam fp32", {fp32, fp32, fp32, fp32}, nadam, on_device, false);
+#define DRACOPT_RUN(Rule) wrong += run_in_usual_dtypes<Rule>(on_device);
+    DRACOPT_FOR_EACH_RULE(DRACOPT_RUN)
+#undef DRACOPT_RUN
     wrong += run<Sgd, float, 0>("SGD fp32", {fp32, fp32}, plain, on_device, false);
     wrong += run<Sgd, float, 1>("SGD Nesterov bf16", {bf16, bf16, bf16}, nesterov, on_device, on_device);
   }
