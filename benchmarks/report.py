@@ -18,7 +18,7 @@ import torch
 import dracopt_ext
 from dracopt_ext.backend import BUILD_INFO, isa
 
-from .cases import ONE_LARGE, SUITES
+from .cases import ONE_LARGE, OWN, SUITES
 from .measure import DEVICE, END_TO_END, HOST, Result
 from .peers import BANDWIDTHS, OURS
 
@@ -306,7 +306,8 @@ def plot(path: Path, rows: Sequence[Row], run: Mapping[str, object]) -> None:
 
     on_cpu = all(SUITES[row.result.suite].device == "cpu" for row in rows)
     clock = END_TO_END if on_cpu else DEVICE
-    rows = [row for row in rows if row.result.peer not in BANDWIDTHS]
+    # Classes that torch lacks are compared with ours alone.
+    rows = [row for row in rows if row.result.peer not in BANDWIDTHS and row.result.case.optimizer not in OWN]
     shares = [(row, 100 * row.share) for row in rows if row.share is not None]
     speed_ups = [row for row in rows if row.ratio is not None and row.result.clock == clock]
     shown = {row.result.case.name for row in [*speed_ups, *(row for row, _ in shares)]}

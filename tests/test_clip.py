@@ -337,7 +337,7 @@ def test_sparse_gradients(name: str) -> None:
     assert not optimizer.state
 
 
-@pytest.mark.filterwarnings("ignore:Lion leaves parameters to the reference:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.* leaves parameters to the reference:RuntimeWarning")
 def test_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dracopt_ext.backend.NATIVE_REASON", "switched off")
     for case in RULE_CASES:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import dracopt_ext
+from dracopt_ext.rule import NUMBER
 
 from .cases import RULE_CASES, Case, assert_same_bits, classes, inputs, snapshot
 
@@ -432,3 +433,22 @@ def test_fused_sgd_takes_no_sparse_gradient() -> None:
     with pytest.raises(RuntimeError, match="`_fused_sgd` does not support sparse gradients"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("case", RULE_CASES, ids=str)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_numbers_that_fp32_does_not_hold(case: Case, backend: str) -> None:
+    """The rule's finite() looks at each scalar that comes from a plain number."""
+    for key, kind in case.rule.kinds.items():
+        if kind != NUMBER or (case.rule.name, key) in NEVER_INFINITE:
+            continue
+        broken = Broken(
+            case.algorithm, **{name: o for name, o in case.options.items() if name != "lr"}, backend=backend
+        )
+        broken.optimizer.param_groups[1][key] = 1e42
+        broken.assert_refuses(
+            ValueError, rf"param_groups\[1\]\['{key}'\] is 1e\+42: it makes the update infinite in fp32"
+        )
+
+
+NEVER_INFINITE = {("nadam", "momentum_decay")}  # it is the exponent of a power of 0.96

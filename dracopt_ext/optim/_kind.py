@@ -45,6 +45,8 @@ class Kind:
         sparse_error: str = "{} does not support sparse gradients",
         keeps_fused: bool = True,
     ) -> None:
+        if rule not in RULES:
+            raise TypeError(f"no rule is named {rule!r}; dracopt_ext/reference.py has {', '.join(RULES)}")
         self.rule = RULES[rule]
         self.torch_class = torch_class
         self.takes_sparse = takes_sparse

@@ -40,8 +40,9 @@ class OwnOptimizer(FusedOptimizer):
         options: as for :class:`dracopt_ext.Adam`.
 
     Raises:
-        ValueError: a hyperparameter is negative or not a number, or a decay rate is not less than 1.
+        ValueError: a number is negative or NaN, or one of a pair of decay rates is not at least 0 and less than 1.
         RuntimeError: ``differentiable`` is true, or ``foreach`` and ``fused`` are.
+        TypeError: ``hyperparameters`` are incomplete, or an option is unknown.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class OwnOptimizer(FusedOptimizer):
     def _dracopt_check(self, hyperparameters: dict[str, Any]) -> None:
         """Raises ValueError for a hyperparameter that cannot be right, in the words of torch's classes."""
         for name, kind in self._dracopt_kind.rule.kinds.items():
+            if name not in hyperparameters:
+                raise TypeError(f"the constructor of {type(self).__name__} leaves out the hyperparameter {name!r}")
             value = hyperparameters[name]
             if kind == NUMBER:
                 if isinstance(value, Tensor) and value.numel() != 1:
