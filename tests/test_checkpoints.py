@@ -15,14 +15,10 @@ from torch import nn
 import dracopt_ext
 from dracopt_ext.reference import MOMENTS
 
-from .cases import Case, assert_same_bits, inputs, snapshot
+from .cases import Case, assert_same_bits, classes, inputs, snapshot
 
-CLASSES = [
-    Case("SGD", {"momentum": 0.9}),
-    Case("Adam", {"amsgrad": True}),
-    Case("AdamW"),
-    Case("NAdam"),
-]
+OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "Adam": {"amsgrad": True}}
+CLASSES = [Case(name, OPTIONS.get(name, {})) for name in classes()]
 every_class = pytest.mark.parametrize("case", CLASSES, ids=str)
 BF16, FP32 = torch.bfloat16, torch.float32
 

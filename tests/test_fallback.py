@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dracopt_ext
 
-from .cases import Case, assert_same_bits, snapshot
+from .cases import Case, assert_same_bits, classes, snapshot
 
 TORCH = {"cpu": frozenset({"torch"})}
 NATIVE = {"cpu": frozenset({"native"})}
@@ -24,12 +24,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
-CASES = [
-    Case("SGD", {"lr": 0.1, "momentum": 0.9}),
-    Case("Adam", {"lr": 0.01}),
-    Case("AdamW", {"lr": 0.01}),
-    Case("NAdam", {"lr": 0.01}),
-]
+CASES = [Case(name, {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}) for name in classes(in_torch=True)]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 

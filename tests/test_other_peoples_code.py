@@ -25,14 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dracopt_ext
+from dracopt_ext.rule import FLAG
 
-from .cases import FAULTS, WHOLE_BLOCKS, NoOp, Snapshot, assert_same_bits, classes, inputs, snapshot
+from .cases import FAULTS, WHOLE_BLOCKS, NoOp, Snapshot, assert_same_bits, classes, inputs, rule_of, snapshot, torchs
 
 NATIVE = {"cpu": frozenset({"native"})}
 TORCH = {"cpu": frozenset({"torch"})}
-CLASSES = classes(in_torch=True)
+CLASSES = classes()
+FUSED = classes(in_torch=True, fused=True)
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.1, "momentum": 0.9}}
 every_class = pytest.mark.parametrize("name", CLASSES)
+TORCHS = classes(in_torch=True)
+every_class_of_torch = pytest.mark.parametrize("name", TORCHS)
 left_to_torch = pytest.mark.filterwarnings("ignore:.*(leaves .* to|is stepped by) torch's own:RuntimeWarning")
 
 Build = Callable[[Any], Any]
@@ -43,21 +47,17 @@ def ours(name: str) -> Any:
     return getattr(dracopt_ext, name)
 
 
-def torchs(name: str) -> Any:
-    return getattr(torch.optim, name)
-
-
 def options_of(name: str) -> dict[str, Any]:
     return OPTIONS.get(name, {"lr": 0.1})
 
 
 def oracle(name: str, **options: Any) -> dict[str, Any]:
     """Options that make torch's class give our kernels' bits on whole SIMD blocks, or ours use the reference."""
-    return {**options_of(name), **options, **({"backend": "reference"} if name == "NAdam" else {"fused": True})}
+    return {**options_of(name), **options, **({"fused": True} if name in FUSED else {"backend": "reference"})}
 
 
 def oracle_class(name: str) -> Any:
-    return ours(name) if name == "NAdam" else torchs(name)
+    return torchs(name) if name in FUSED else ours(name)
 
 
 def params_of(optimizer: Any) -> list[Tensor]:
@@ -135,7 +135,7 @@ def partial(base: Any) -> Any:
     return Partial
 
 
-@every_class
+@every_class_of_torch
 @pytest.mark.parametrize("build", [cautious, partial])
 def test_init_group_overridden(name: str, build: Build) -> None:
     plain = step(torchs(name)(fresh(), **options_of(name)))
@@ -148,7 +148,7 @@ def test_init_group_overridden(name: str, build: Build) -> None:
 
 @left_to_torch
 @pytest.mark.parametrize("where", ["instance", "our class", "torch's class"])
-@every_class
+@every_class_of_torch
 def test_init_group_replaced(name: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some users replace the method without a subclass."""
     init_group = torchs(name)._init_group
@@ -176,7 +176,7 @@ def test_init_group_replaced(name: str, where: str, monkeypatch: pytest.MonkeyPa
 
 
 @left_to_torch
-@every_class
+@every_class_of_torch
 def test_init_group_replaced_in_wrappers_of_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrapped function counts as torch's only if the original is inside. torch.compile wraps the original."""
     init_group = torchs(name)._init_group
@@ -253,13 +253,15 @@ def test_no_name_of_ours_is_one_that_a_subclass_would_choose() -> None:
     ours_by_contract = {"backend", "state_dtype", "last_backend", "master_params", "release_gradients"}
     ours_by_contract |= {"max_grad_norm", "error_if_nonfinite", "grad_norm"}
     for name in CLASSES:
-        known = set(dir(torchs(name)))
+        known = set(dir(getattr(torch.optim, name, torch.optim.Optimizer)))
         for cls in ours(name).__mro__:
             if not cls.__module__.startswith("dracopt_ext"):
                 continue
             for attribute in vars(cls):
                 added = attribute not in known | ours_by_contract and not attribute.startswith("__")
                 assert not added or attribute.startswith("_dracopt_"), f"{cls.__name__}.{attribute}"
+        if name not in TORCHS:
+            continue
         optimizer, other = ours(name)(fresh()), torchs(name)(fresh())
         for each in (optimizer, other):
             step(each, 1)
@@ -352,7 +354,7 @@ def test_constructor_of_the_base_class(name: str) -> None:
     assert optimizer.defaults == defaults
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name != "AdamW"])
+@pytest.mark.parametrize("name", [name for name in TORCHS if name != "AdamW"])
 def test_constructor_after_our_class(name: str) -> None:
     """``super(Adam, self)`` is the base class with torch's Adam. The next test has AdamW, a subclass of Adam."""
     defaults = torchs(name)(fresh(), **options_of(name)).defaults
@@ -556,7 +558,7 @@ BETAS = {
 
 
 @pytest.mark.parametrize("form", BETAS)
-@pytest.mark.parametrize("name", classes(in_torch=True, counts=True))
+@pytest.mark.parametrize("name", [name for name in CLASSES if "betas" in rule_of(name).kinds])
 def test_betas_in_any_form(name: str, form: str) -> None:
     expected = step(oracle_class(name)(fresh(), **oracle(name, betas=(0.5, 0.75))))
 
@@ -586,12 +588,8 @@ def test_betas_in_any_form(name: str, form: str) -> None:
     assert found[0].param_groups[0]["betas"] is BETAS[form]
 
 
-FLAGS = {
-    "SGD": ["nesterov", "maximize"],
-    "Adam": ["amsgrad", "maximize", "decoupled_weight_decay"],
-    "AdamW": ["amsgrad", "maximize"],
-    "NAdam": ["decoupled_weight_decay", "maximize"],
-}
+FLAGS = {name: ["maximize", *(key for key, kind in rule_of(name).kinds.items() if kind == FLAG)] for name in CLASSES}
+FLAGS["AdamW"].remove("decoupled_weight_decay")  # which is always on
 TRUTHS: list[Any] = [None, 0, 1, "", "yes", [], [0], np.True_, np.False_, torch.tensor(True), torch.tensor(0)]
 
 
@@ -1106,7 +1104,7 @@ def test_functional_optimizers_can_be_registered() -> None:
 
 
 def test_signatures_of_methods_are_torchs() -> None:
-    for name in CLASSES:
+    for name in TORCHS:
         for method in ("add_param_group", "load_state_dict", "step", "state_dict", "zero_grad"):
             found, theirs = (inspect.signature(getattr(cls, method)).parameters for cls in (ours(name), torchs(name)))
             assert list(found) == [*theirs, *(["zero_grad"] if method == "step" else [])]
@@ -1125,7 +1123,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("name", "fused"), [(name, None) for name in CLASSES] + [("Adam", True), ("AdamW", True)])
+@pytest.mark.parametrize(("name", "fused"), [(name, None) for name in TORCHS] + [("Adam", True), ("AdamW", True)])
 def test_modes_see_the_operations(name: str, fused: bool | None) -> None:
     options = options_of(name) if fused is None else {**options_of(name), "fused": fused}
     optimizers = [base(fresh(), **options) for base in (ours(name), torchs(name))]
