@@ -39,11 +39,14 @@ struct Lion {
     };
   }
 
+  DRACOPT_HD static float one_like(float x) { return __builtin_copysignf(1, x); }
+  DRACOPT_HD static double one_like(double x) { return __builtin_copysign(1, x); }
+
   // states: exp_avg.
   template <typename T, int N, typename Math>
   DRACOPT_HD static void update(const Scalars<T>& c, T& p, T g, T* states, Math&) {
     const T average = fma(c.one_minus_beta1, g, states[0] * c.beta1);
-    const T sign = average > 0 ? T(1) : average < 0 ? T(-1) : average;  // zero and NaN stay as they are
+    const T sign = ((average < 0) | (average > 0)) ? one_like(average) : average;  // zero and NaN stay as they are
     p = fma(c.neg_lr, sign, p * c.decay);
     states[0] = fma(c.one_minus_beta2, g, states[0] * c.beta2);
   }
