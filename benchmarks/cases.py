@@ -142,6 +142,7 @@ def own(name: str, tensors: str, shapes: Sequence[Shape], **more: Any) -> Case:
     storage: Storage = more.get("storage", PLAIN)
     itemsize = 4 if storage == PLAIN else 2
     options = {"lr": 1e-4, "weight_decay": 1e-2}
+    more = {"baseline": "torch foreach", **more}
     return Case(f"{name}, {tensors}", name, options, itemsize * FP32_BYTES[name] // 4, shapes, **more)
 
 
@@ -191,7 +192,7 @@ CAPTURABLE, FUSED = {"capturable": True}, {"fused": True}
 COUNTING = ["dracopt", "dracopt triton", "torch fused"]
 """Peers that take these options."""
 
-SIBLINGS = ["dracopt", "dracopt triton", "dracopt sibling"]
+SIBLINGS = ["dracopt", "dracopt triton", "dracopt sibling", "torch foreach"]
 
 SUITES = {
     "cpu": Suite(
@@ -302,10 +303,10 @@ SUITES = {
             case
             for name in OWN
             for case in (
-                own(name, "1 tensor of 64M", SQUARE, baseline="dracopt sibling"),
-                own(name, "all bf16, 64M", SQUARE, storage=BF16, baseline="dracopt sibling"),
-                own(name, "all fp16, 64M", SQUARE, storage=FP16, baseline="dracopt sibling"),
-                own(name, "1000 tensors of 256", [(256,)] * 1000, baseline="dracopt sibling"),
+                own(name, "1 tensor of 64M", SQUARE),
+                own(name, "all bf16, 64M", SQUARE, storage=BF16),
+                own(name, "all fp16, 64M", SQUARE, storage=FP16),
+                own(name, "1000 tensors of 256", [(256,)] * 1000),
             )
         ],
         peers=["dracopt", "dracopt sibling", "torch foreach"],
@@ -432,7 +433,7 @@ SUITES = {
                 options=FUSED,
                 peers=COUNTING,
             ),
-            *[own(name, "1B in 300 tensors", BILLION, baseline="dracopt sibling", peers=SIBLINGS) for name in OWN],
+            *[own(name, "1B in 300 tensors", BILLION, peers=SIBLINGS) for name in OWN],
             adamw("AdamW, 3900 tensors in 30 groups", [(1024,)] * 3900, groups=30),
             adamw("AdamW, ResNet-50", RESNET50),
             sgd("SGD Nesterov, ResNet-50", RESNET50),

@@ -221,7 +221,7 @@ def require_ours(optimizers: dict[str, torch.optim.Optimizer], device: str) -> N
 
 def require_equal_work(optimizers: dict[str, torch.optim.Optimizer], case: Case) -> None:
     """Raises unless all optimizers arrived at the same parameters after as many steps."""
-    baseline = case.baseline if case.baseline != "dracopt sibling" else "torch foreach"
+    baseline = case.baseline
     if baseline not in optimizers or baseline == "dracopt nearest":  # which rounds, and so goes, another way
         return
     expected = _params(optimizers[baseline])
