@@ -76,7 +76,8 @@ class Kind:
             of_base = inspect.signature(super(owner, owner).__init__).parameters.items()
             parameters.update((name, p) for name, p in of_base if p.kind is p.KEYWORD_ONLY)
         for name, default in DEFAULTS.items():
-            annotation = Options.__annotations__[name].__forward_arg__
+            annotation = Options.__annotations__[name]
+            annotation = getattr(annotation, "__forward_arg__", annotation)
             parameters[name] = inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
             )
