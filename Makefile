@@ -11,7 +11,7 @@ CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*/*.h tests/
 
 .PHONY: build train study test check test-integrations mutants triton sanitize lint format bench wheels test-wheel clean
 
-# Compiles what has changed. With nvcc, DRACOPT_CUDA_ARCHITECTURES=90 saves most of the time.
+# Compiles what has changed, with the environment's ninja. With nvcc, DRACOPT_CUDA_ARCHITECTURES=90 saves most of the time.
 build: $(READY)
 
 train: $(READY)
@@ -66,7 +66,7 @@ SANITIZED := build/sanitized
 sanitize: $(READY)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r setup.py pyproject.toml README.md LICENSE csrc dracopt_ext triton_kernels tests $(SANITIZED)
-	cd $(SANITIZED) && DRACOPT_BUILD=sanitize $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && PATH="$(abspath $(BIN)):$$PATH" DRACOPT_BUILD=sanitize $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && DRACOPT_BUILD=sanitize STRESS_SECONDS=60 \
 	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
@@ -111,7 +111,7 @@ $(WHEEL_TOOLS)/ready:
 	@touch $@
 
 $(READY): $(ENVIRONMENT) setup.py $(wildcard csrc/*/*)
-	DRACOPT_BUILD=$${DRACOPT_BUILD:-force} $(BIN)/python setup.py -q build_ext --inplace
+	PATH="$(abspath $(BIN)):$$PATH" DRACOPT_BUILD=$${DRACOPT_BUILD:-force} $(BIN)/python setup.py -q build_ext --inplace
 	@$(BIN)/python -m dracopt_ext
 	@touch $@
 

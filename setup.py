@@ -141,8 +141,21 @@ class Nvcc:
         host = ["-ccbin", compiler(), "-Xcompiler", ",".join(hidden)]
         generated = [part for code in codes for part in ("-gencode", code)]
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [str(self.path), *flags, *host, *generated, "--threads", "0", "-c", str(source), "-o", str(target)]
+        unfinished = target.with_name(f"unfinished-{target.name}")
+        command = [
+            str(self.path),
+            *flags,
+            *host,
+            *generated,
+            "--threads",
+            "0",
+            "-c",
+            str(source),
+            "-o",
+            str(unfinished),
+        ]
         subprocess.run(command, check=True)
+        os.replace(unfinished, target)
 
 
 def find_torch() -> Any:
@@ -315,19 +328,26 @@ class BuildNative(BuildExtension):
         jobs.append(("host", sorted({*kernels.parent.glob("*.cpp")} - {kernels}), COMMON_FLAGS))
         read = ["setup.py", *map(str, SHARED_HEADERS), *sources_in("core", "rules", "cpu")]
 
+        how = [self.compiler_version(), self.compiler.compiler_so, getattr(self.compiler, "compiler_so_cxx", None)]
+
         def compile_one(job: tuple[str, list[Path], list[str]]) -> list[str]:
             isa, sources, flags = job
-            folder = Path(self.build_temp) / f"{'sanitized-' if MODE == 'sanitize' else ''}{isa}"
+            # Another compiler, or other flags, compile into another folder.
+            key = hashlib.sha256(repr((how, macros, flags)).encode()).hexdigest()[:8]
+            folder, unfinished = (str(Path(self.build_temp) / f"{isa}-{key}{end}") for end in ("", "-unfinished"))
             names = [str(source) for source in sources]
-            objects: list[str] = self.compiler.object_filenames(names, output_dir=str(folder))
+            objects: list[str] = self.compiler.object_filenames(names, output_dir=folder)
             if any(newer_group(read, target) for target in objects):
-                self.compiler.compile(
+                made = self.compiler.compile(
                     names,
-                    output_dir=str(folder),
+                    output_dir=unfinished,
                     macros=[("DRACOPT_ISA", isa), *macros],
                     include_dirs=["csrc"],
                     extra_postargs=flags,
                 )
+                for finished, target in zip(made, objects, strict=True):
+                    Path(target).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(finished, target)
             return objects
 
         with ThreadPoolExecutor(self.parallel) as pool:

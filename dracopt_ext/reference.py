@@ -453,7 +453,7 @@ def update(
         elif rounding is not None and (stream == PARAM or rounding.states):
             to.copy_(round_at_random(x.float(), random_bits(param, rounding, stream), to.dtype))
         else:
-            to.copy_(x.float())
+            real(to).copy_(x.float())
 
     g = widened(grad.resolve_conj())
     if grad_scale != 1:

@@ -213,6 +213,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
     ({"lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
     ({"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
+    ({"betas": (0.9,)}, ValueError, "betas must be 2 numbers, not 1"),
     ({"betas": (0.9, -0.1)}, ValueError, "Invalid beta parameter at index 1: -0.1"),
     ({"weight_decay": -0.5}, ValueError, "Invalid weight_decay value: -0.5"),
     ({"differentiable": True}, RuntimeError, "does not support differentiable=True"),
@@ -237,7 +238,9 @@ def test_constructors_refuse(name: str, options: dict[str, Any], error: type[Exc
 
 
 def test_these_are_torchs_words() -> None:
-    for options, error, message in WRONG[:6]:
+    for options, error, message in WRONG[:7]:
+        if "must be 2 numbers" in message:  # torch raises an IndexError
+            continue
         with pytest.raises(error, match=message):
             torch.optim.AdamW(fresh(), **options)
 
@@ -300,6 +303,16 @@ def test_a_class_that_lacks_a_hyperparameter() -> None:
 
             def __init__(self, params: Any, lr: float = 1e-4, betas: Any = (0.9, 0.99), **options: Any) -> None:
                 super().__init__(params, {"lr": lr, "betas": betas}, **options)
+
+
+def test_a_class_without_our_options() -> None:
+    with pytest.raises(TypeError, match=r"Closed.__init__ must take \*\*options, and pass them on"):
+
+        class Closed(OwnOptimizer):
+            _dracopt_kind = Kind("lion")
+
+            def __init__(self, params: Any, lr: float, betas: Any, weight_decay: float) -> None:
+                super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
 
 def test_rules_that_are_not_in_both_languages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +393,28 @@ def test_the_sign_of_zero_and_nan(backend: str) -> None:
     assert torch.equal(p[:2], torch.full((2,), 1.5))
     assert p[2].isnan()
     assert p[3:].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+def test_complex_numbers_that_only_the_reference_takes() -> None:
+    """A complex number in 32 bits is a pair of numbers in fp16."""
+    p, q = nn.Parameter(torch.ones(4, dtype=torch.complex32)), nn.Parameter(torch.ones(4, 2, dtype=torch.float16))
+    q.data[:, 1] = 0
+    gradients = torch.linspace(-1, 1, 8, dtype=torch.float16).view(4, 2)
+    p.grad, q.grad = torch.view_as_complex(gradients), gradients
+    with pytest.warns(RuntimeWarning, match="to the reference implementation"):
+        dracopt_ext.Lion([p], lr=0.25).step()
+    dracopt_ext.Lion([q], lr=0.25).step()
+    assert torch.equal(torch.view_as_real(p.detach()), q.detach())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_state_that_is_no_tensor(backend: str) -> None:
+    optimizer = dracopt_ext.Lion(fresh(), backend=backend)
+    step(optimizer, 1)
+    optimizer.state[optimizer.param_groups[0]["params"][1]]["exp_avg"] = 0.0
+    with pytest.raises(ValueError, match=r"the state 'exp_avg' of parameter 1 of group 0 .* is no tensor but a float"):
+        step(optimizer, 1)
 
 
 def test_checkpoints_of_other_libraries() -> None:

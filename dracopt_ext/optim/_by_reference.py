@@ -63,7 +63,9 @@ def check(step: Step, groups: list[Group]) -> None:
     for group in groups:
         is_capturable = rule.state_scalars and group.get("capturable") and not group.get("fused")
         if group.get("differentiable") or is_capturable:
-            raise RuntimeError("the reference implementation serves neither differentiable nor capturable groups")
+            is_asked_for = step.kind.torch_step is not None or step.engine.backend == "reference"
+            who = "the reference implementation" if is_asked_for else type(step.optimizer).__name__
+            raise RuntimeError(f"{who} serves neither differentiable nor, on the CPU, capturable groups")
         numbers = reference.numbers(rule.name, group)
         index = step.find(group["params"][0])[0]
         for key, value in numbers.items():
@@ -104,8 +106,10 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
     master = step.engine.precision.master_of(p)
     if state and master is not None:
         _check_master(step, p, state, master, group)
-    for name in ("the gradient", *rule.moments, *([master] if master is not None else [])):
+    for name in ("the gradient", *rule.moments_of(group), *([master] if master is not None else [])):
         tensor = grad if name == "the gradient" else state.get(name)
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"the state {name!r} of {step.describe(p)} is no tensor but a {type(tensor).__name__}")
         if tensor is not None and tensor.shape != p.shape:
             raise ValueError(f"{name} of {step.describe(p)} has another shape, {list(tensor.shape)}")
         if tensor is not None and not (tensor.is_complex() if p.is_complex() else tensor.is_floating_point()):

@@ -100,7 +100,7 @@ def given_engine(optimizer: FusedOptimizer, options: Options) -> Iterator[None]:
     Raises:
         TypeError: an option has an unknown name.
     """
-    for name in options.keys() - DEFAULTS.keys():
+    for name in [name for name in options if name not in DEFAULTS]:
         raise TypeError(f"{type(optimizer).__name__}.__init__() got an unexpected keyword argument {name!r}")
     given: dict[str, Any] = {**DEFAULTS, **options}
     backend, max_grad_norm, error_if_nonfinite = map(given.pop, ("backend", "max_grad_norm", "error_if_nonfinite"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dtype
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from .. import backend
 from ..containers import Group
@@ -67,21 +67,28 @@ class Kind:
             TypeError: the constructor does not take all hyperparameters of the rule.
         """
         self.sparse_error = self.sparse_error.format(owner.__name__)
-        init: Any = owner.__init__
+        init: Any = vars(owner).get("__init__")
+        if init is None:  # a base has listed them
+            return
         parameters = dict(inspect.signature(init).parameters)
-        del parameters["options"]
+        rest = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+        if not rest:
+            raise TypeError(f"{owner.__name__}.__init__ must take **options, and pass them on")
+        del parameters[rest[0]]
         if self.torch_class is None:
             for name in self.rule.kinds.keys() - parameters.keys():
                 raise TypeError(f"{owner.__name__}.__init__ must take {name!r}, a hyperparameter of {self.rule.name!r}")
             of_base = inspect.signature(super(owner, owner).__init__).parameters.items()
             parameters.update((name, p) for name, p in of_base if p.kind is p.KEYWORD_ONLY)
-        for name, default in DEFAULTS.items():
-            annotation = Options.__annotations__[name]
-            annotation = getattr(annotation, "__forward_arg__", annotation)
+        for name, annotation in get_type_hints(Options).items():
             parameters[name] = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=DEFAULTS[name],  # type: ignore[literal-required]
+                annotation=annotation,
             )
-        init.__signature__ = inspect.Signature(list(parameters.values()))
+        init.__signature__ = inspect.Signature(list(parameters.values()), return_annotation="None")
+        init.__annotations__ = {name: p.annotation for name, p in parameters.items() if p.annotation is not p.empty}
 
     def overridden(self, optimizer: FusedOptimizer) -> str | None:
         """Names a method that the optimizer overrides and only torch's step calls; None if there is none."""
@@ -105,12 +112,13 @@ class Kind:
     def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:
         """Creates what the states of ``group["params"]`` lack, with torch's dtypes and on torch's devices."""
         fused = bool(group.get("fused"))
+        is_wide = torch.get_default_dtype() == torch.float64 and not fused
+        dtype = torch.float64 if is_wide else torch.float32
         for p in group["params"]:
             if fused:
                 _device_dtype_check_for_fused(p)
             state = optimizer.state[p]
             device = p.device if fused or group.get("capturable") else "cpu"
-            dtype = _get_scalar_dtype(is_fused=fused)  # type: ignore[no-untyped-call]
             for name, value in self.rule.state_scalars.items():
                 state[name] = torch.full((), value, dtype=dtype, device=device)
             for name in self.rule.moments_of(group):

@@ -26,8 +26,9 @@ class TorchOptions(Options, total=False):
 class OwnOptimizer(FusedOptimizer):
     """Base of a class that torch.optim lacks, which behaves as if torch had it.
 
-    Parameters that the kernels do not serve are stepped by the reference. Sparse gradients and ``differentiable=True``
-    raise. Complex parameters count as pairs of real numbers.
+    Parameters that the kernels do not serve are stepped by the reference. Sparse gradients, ``differentiable=True``
+    and, if the class counts steps, ``capturable=True`` on the CPU raise. Complex parameters count as pairs of real
+    numbers; ``fused=True`` does not take them, as in torch.
 
     Args:
         params: tensors, named parameters or groups to optimize.
@@ -80,6 +81,8 @@ class OwnOptimizer(FusedOptimizer):
                 if not value >= 0:
                     words = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
                     raise ValueError(f"Invalid {words}: {value}")
+            if kind == DECAY_RATES and len(value) != 2:
+                raise ValueError(f"{name} must be 2 numbers, not {len(value)}")
             for index, rate in enumerate(value if kind == DECAY_RATES else ()):
                 if not 0 <= rate < 1:
                     raise ValueError(f"Invalid beta parameter at index {index}: {rate}")
