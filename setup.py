@@ -142,19 +142,8 @@ class Nvcc:
         generated = [part for code in codes for part in ("-gencode", code)]
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f"unfinished-{target.name}")
-        command = [
-            str(self.path),
-            *flags,
-            *host,
-            *generated,
-            "--threads",
-            "0",
-            "-c",
-            str(source),
-            "-o",
-            str(unfinished),
-        ]
-        subprocess.run(command, check=True)
+        files = ["-c", str(source), "-o", str(unfinished)]
+        subprocess.run([str(self.path), *flags, *host, *generated, "--threads", "0", *files], check=True)
         os.replace(unfinished, target)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import dracopt_ext
+from dracopt_ext.rule import FLAG
 
 Shape = tuple[int, ...]
 
@@ -103,12 +104,9 @@ class Suite:
 
 
 def moments_of(optimizer: str) -> int:
-    """Returns how many moments a parameter has, without amsgrad but with SGD's momentum."""
-    return len([switch for switch in _rule_of(optimizer).moments.values() if switch != "amsgrad"])
-
-
-def _rule_of(optimizer: str) -> Any:
-    return getattr(dracopt_ext, optimizer)._dracopt_kind.rule
+    """Returns how many moments a parameter has: with SGD's momentum, but without those that a flag adds."""
+    rule = getattr(dracopt_ext, optimizer)._dracopt_kind.rule
+    return len([switch for switch in rule.moments.values() if switch is None or rule.kinds[switch] != FLAG])
 
 
 FP32_BYTES = {name: 4 * (3 + 2 * moments_of(name)) for name in dracopt_ext.optim.__all__}
@@ -142,8 +140,8 @@ def own(name: str, tensors: str, shapes: Sequence[Shape], **more: Any) -> Case:
     storage: Storage = more.get("storage", PLAIN)
     itemsize = 4 if storage == PLAIN else 2
     options = {"lr": 1e-4, "weight_decay": 1e-2}
-    more = {"baseline": "torch foreach", **more}
-    return Case(f"{name}, {tensors}", name, options, itemsize * FP32_BYTES[name] // 4, shapes, **more)
+    bytes_per_parameter = itemsize * FP32_BYTES[name] // 4
+    return Case(f"{name}, {tensors}", name, options, bytes_per_parameter, shapes, baseline="torch foreach", **more)
 
 
 _NORM: list[Shape] = [(768,), (768,)]
@@ -191,8 +189,6 @@ CAPTURABLE, FUSED = {"capturable": True}, {"fused": True}
 """Options that put the step counts on the GPU."""
 COUNTING = ["dracopt", "dracopt triton", "torch fused"]
 """Peers that take these options."""
-
-SIBLINGS = ["dracopt", "dracopt triton", "dracopt sibling", "torch foreach"]
 
 SUITES = {
     "cpu": Suite(
@@ -433,7 +429,15 @@ SUITES = {
                 options=FUSED,
                 peers=COUNTING,
             ),
-            *[own(name, "1B in 300 tensors", BILLION, peers=SIBLINGS) for name in OWN],
+            *[
+                own(
+                    name,
+                    "1B in 300 tensors",
+                    BILLION,
+                    peers=["dracopt", "dracopt triton", "dracopt sibling", "torch foreach"],
+                )
+                for name in OWN
+            ],
             adamw("AdamW, 3900 tensors in 30 groups", [(1024,)] * 3900, groups=30),
             adamw("AdamW, ResNet-50", RESNET50),
             sgd("SGD Nesterov, ResNet-50", RESNET50),

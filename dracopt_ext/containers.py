@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .reference import MOMENTS, STATE_SCALARS
-from .rule import DECAY_RATES, FLAG, MASTERS
+from .rule import DECAY_RATES, FLAG, MASTER_KEYS
 
 Group = dict[str, Any]
 
@@ -78,7 +78,7 @@ def plain_state(groups: list[Group], state: Any) -> dict[Tensor, dict[str, Any]]
                 plain[p] = _as_dict(
                     state[p],
                     f"the state of parameter {index} of group {group_index}",
-                    (*STATE_SCALARS, *MOMENTS, *MASTERS),
+                    (*STATE_SCALARS, *MOMENTS, *MASTER_KEYS),
                 )
     return plain
 

@@ -73,7 +73,7 @@ RULES: dict[str, Rule] = {}
 """All rules by name. :func:`declare_rule` adds them."""
 PARAM, FIRST_STATE = 0, 2
 """The numbers of streams: the parameter and the first moment. The gradient is stream 1."""
-MASTERS = ("master", "master_remainder")
+MASTER_KEYS = ("master", "master_remainder")
 """A state's entries that may hold the parameter's master: the whole one, or its lower half."""
 
 

@@ -27,7 +27,20 @@ from dracopt_ext.optim._kind import Kind
 from dracopt_ext.optim._own import OwnOptimizer
 from dracopt_ext.rule import FLAG, RULES
 
-from .cases import BY_RULE, CASES, WHOLE_BLOCKS, Case, assert_same_bits, classes, inputs, rule_of, snapshot, train
+from .cases import (
+    BY_RULE,
+    CASES,
+    FAULTS,
+    WHOLE_BLOCKS,
+    Case,
+    NoOp,
+    assert_same_bits,
+    classes,
+    inputs,
+    rule_of,
+    snapshot,
+    train,
+)
 
 NATIVE, REFERENCE = ({"cpu": frozenset({name})} for name in ("native", "reference"))
 to_the_reference = pytest.mark.filterwarnings("ignore:.*leaves .* to the reference:RuntimeWarning")
@@ -126,6 +139,16 @@ def test_steps_and_states_are_those_of_the_class_with_torchs_base(case: Case, dt
     assert_same_bits(train(OWN[case.algorithm], case.options, *given), train(case.ours, case.options, *given))
 
 
+@every_case
+@pytest.mark.parametrize("fault", FAULTS)
+def test_comparisons_with_that_class_bite(case: Case, fault: type[NoOp]) -> None:
+    given = inputs(WHOLE_BLOCKS, torch.float32, 3)
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same_bits(
+            train(fault(OWN[case.algorithm]), case.options, *given), train(case.ours, case.options, *given)
+        )
+
+
 @one_of_each
 @pytest.mark.parametrize("steps", [0, 2])
 def test_checkpoints_move_between_the_two(case: Case, steps: int) -> None:
@@ -149,7 +172,7 @@ def test_checkpoints_move_between_the_two(case: Case, steps: int) -> None:
 @one_of_each
 @pytest.mark.parametrize("fused", [None, True])
 def test_grad_scaler(case: Case, fused: bool | None) -> None:
-    """The same flags, the same skipped step after an overflow, the same states."""
+    """Flags, states and the step that an overflow skips are those of the class with torch's base."""
     if case.algorithm == "NAdam" and fused:
         pytest.skip("torch's NAdam takes no fused")
     more = {} if fused is None else {"fused": fused}
@@ -377,9 +400,10 @@ def test_lion_is_what_the_paper_says(dtype: torch.dtype) -> None:
         expected.update({f"0.{i}": p, f"0.{i}.exp_avg": exp_avg})
     found = train(dracopt_ext.Lion, {"lr": lr, "weight_decay": decay}, initial, steps)
     assert_same_bits(found, expected)
-    wrong = train(dracopt_ext.Lion, {"lr": lr * 1.01, "weight_decay": decay}, initial, steps)
-    with pytest.raises(AssertionError, match="elements differ"):
-        assert_same_bits(wrong, expected)
+    for fault in FAULTS:
+        wrong = train(fault(dracopt_ext.Lion), {"lr": lr, "weight_decay": decay}, initial, steps)
+        with pytest.raises(AssertionError, match="elements differ"):
+            assert_same_bits(wrong, expected)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference", "triton"])

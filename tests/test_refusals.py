@@ -356,7 +356,7 @@ def test_freed_memory() -> None:
 # Refusals of whole groups
 
 
-def alone(name: str, **options: Any) -> Any:
+def of_three_groups(name: str, **options: Any) -> Any:
     """An optimizer whose groups hold a parameter that kernels step, two in shared memory, and one that changes."""
     whole = torch.ones(8)
     params = [nn.Parameter(t) for t in (torch.ones(8), whole[:6], whole[2:], torch.ones(8))]
@@ -401,7 +401,7 @@ def test_a_group_that_is_refused_leaves_the_others_alone(
         "capturable": not counts,
         "differentiable": in_torch,
     }
-    optimizer = alone(name)
+    optimizer = of_three_groups(name)
     if not compiled:
         monkeypatch.setattr("dracopt_ext.backend.NATIVE_REASON", "switched off")
     if warm:
@@ -422,12 +422,12 @@ def test_a_group_that_is_refused_leaves_the_others_alone(
     last_of(optimizer).grad = torch.ones(8)
     optimizer.step()
     assert not any(
-        torch.equal(value, before[key]) for key, value in snapshot(optimizer).items() if key in "0.0 1.0 2.0"
+        torch.equal(value, before[key]) for key, value in snapshot(optimizer).items() if key in {"0.0", "1.0", "2.0"}
     )
 
 
 def test_fused_sgd_takes_no_sparse_gradient() -> None:
-    optimizer = alone("SGD", fused=True)
+    optimizer = of_three_groups("SGD", fused=True)
     UNSERVED["sparse"][0](optimizer)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="`_fused_sgd` does not support sparse gradients"):

@@ -179,7 +179,7 @@ def update_sgd(c, p, g, buffer, none1, none2, states, fast: tl.constexpr):
     return p, buffer, none1, none2
 
 
-class Rule(NamedTuple):
+class TritonRule(NamedTuple):
     prepare: Any
     update: Any
     divides: bool = True
@@ -189,9 +189,9 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "adam": Rule(prepare_adam, update_adam),
-    "lion": Rule(prepare_lion, update_lion, divides=False),
-    "nadam": Rule(prepare_nadam, update_nadam, registers=104),
-    "sgd": Rule(prepare_sgd, update_sgd, divides=False),
+    "adam": TritonRule(prepare_adam, update_adam),
+    "lion": TritonRule(prepare_lion, update_lion, divides=False),
+    "nadam": TritonRule(prepare_nadam, update_nadam, registers=104),
+    "sgd": TritonRule(prepare_sgd, update_sgd, divides=False),
 }
 """All rules, by their names in csrc/rules."""

@@ -63,9 +63,10 @@ def check(step: Step, groups: list[Group]) -> None:
     for group in groups:
         is_capturable = rule.state_scalars and group.get("capturable") and not group.get("fused")
         if group.get("differentiable") or is_capturable:
-            is_asked_for = step.kind.torch_step is not None or step.engine.backend == "reference"
-            who = "the reference implementation" if is_asked_for else type(step.optimizer).__name__
-            raise RuntimeError(f"{who} serves neither differentiable nor, on the CPU, capturable groups")
+            raise RuntimeError(
+                f"the reference implementation, which steps parameters of {type(step.optimizer).__name__} here, serves "
+                "neither differentiable nor capturable groups"
+            )
         numbers = reference.numbers(rule.name, group)
         index = step.find(group["params"][0])[0]
         for key, value in numbers.items():

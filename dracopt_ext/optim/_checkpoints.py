@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from .. import reference
-from ..rule import MASTERS
+from ..rule import MASTER_KEYS
 from ._engine import engine_of
 from ._precision import Precision, to_split
 from ._step import describe
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WHOLE_MASTERS = ("master", "master_param")
 """The names of a whole master in a state: ours, and that of TransformerEngine."""
-ALL_MASTERS = (*MASTERS, "master_param")
+ALL_MASTERS = (*MASTER_KEYS, "master_param")
 
 
 def _pairs(optimizer: FusedOptimizer, saved: StateDict) -> Iterator[tuple[int, int, Tensor, Any]]:
@@ -81,7 +81,7 @@ def without_masters(optimizer: FusedOptimizer, saved: StateDict) -> StateDict:
 
 def _is_ours(name: str, value: Any, p: Tensor) -> bool:
     """Says whether an entry is a master of ours, and not one that a user has given this name."""
-    return name in MASTERS and isinstance(value, Tensor) and value.shape == p.shape
+    return name in MASTER_KEYS and isinstance(value, Tensor) and value.shape == p.shape
 
 
 def take_over(optimizer: FusedOptimizer, saved: StateDict) -> None:

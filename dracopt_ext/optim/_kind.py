@@ -11,7 +11,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from .. import backend
 from ..containers import Group
-from ..rule import MASTERS, RULES, differences
+from ..rule import MASTER_KEYS, RULES, differences
 from ._engine import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -64,13 +64,12 @@ class Kind:
         """Becomes the kind of a class. Lists all options in the signature of its constructor, for those who read it.
 
         Raises:
-            TypeError: the constructor does not take all hyperparameters of the rule.
+            TypeError: the constructor does not take all hyperparameters of the rule, or not our options.
         """
         self.sparse_error = self.sparse_error.format(owner.__name__)
-        init: Any = vars(owner).get("__init__")
-        if init is None:  # a base has listed them
-            return
-        parameters = dict(inspect.signature(init).parameters)
+        init: Any = owner.__init__
+        signature = inspect.signature(init)
+        parameters = dict(signature.parameters)
         rest = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
         if not rest:
             raise TypeError(f"{owner.__name__}.__init__ must take **options, and pass them on")
@@ -87,8 +86,9 @@ class Kind:
                 default=DEFAULTS[name],  # type: ignore[literal-required]
                 annotation=annotation,
             )
-        init.__signature__ = inspect.Signature(list(parameters.values()), return_annotation="None")
-        init.__annotations__ = {name: p.annotation for name, p in parameters.items() if p.annotation is not p.empty}
+        init.__signature__ = signature.replace(parameters=list(parameters.values()))
+        annotations = {name: p.annotation for name, p in parameters.items() if p.annotation is not p.empty}
+        init.__annotations__ = {**annotations, "return": signature.return_annotation}
 
     def overridden(self, optimizer: FusedOptimizer) -> str | None:
         """Names a method that the optimizer overrides and only torch's step calls; None if there is none."""
@@ -106,7 +106,7 @@ class Kind:
     def lacks_state(self, entries: Any, group: Group) -> bool:
         """Says whether the moments and scalars of a parameter must be created before the step."""
         if self.rule.state_scalars:
-            return all(name in MASTERS for name in entries.keys())  # noqa: SIM118
+            return all(name in MASTER_KEYS for name in entries.keys())  # noqa: SIM118
         return any(entries.get(name) is None for name in self.rule.moments_of(group))
 
     def create_state(self, optimizer: FusedOptimizer, group: Group) -> None:

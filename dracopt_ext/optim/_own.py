@@ -14,7 +14,7 @@ from ._engine import Options, given_engine
 
 
 class TorchOptions(Options, total=False):
-    """The options above, and those that the classes of torch.optim share."""
+    """The options of ``Options``, and those that the classes of torch.optim share."""
 
     maximize: bool
     foreach: bool | None
@@ -26,9 +26,9 @@ class TorchOptions(Options, total=False):
 class OwnOptimizer(FusedOptimizer):
     """Base of a class that torch.optim lacks, which behaves as if torch had it.
 
-    Parameters that the kernels do not serve are stepped by the reference. Sparse gradients, ``differentiable=True``
-    and, if the class counts steps, ``capturable=True`` on the CPU raise. Complex parameters count as pairs of real
-    numbers; ``fused=True`` does not take them, as in torch.
+    The reference steps the parameters that the kernels do not serve. It raises for ``capturable=True``, as on the CPU,
+    if the class counts steps. Sparse gradients and ``differentiable=True`` raise. Complex parameters count as pairs of
+    real numbers; ``fused=True`` does not take them, as in torch.
 
     Args:
         params: tensors, named parameters or groups to optimize.
@@ -70,7 +70,7 @@ class OwnOptimizer(FusedOptimizer):
             self._step_supports_amp_scaling = True
 
     def _dracopt_check(self, hyperparameters: dict[str, Any]) -> None:
-        """Raises ValueError for a hyperparameter that cannot be right, in the words of torch's classes."""
+        """Raises for a hyperparameter that is missing or cannot be right, where possible in torch's words."""
         for name, kind in self._dracopt_kind.rule.kinds.items():
             if name not in hyperparameters:
                 raise TypeError(f"the constructor of {type(self).__name__} leaves out the hyperparameter {name!r}")
@@ -81,11 +81,12 @@ class OwnOptimizer(FusedOptimizer):
                 if not value >= 0:
                     words = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
                     raise ValueError(f"Invalid {words}: {value}")
-            if kind == DECAY_RATES and len(value) != 2:
-                raise ValueError(f"{name} must be 2 numbers, not {len(value)}")
-            for index, rate in enumerate(value if kind == DECAY_RATES else ()):
-                if not 0 <= rate < 1:
-                    raise ValueError(f"Invalid beta parameter at index {index}: {rate}")
+            elif kind == DECAY_RATES:
+                if len(value) != 2:
+                    raise ValueError(f"{name} must be 2 numbers, not {len(value)}")
+                for index, rate in enumerate(value):
+                    if not 0 <= rate < 1:
+                        raise ValueError(f"Invalid beta parameter at index {index}: {rate}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..containers import entries_of
-from ..rule import MASTERS as MASTER_STATES
+from ..rule import MASTER_KEYS
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -22,7 +22,7 @@ StateDtype = torch.dtype | Mapping[str, torch.dtype] | None
 
 SHORT = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MASTERS = dict(zip(("fp32", "split16"), MASTER_STATES, strict=True))
+MASTERS = dict(zip(("fp32", "split16"), MASTER_KEYS, strict=True))
 """The forms of masters, with the names of their states."""
 ROUNDING_STEPS = "rounding_steps"
 """The key of a parameter group that counts its steps, by which streams are rounded at random."""
