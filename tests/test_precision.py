@@ -20,7 +20,7 @@ from dracopt_ext import reference
 from dracopt_ext.reference import MOMENTS, current_master, split_master
 
 from .cases import FAULTS, RULE_CASES, SIZES, Case, NoOp, Snapshot, assert_same_bits, classes, inputs, snapshot, train
-from .test_gpu import INTERPRETED, ON_GPUS, Gpu, gpu, real_gpu  # noqa: F401
+from .test_gpu import INTERPRETED, ON_GPUS, Gpu, gpu, real_gpu, with_count  # noqa: F401
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -86,6 +86,24 @@ def test_gpu(gpu: Gpu, case: Case, param: torch.dtype, grad: torch.dtype, option
     given = given_in(param, grad, gpu.sizes, 3)
     ours = gpu.train(case.ours, {**case.options, **options, "backend": gpu.backend}, *given)
     assert_same_bits(ours, train(case.ours, {**case.options, **options, "backend": "native"}, *given))
+
+
+@every_gpu
+@every_rule
+@pytest.mark.parametrize("counts", ["host", "gpu"])
+@pytest.mark.parametrize("kind", [True, "all"])
+def test_neighbours_that_do_not_round_on_a_gpu(gpu: Gpu, case: Case, counts: str, kind: Any) -> None:  # noqa: F811
+    """One group has parameters in bf16, which are rounded at random, and parameters in fp32, which are not."""
+    options = {**with_count(case, counts), "stochastic_rounding": kind}
+    for dtypes in ([BF16, FP32], [FP32, BF16], [BF16, FP32, BF16]):
+        initial, gradients = inputs([300] * len(dtypes), FP32, 3)
+        given = (
+            [t.to(d) for t, d in zip(initial, dtypes, strict=True)],
+            [[t.to(d) for t, d in zip(step, dtypes, strict=True)] for step in gradients],
+        )
+        found = gpu.train(case.ours, {**options, "backend": gpu.backend}, *given)
+        expected = train(case.ours, {**case.options, "stochastic_rounding": kind, "backend": "native"}, *given)
+        assert_same_bits(found, expected)
 
 
 @every_gpu

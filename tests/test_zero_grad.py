@@ -323,19 +323,26 @@ def test_layouts_on_a_gpu(gpu: Gpu, layout: str) -> None:  # noqa: F811
     assert_same_bits(found[-1], train_plain(BY_RULE["adam"].ours, BY_RULE["adam"].options, given)[-1])
 
 
-@pytest.mark.parametrize("offsets", [(1, 1), (3, 2), (0, 1), (5, 7)], ids=str)
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_misaligned_on_a_gpu(gpu: Gpu, offsets: tuple[int, int], dtype: torch.dtype) -> None:  # noqa: F811
+WITH_MASTERS = {"master_weights": "fp32", "state_dtype": FP32}
+
+
+@pytest.mark.parametrize("offsets", [(1, 1), (3, 2), (0, 1), (5, 7), (4, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "more"), [(FP32, {}), (BF16, {}), (BF16, WITH_MASTERS)], ids=["fp32", "bf16", "masters"]
+)
+def test_misaligned_on_a_gpu(gpu: Gpu, offsets: tuple[int, int], dtype: torch.dtype, more: Any) -> None:  # noqa: F811
+    """A block may only zero elements that no other block reads, so each begins where its tile does."""
     given = stored(dtype, [1, 9, 4095, 4097] if gpu.backend == "native" else [1, 9, 1000])
+    options = {**BY_RULE["sgd"].options, **more}
     calls = iter(range(10**6))
 
     def shifted(tensor: Tensor) -> Tensor:
         offset = offsets[next(calls) // len(given[0]) % 2]
         return OnGpu(gpu, lambda buffer, shape: buffer[offset : offset + shape.numel()].view(shape))(tensor)
 
-    # The vectors of most streams decide where a tile begins: SGD has one state, which is aligned.
-    found, _ = train_zeroing(BY_RULE["sgd"], BY_RULE["sgd"].options, given, place=shifted)
-    assert_same_bits(found[-1], train_plain(BY_RULE["sgd"].ours, BY_RULE["sgd"].options, given)[-1])
+    # The vectors of most streams would decide where a tile begins: SGD has one state, which is aligned.
+    found, _ = train_zeroing(BY_RULE["sgd"], options, given, place=shifted)
+    assert_same_bits(found[-1], train_plain(BY_RULE["sgd"].ours, options, given)[-1])
 
 
 @pytest.mark.parametrize("clips", [False, True])

@@ -82,18 +82,21 @@ size_t fill_slot(const Inventory& inventory, size_t i, const Ready& ready, uint6
   return count;
 }
 
-// Holds a slot's words. Neighbours that share an update share the words.
+// Holds a slot's words. Neighbours share the words if they share an update and are both rounded at random, or neither.
 struct SlotWords {
   void take(const Inventory& inventory, size_t i, const Ready& ready) {
     const Update* const its = inventory.segments[i].update;
-    if (std::exchange(update, its) == its) return;
     const Rounding* const rounding = inventory.segments[i].rounding;
-    words[0] = rounding == nullptr ? 0 : rounding->step;
     const size_t before = rounding != nullptr;
+    if (update == its && has_step == before) return;
+    update = its;
+    has_step = before;
+    words[0] = rounding == nullptr ? 0 : rounding->step;
     count = before + fill_slot(inventory, i, ready, words + before);
   }
 
   const Update* update = nullptr;
+  size_t has_step = 0;  // words that precede the scalars or their recipe
   size_t count = 0;
   uint64_t words[1 + std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
 };

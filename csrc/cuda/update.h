@@ -111,7 +111,7 @@ struct ThreadUpdate {
   // Returns the element at which vectors begin in most streams, or the first one unless another `may_begin` there. The
   // other streams are accessed element by element.
   DRACOPT_HD int align(bool may_begin) {
-    int most = may_begin ? 0 : kStreams, head = 0;
+    int most = may_begin ? 0 : kStreams + 1, head = 0;  // a master is one more stream
     const bool has_master = data[kMaster] != nullptr;
     DRACOPT_UNROLL
     for (int candidate = 0; candidate < kStreams; ++candidate) {
