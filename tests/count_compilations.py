@@ -79,7 +79,9 @@ def main() -> None:
     report()
     for sizes in ([1], [16], [1, 16, 17], [8192], [100_000, 5], [16] * 16, [2] * 100):
         take_steps(sizes, lr=1.0)
-        take_steps(sizes, lr=0.5, betas=(0.5, 0.6), weight_decay=0, maximize=True, amsgrad=True)
+        take_steps(sizes, lr=0.5, betas=(0.5, 0.6), weight_decay=0, maximize=True)
+    report()
+    take_steps([3], amsgrad=True)
     report()
     take_steps([3], torch.bfloat16)
     report()

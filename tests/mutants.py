@@ -1140,8 +1140,8 @@ MUTANTS = [
     Mutant(
         "Triton: amsgrad takes no maximum",
         "triton_kernels/rules.py",
-        "    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)\n",
-        "    max_exp_avg_sq = exp_avg_sq\n",
+        "second_moment = maximum(states[2], exp_avg_sq)",
+        "second_moment = exp_avg_sq",
         TRITON_BITS,
     ),
     Mutant(
@@ -1183,8 +1183,8 @@ MUTANTS = [
     Mutant(
         "Triton: blocks that the fast arithmetic cannot do are lost",
         TRITON_KERNEL,
-        "                    LANES,\n                    False,\n",
-        "                    LANES,\n                    fast,\n",
+        "at_random, LANES, False, T)",
+        "at_random, LANES, fast, T)",
         "test_gpu::test_special_numbers_among_others",
     ),
     Mutant(
@@ -1200,6 +1200,13 @@ MUTANTS = [
         "unless_proved(is_zero_or_from(x, LEAST_RADICAND), quotient)",
         "quotient",
         "test_triton::test_fast_arithmetic",
+    ),
+    Mutant(
+        "Triton: loads wait for arithmetic",
+        TRITON_KERNEL,
+        "        tl.debug_barrier()  # ptxas",
+        "        pass  # ptxas",
+        "test_triton::test_compiled_for_gpus_that_are_not_here",
     ),
     Mutant(
         "Triton: contracts",
@@ -1409,11 +1416,25 @@ MUTANTS = [
         "test_refusals::test_torch_steps_nothing_where_a_later_group_is_wrong",
     ),
     Mutant(
-        "Triton: one dtype for absent states",
+        "Triton: one kernel for any number of states",
         TRITON_LAUNCHES,
-        "segment.dtypes[k < kFirstState + states ? k : static_cast<int>(kParam)]",
-        "k < kFirstState + states ? segment.dtypes[k] : Dtype::fp16",
-        "test_gpu::test_one_launch_for_different_numbers_of_states",
+        "static_cast<uint32_t>(states) << kStateCount",
+        "uint32_t(2) << kStateCount",
+        "test_gpu::test_different_numbers_of_states",
+    ),
+    Mutant(
+        "neighbours share words although one rounds at random",
+        RUNNER,
+        "if (update == its && has_step == before) return;",
+        "if (update == its) return;",
+        "test_precision::test_neighbours_that_do_not_round_on_a_gpu",
+    ),
+    Mutant(
+        "a block zeroes what another reads because masters are aligned",
+        "csrc/cuda/update.h",
+        "may_begin ? 0 : kStreams + 1",
+        "may_begin ? 0 : kStreams",
+        "test_zero_grad::test_misaligned_on_a_gpu",
     ),
     Mutant(
         "Triton: memory is not held during a launch",

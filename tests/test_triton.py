@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import weakref
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from dracopt_ext import backend as backend_module
 
 from . import interpreted
 from .cases import FAULTS, RULE_CASES, Case, NoOp, assert_same_bits, inputs, snapshot, train
-from .triton_compiler import TARGETS, variants
+from .triton_compiler import variants
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -132,29 +131,31 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(found) == len(variants(complete))
-    assert Counter(variant["target"] for variant in found).keys() == TARGETS.keys()
     sources = "".join((ROOT / "csrc" / name).read_text() for name in ("core/math.h", "rules/nadam.h"))
     numbers = {float.fromhex(text) for text in re.findall(r"-?0x1\.[0-9a-f]+p[+-]?\d+", sources)}
     assert len(numbers) == 6
-    square_root_is_exact = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
     for variant in found:
         assert variant["stack"] == 0, variant
-        if variant["target"].startswith("sm_") or square_root_is_exact:  # see why_no_triton
-            assert variant["inexact"] == [], variant
+        assert variant["inexact"] == [], variant
         if variant["rule"] == "nadam":  # no constant was rounded to fp32
             assert numbers <= set(variant["constants"]), variant
         elements = 4 if "fp64" in variant["dtypes"] else 8  # per thread
+        streams = [*variant["dtypes"], *{"fp32": ["fp32"], "split16": ["bf16"], None: []}[variant["master"]]]
         # All streams are accessed equally often, the widest by 16 bytes.
-        widest = max(BYTES[dtype] for dtype in variant["dtypes"])
-        vectors = [elements * widest // 16 * (BYTES[dtype] == widest) for dtype in variant["dtypes"]]
+        widest = max(BYTES[dtype] for dtype in streams)
+        vectors = [elements * widest // 16 * (BYTES[dtype] == widest) for dtype in streams]
         loads, stores = sum(vectors), sum(vectors) - vectors[1]
         if variant["target"].startswith("sm_"):
+            assert variant["loads_before_arithmetic"] == loads, variant
             ways = 2 if variant["fast"] else 1  # the loop tries the fast arithmetic before the plain one
-            assert (variant["vector_loads"], variant["vector_stores"]) == (ways * loads, ways * stores), variant
+            assert variant["vector_loads"] == ways * loads, variant
+            ways_that_store = 1 if variant["at_random"] else ways  # the compiler lets both ways share much code
+            assert ways_that_store * stores <= variant["vector_stores"] <= ways * stores, variant
             if widest == 4:
-                vectors = [elements * widest // 16 * (BYTES[dtype] == 2) for dtype in variant["dtypes"]]
-                halves = variant["half_vector_loads"], variant["half_vector_stores"]
-                assert halves == (ways * sum(vectors), ways * (sum(vectors) - vectors[1])), variant
+                vectors = [elements * widest // 16 * (BYTES[dtype] == 2) for dtype in streams]
+                loads, stores = sum(vectors), sum(vectors) - vectors[1]
+                assert variant["half_vector_loads"] == ways * loads, variant
+                assert ways_that_store * stores <= variant["half_vector_stores"] <= ways * stores, variant
             # Threads exchange only whether all are done, by one or two stores, and at the end which one is last.
             assert variant["exchanges"] <= 2 * ways - 1, variant
             estimates = {"rcp.approx.ftz.f32": elements, "rsqrt.approx.ftz.f32": elements}
@@ -163,15 +164,15 @@ def test_compiled_for_gpus_that_are_not_here() -> None:
             assert variant["vector_loads"] >= loads, variant
             assert variant["vector_stores"] >= stores, variant
         if "fp64" not in variant["dtypes"]:
-            rule = launcher.RULES[variant["rule"]]
-            assert variant["fast"] == (rule.divides and variant["target"] != "gfx942"), variant
-            is_usual = variant["dtypes"][0] == variant["dtypes"][1] and variant["target"] != "gfx942"
-            limit = rule.registers if is_usual else 104
-            assert variant["registers"] <= limit, variant
+            divides = launcher.RULES[variant["rule"]].divides
+            assert variant["fast"] == (divides and variant["target"] != "gfx942"), variant
+            is_usual = variant["dtypes"][0] == variant["dtypes"][1] and len(variant["dtypes"]) < 5
+            if is_usual and variant["target"] != "gfx942" and not (variant["master"] or variant["at_random"]):
+                assert variant["registers"] <= 102, variant
 
 
 def test_compiled_once(tmp_path: Path) -> None:
-    """Another dtype needs a compilation. Another learning rate, step, size or number of tensors does not."""
+    """Other dtypes and more states need a compilation. Other numbers, sizes and counts of tensors do not."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.count_compilations"],
         cwd=ROOT,
@@ -185,6 +186,7 @@ def test_compiled_once(tmp_path: Path) -> None:
         "1 compilations for 2 launches",
         "1 compilations for 30 launches",
         "2 compilations for 32 launches",
+        "3 compilations for 34 launches",
     ]
 
 

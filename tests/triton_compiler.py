@@ -12,12 +12,13 @@ import os
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import triton
 
 from dracopt_ext.rule import RULES
 
@@ -34,41 +35,62 @@ USUAL = [*((d, d, d) for d in DTYPES), ("bf16", "bf16", "fp32"), ("fp16", "fp16"
 PAIRWISE = [dtypes for dtypes in PRODUCT if "fp64" not in dtypes and sum(map(DTYPES.index, dtypes)) % 3 == 0]
 """In these, any two streams have every combination of the dtypes that are updated in fp32."""
 
-Variant = tuple[str, tuple[str, str, str], str]
+PRECISION: list[tuple[str | None, int]] = [("fp32", 0), ("split16", 0), (None, 1), (None, 3)]
+"""Forms of masters, and which streams are rounded at random."""
+
+
+class Variant(NamedTuple):
+    rule: str
+    dtypes: tuple[str, ...]
+    """Of the parameter, the gradient and the states."""
+    target: str
+    master: str | None = None
+    at_random: int = 0
 
 
 def variants(complete: bool) -> list[Variant]:
-    """Every combination for every target; or a choice, because one takes two seconds."""
+    """Every combination for every target; or a choice, because one takes a second."""
     if complete:
         chosen = dict.fromkeys(TARGETS, PRODUCT)
     else:
         few = [("fp32", "fp32", "fp32"), ("bf16", "bf16", "fp32"), ("fp64", "fp64", "fp64")]
         chosen = {"sm_80": few, "sm_90": sorted({*USUAL, *PAIRWISE}), "sm_100": few, "gfx942": USUAL}
-    return [(rule, dtypes, target) for target in TARGETS for rule in RULES for dtypes in chosen[target]]
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        del chosen["gfx942"]  # see why_no_triton
+    found = []
+    for target, mixes in chosen.items():
+        for (name, rule), (param, grad, state) in itertools.product(RULES.items(), mixes):
+            least, most = list(rule.moments.values()).count(None), len(rule.moments)
+            counts = range(least, most + 1) if (param, grad, state) in USUAL else [most]
+            found += [Variant(name, (param, grad, *[state] * count), target) for count in counts]
+    found += [
+        Variant(rule, (dtype, dtype, *[state] * len(RULES[rule].moments)), "sm_90", *precision)
+        for rule in RULES
+        for dtype, state in (("bf16", "fp32"), ("fp16", "fp16"))
+        for precision in PRECISION
+        if (dtype, precision[0]) != ("fp16", "split16")
+    ]
+    return found
 
 
 def compile_one(variant: Variant) -> dict[str, Any]:
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from dracopt_ext.triton_kernels import kernel, launcher
 
-    rule, (param, grad, state), target = variant
+    rule, dtypes, target, master, at_random = variant
     backend = TARGETS[target][0]
-    dtypes = param, grad, *[state] * len(RULES[rule].moments)
-    constants = launcher.specialization(rule, dtypes, backend)
+    constants = launcher.specialization(rule, dtypes, backend, master=master, at_random=at_random)
     addresses = dict.fromkeys(("rows", "layouts", "first_tiles", "arguments"), "i64")
     signature = {**addresses, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel.step_kernel, signature=signature, constexprs=constants)
-    options = launcher.options(rule, dtypes, backend)
+    options = launcher.options(dtypes, backend, master, at_random)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     constants_of = re.findall(r"arith\.constant (\S+) : f64", compiled.asm["ttir"])
     found = {
+        **variant._asdict(),
         "constants": [number(text) for text in constants_of],
-        "rule": rule,
-        "dtypes": list(dtypes),
-        "target": target,
         "fast": constants["fast"],
     }
     return {**found, **(of_amd(compiled.asm) if target == "gfx942" else of_nvidia(compiled.asm))}
@@ -81,12 +103,20 @@ def number(text: str) -> float:
 
 def of_nvidia(asm: Any) -> dict[str, Any]:
     ptx = asm["ptx"]
-    tool = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+        def run(tool: str, option: str) -> str:
+            command = [tools / tool, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+    # The loop's first loads, up to the barrier that follows them.
+    beginning = re.search(r"LDG\.E\.128.*?BAR\.SYNC", code, re.DOTALL)
     return {
+        "loads_before_arithmetic": re.split(r"\b[FD](?:FMA|MUL|ADD)\b", beginning[0])[0].count("LDG.E.128"),  # type: ignore[index]
         "vector_loads": Counter(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
         "vector_stores": Counter(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
         "half_vector_loads": ptx.count("ld.global.v2.b32"),

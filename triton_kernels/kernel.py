@@ -31,7 +31,7 @@ VECTOR = tl.constexpr(16)  # elements: a multiple of the number of any dtype in 
 
 AT = {name: tl.constexpr(at) for name, at in launch_layout().items()}  # offsets and sizes, in bytes
 ROW_BYTES, STREAMS, STATE_SCALARS = AT["ROW_BYTES"], AT["STREAMS"], AT["STATE_SCALARS"]
-NUMEL, SLOT, LAYOUT, STATES = AT["NUMEL"], AT["SLOT"], AT["LAYOUT"], AT["STATES"]
+NUMEL, SLOT, LAYOUT = AT["NUMEL"], AT["SLOT"], AT["LAYOUT"]
 ELEMENT, ELEMENTS_LAYOUT, PARAM_INDEX = AT["ELEMENT"], AT["ELEMENTS_LAYOUT"], AT["PARAM_INDEX"]
 SEED = AT["SEED"]
 STATE_SCALAR_FP32, MAXIMIZE, HAS_RECIPE = AT["STATE_SCALAR_FP32"], AT["MAXIMIZE"], AT["HAS_RECIPE"]
@@ -116,7 +116,7 @@ def prepare_row(
     fp64 = field(recipe, FP64_ADDRESS, tl.int16, mask)
     h = ()
     for k in tl.static_range(numbers):
-        h = h + (number_in(recipe, fp32, fp64, k, mask),)  # type: ignore[assignment]
+        h = h + (number_in(recipe, fp32, fp64, k, mask),)
     first = field(recipe, FIRST, tl.int8, mask) != 0
     bits = field(row, STATE_SCALAR_FP32, tl.int8, mask)
     is_fp32 = (bits & 1) != 0, (bits & 2) != 0
@@ -159,17 +159,12 @@ def pointer_of(address, dtype: tl.constexpr, lanes: tl.constexpr):
 
 @triton.jit
 def load(address, offsets, mask, dtype: tl.constexpr, lanes: tl.constexpr, T: tl.constexpr):
-    if dtype is None:
-        x = tl.full(offsets.shape, 0, T)
-    else:
-        x = widen(tl.load(pointer_of(address, dtype, lanes) + offsets, mask=mask, other=0), dtype, T)
-    return x
+    return widen(tl.load(pointer_of(address, dtype, lanes) + offsets, mask=mask, other=0), dtype, T)
 
 
 @triton.jit
 def store(address, offsets, x, mask, dtype: tl.constexpr, lanes: tl.constexpr):
-    if dtype is not None:
-        tl.store(pointer_of(address, dtype, lanes) + offsets, narrow(x, dtype), mask=mask)
+    tl.store(pointer_of(address, dtype, lanes) + offsets, narrow(x, dtype), mask=mask)
 
 
 @triton.jit
@@ -203,11 +198,7 @@ def update_block(
     elements,
     limit,
     update: tl.constexpr,
-    param: tl.constexpr,
-    grad: tl.constexpr,
-    state0: tl.constexpr,
-    state1: tl.constexpr,
-    state2: tl.constexpr,
+    dtypes: tl.constexpr,
     master: tl.constexpr,
     at_random: tl.constexpr,
     lanes: tl.constexpr,  # elements that are accessed at once
@@ -219,54 +210,51 @@ def update_block(
     The function does nothing if ``fast`` is true and the fast arithmetic is not proved for one of the elements.
     """
     addresses, layout, is_strided, divisor, coefficient, scalars, rounding = tensor
-    at_param, at_grad, at_state0, at_state1, at_state2, at_master = addresses
-    states = (at_state0 != 0).to(tl.int32) + (at_state1 != 0).to(tl.int32) + (at_state2 != 0).to(tl.int32)
+    streams: tl.constexpr = len(dtypes)
+    param: tl.constexpr = dtypes[0]
+    grad: tl.constexpr = dtypes[1]
     mask = elements < limit
-    # A missing state is never accessed.
-    mask0 = elements < tl.where(at_state0 != 0, limit, limit * 0)
-    mask1 = elements < tl.where(at_state1 != 0, limit, limit * 0)
-    mask2 = elements < tl.where(at_state2 != 0, limit, limit * 0)
-    in_param = place(layout, is_strided, 0, elements, lanes)
-    in_grad = place(layout, is_strided, 1, elements, lanes)
-    in_state0 = place(layout, is_strided, 2, elements, lanes)
-    in_state1 = place(layout, is_strided, 3, elements, lanes)
-    in_state2 = place(layout, is_strided, 4, elements, lanes)
+    at = ()
+    for k in tl.static_range(len(addresses)):
+        at = at + (place(layout, is_strided, k, elements, lanes),)
 
-    p = load(at_param, in_param, mask, param, lanes, T)
+    p = load(addresses[0], at[0], mask, param, lanes, T)
+    g = load(addresses[1], at[1], mask, grad, lanes, T)
+    states = ()
+    for k in tl.static_range(2, streams):
+        states = states + (load(addresses[k], at[k], mask, tl.constexpr(dtypes[k]), lanes, T),)
+    masters = p
     if master is not None:
-        in_master = place(layout, is_strided, 2 + states, elements, lanes)
         stored: tl.constexpr = "fp32" if master == "fp32" else "bf16"  # 16 bits of any kind
-        masters = tl.load(pointer_of(at_master, stored, lanes) + in_master, mask=mask, other=0)
+        masters = tl.load(pointer_of(addresses[streams], stored, lanes) + at[streams], mask=mask, other=0)
+    if lanes > 1:
+        tl.debug_barrier()  # ptxas would put loads behind arithmetic, and wait for memory several times
+    if master is not None:
         p = current_master(p, masters, master, param, T)
-    g = load(at_grad, in_grad, mask, grad, lanes, T)
-    s0 = load(at_state0, in_state0, mask0, state0, lanes, T)
-    s1 = load(at_state1, in_state1, mask1, state1, lanes, T)
-    s2 = load(at_state2, in_state2, mask2, state2, lanes, T)
     if divisor[0] != 1:
         g = quotient_by(g, divisor, fast)
-    p, s0, s1, s2 = update(scalars, p, coefficient * g, s0, s1, s2, states, fast)
+    p, states = update(scalars, p, coefficient * g, states, fast)
     done = True
     if fast:
         done = tl.min((p == p).to(tl.int32), 0) != 0
     if done:
         if master is not None:
-            tl.store(pointer_of(at_param, param, lanes) + in_param, round_master(p, param), mask=mask)
+            tl.store(pointer_of(addresses[0], param, lanes) + at[0], round_master(p, param), mask=mask)
             if master == "fp32":
-                store(at_master, in_master, p, mask, "fp32", lanes)
+                store(addresses[streams], at[streams], p, mask, "fp32", lanes)
             else:
-                tl.store(pointer_of(at_master, "bf16", lanes) + in_master, rest_of_master(p), mask=mask)
+                tl.store(pointer_of(addresses[streams], "bf16", lanes) + at[streams], rest_of_master(p), mask=mask)
         elif at_random & 1:
-            store_at_random(at_param, in_param, p, mask, param, lanes, elements, rounding, 0)
+            store_at_random(addresses[0], at[0], p, mask, param, lanes, elements, rounding, 0)
         else:
-            store(at_param, in_param, p, mask, param, lanes)
-        if at_random & 2:
-            store_at_random(at_state0, in_state0, s0, mask0, state0, lanes, elements, rounding, 2)
-            store_at_random(at_state1, in_state1, s1, mask1, state1, lanes, elements, rounding, 3)
-            store_at_random(at_state2, in_state2, s2, mask2, state2, lanes, elements, rounding, 4)
-        else:
-            store(at_state0, in_state0, s0, mask0, state0, lanes)
-            store(at_state1, in_state1, s1, mask1, state1, lanes)
-            store(at_state2, in_state2, s2, mask2, state2, lanes)
+            store(addresses[0], at[0], p, mask, param, lanes)
+        for k in tl.static_range(2, streams):
+            if at_random & 2:
+                store_at_random(
+                    addresses[k], at[k], states[k - 2], mask, tl.constexpr(dtypes[k]), lanes, elements, rounding, k
+                )
+            else:
+                store(addresses[k], at[k], states[k - 2], mask, tl.constexpr(dtypes[k]), lanes)
     return done
 
 
@@ -326,11 +314,7 @@ def step_kernel(
     update: tl.constexpr,
     numbers: tl.constexpr,
     carries: tl.constexpr,
-    param: tl.constexpr,
-    grad: tl.constexpr,
-    state0: tl.constexpr,
-    state1: tl.constexpr,
-    state2: tl.constexpr,
+    dtypes: tl.constexpr,  # of the parameter, the gradient and the states
     master: tl.constexpr,  # the form of masters, or None
     at_random: tl.constexpr,  # 1 if the parameter is rounded at random, plus 2 if states are
     T: tl.constexpr,
@@ -361,71 +345,38 @@ def step_kernel(
     coefficient = field(arguments, COEFFICIENT, tl.float64)
     coefficient = tl.where(multiplier != 0, number_at(multiplier, False, multiplier != 0), coefficient).to(T)
     coefficient = tl.where(field(row, MAXIMIZE, tl.int8) != 0, -coefficient, coefficient)
-    at_param, at_grad = field(row, STREAMS, tl.int64), field(arguments, WORDS + 8 * index, tl.int64)
-    states = field(row, STATES, tl.int8).to(tl.int64)
-    at_state0 = field(row, STREAMS + 16, tl.int64, states > 0)
-    at_state1 = field(row, STREAMS + 24, tl.int64, states > 1)
-    at_state2 = field(row, STREAMS + 32, tl.int64, states > 2)
-    at_master = field(row, STREAMS + 16 + 8 * states, tl.int64) if master is not None else at_param
-    addresses = at_param, at_grad, at_state0, at_state1, at_state2, at_master
+    addresses = field(row, STREAMS, tl.int64), field(arguments, WORDS + 8 * index, tl.int64)
+    for k in tl.static_range(2, len(dtypes) + (master is not None)):
+        addresses = addresses + (field(row, STREAMS + 8 * k, tl.int64),)
     rounding = (numel,)
     if at_random:
         first, number = field(row, ELEMENT, tl.int64), field(row, ELEMENTS_LAYOUT, tl.int32).to(tl.int64)
         index_in_all, step = field(row, PARAM_INDEX, tl.int32), field(slot - 8, 0, tl.int64)
-        rounding = first, layouts, number, index_in_all, step, field(arguments, SEED, tl.int64)  # type: ignore[assignment]
+        rounding = first, layouts, number, index_in_all, step, field(arguments, SEED, tl.int64)
     layout_number = field(row, LAYOUT, tl.int32).to(tl.int64)  # negative if all streams are dense
     layout = layouts + layout_number * LAYOUT_BYTES
 
     # Vectors come first, then the tensor's last elements. Misaligned and strided tensors have no vectors.
-    misaligned = (at_param | at_grad | at_state0 | at_state1 | at_state2 | at_master) % VECTOR_BYTES != 0
+    begins = addresses[0]
+    for k in tl.static_range(1, len(addresses)):
+        begins = begins | addresses[k]
+    misaligned = begins % VECTOR_BYTES != 0
     in_vectors = tl.where(misaligned | (layout_number >= 0), begin, end - (end - begin) % VECTOR)
     in_vectors = tl.multiple_of(in_vectors, VECTOR)
     tensor = addresses, layout, layout_number >= 0, divisor, coefficient, scalars, rounding
     for i in range(0, TILE, BLOCK):
         if begin + i < in_vectors:
             elements = begin + i + tl.arange(0, BLOCK)
-            if not update_block(
-                tensor,
-                elements,
-                in_vectors,
-                update,
-                param,
-                grad,
-                state0,
-                state1,
-                state2,
-                master,
-                at_random,
-                LANES,
-                fast,
-                T,
-            ):
-                update_block(
-                    tensor,
-                    elements,
-                    in_vectors,
-                    update,
-                    param,
-                    grad,
-                    state0,
-                    state1,
-                    state2,
-                    master,
-                    at_random,
-                    LANES,
-                    False,
-                    T,
-                )
+            if not update_block(tensor, elements, in_vectors, update, dtypes, master, at_random, LANES, fast, T):
+                update_block(tensor, elements, in_vectors, update, dtypes, master, at_random, LANES, False, T)
     for i in range(0, TILE, ROWS):
         if in_vectors + i < end:
             elements = in_vectors + i + tl.arange(0, ROWS)
-            update_block(
-                tensor, elements, end, update, param, grad, state0, state1, state2, master, at_random, 1, False, T
-            )
+            update_block(tensor, elements, end, update, dtypes, master, at_random, 1, False, T)
 
     if field(arguments, ZEROES, tl.int16) != 0:
         tl.debug_barrier()
-        zero_tile(arguments, grad)
+        zero_tile(arguments, tl.constexpr(dtypes[1]))
     finished = field(arguments, FINISHED, tl.int64)
     if (finished != 0) & (has_overflow(arguments) == 0):
         # The last program to come here advances the state scalars, because all others have read them.

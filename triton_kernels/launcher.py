@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ OPTIONS = {"enable_fp_fusion": False, "num_warps": WARPS}
 ITEMSIZE = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
 TARGET = "cuda" if torch.version.hip is None else "hip"
 INTERPRETED = not isinstance(step_kernel, triton.runtime.JITFunction)
-STATES = ("state0", "state1", "state2")
 
 
 def estimates_well() -> bool:
@@ -50,7 +48,7 @@ def specialization(
 
     Args:
         rule: the name of the rule whose functions the kernel calls.
-        dtypes: the dtypes of parameter, gradient and states.
+        dtypes: the dtypes of the parameter, the gradient and the states that the group has.
         target: ``cuda`` or ``hip``.
         fast: whether the fast arithmetic may be tried.
         master: the form of masters; None if the parameter has none.
@@ -65,7 +63,7 @@ def specialization(
         "update": functions.update,
         "numbers": compiled.hyperparameters,
         "carries": len(compiled.state_scalar_keys),
-        **dict(zip_longest(("param", "grad", *STATES), dtypes)),
+        "dtypes": dtypes,
         "master": master,
         "at_random": at_random,
         "T": tl.float64 if fp64 else tl.float32,
@@ -77,13 +75,15 @@ def specialization(
     }
 
 
-def options(rule: str, dtypes: tuple[str, ...], target: str = TARGET) -> dict[str, Any]:
-    """Returns the compiler's options for the update kernel."""
+def options(
+    dtypes: tuple[str, ...], target: str = TARGET, master: str | None = None, at_random: int = 0
+) -> dict[str, Any]:
+    """Returns the compiler's options for the update kernel; the arguments are those of :func:`specialization`."""
     chosen: dict[str, Any] = dict(OPTIONS)
     if target == "cuda":
-        # These limits spill no registers. A gradient whose dtype is not the parameter's, which is rare, needs more.
-        registers = RULES[rule].registers if dtypes[0] == dtypes[1] else 104
-        chosen["maxnreg"] = 168 if "fp64" in dtypes else registers
+        # These limits spill no registers. With 102 a thread, five programs run at once.
+        is_usual = dtypes[0] == dtypes[1] and len(dtypes) < 5 and master is None
+        chosen["maxnreg"] = 168 if at_random or "fp64" in dtypes else 102 if is_usual else 128
     return chosen
 
 
@@ -95,7 +95,7 @@ class Launcher:
 
     def __init__(self, rule: str, dtypes: tuple[str, ...], master: str | None, at_random: int) -> None:
         constants = specialization(rule, dtypes, fast=estimates_well(), master=master, at_random=at_random)
-        self._for_update = {**constants, **options(rule, dtypes)}
+        self._for_update = {**constants, **options(dtypes, master=master, at_random=at_random)}
         grad = dtypes[1]
         self._for_squares = {"grad": grad, "LANES": VECTOR_BYTES.value // ITEMSIZE[grad], **OPTIONS}
         self._loaded: set[Any] = set()

@@ -3,9 +3,8 @@
 A rule has two functions. ``prepare`` takes the last step's state scalars and the hyperparameters, all of them fp64, and
 returns this step's state scalars and the step's scalars: in the arithmetic's dtype, T, and in the order of csrc/rules,
 because the kernel reads them from memory if the host has prepared them. A flag is true unless it is 0. ``update`` takes
-these scalars and a block of elements of the parameter, the gradient and three states, and returns the new parameter and
-states. States that the rule has not are passed through. With ``fast``, the parameter is NaN where ``update`` must
-compute it again without ``fast``.
+these scalars and a block of elements of the parameter, the gradient and the states that the group has, and returns the
+new parameter and states. With ``fast``, the parameter is NaN where ``update`` must compute it again without ``fast``.
 """
 
 from __future__ import annotations
@@ -86,13 +85,16 @@ def prepare_adam(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.co
 
 
 @triton.jit
-def update_adam(c, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, states, fast: tl.constexpr):
+def update_adam(c, p, g, states, fast: tl.constexpr):
     moments, neg_step_size = c[:10], c[10]
-    p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
-    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
-    second_moment = tl.where(states == 3, max_exp_avg_sq, exp_avg_sq)
+    p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, states[0], states[1])
+    new_states = exp_avg, exp_avg_sq
+    second_moment = exp_avg_sq
+    if len(states) == 3:
+        second_moment = maximum(states[2], exp_avg_sq)
+        new_states = exp_avg, exp_avg_sq, second_moment
     p = p + quotient(neg_step_size * exp_avg, denominator(moments, second_moment, fast), fast)
-    return p, exp_avg, exp_avg_sq, max_exp_avg_sq
+    return p, new_states
 
 
 # ---- Lion (Chen et al. 2023)
@@ -106,12 +108,13 @@ def prepare_lion(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.co
 
 
 @triton.jit
-def update_lion(c, p, g, exp_avg, none1, none2, states, fast: tl.constexpr):
+def update_lion(c, p, g, states, fast: tl.constexpr):
     decay, neg_lr, beta1, one_minus_beta1, beta2, one_minus_beta2 = c
+    exp_avg = states[0]
     average = fma(one_minus_beta1, g, exp_avg * beta1)
     sign = tl.where(average > 0, 1.0, tl.where(average < 0, -1.0, average))  # zero and NaN stay as they are
     p = fma(neg_lr, sign, p * decay)
-    return p, fma(one_minus_beta2, g, exp_avg * beta2), none1, none2
+    return p, (fma(one_minus_beta2, g, exp_avg * beta2),)
 
 
 # ---- NAdam (Dozat 2016), and NAdamW with decoupled weight decay, as torch.optim.NAdam defines them
@@ -141,12 +144,12 @@ def prepare_nadam(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.c
 
 
 @triton.jit
-def update_nadam(c, p, g, exp_avg, exp_avg_sq, none, states, fast: tl.constexpr):
+def update_nadam(c, p, g, states, fast: tl.constexpr):
     moments, grad_factor, exp_avg_factor = c[:10], c[10], c[11]
-    p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, exp_avg, exp_avg_sq)
+    p, g, exp_avg, exp_avg_sq = update_moments(moments, p, g, states[0], states[1])
     direction = fma(exp_avg_factor, exp_avg, grad_factor * g)
     p = p + quotient(direction, denominator(moments, exp_avg_sq, fast), fast)
-    return p, exp_avg, exp_avg_sq, none
+    return p, (exp_avg, exp_avg_sq)
 
 
 # ---- SGD with momentum, dampening and Nesterov's form, as torch.optim.SGD defines them (Sutskever et al. 2013, with
@@ -170,13 +173,16 @@ def prepare_sgd(state_scalars, is_fp32, first, h, power: tl.constexpr, T: tl.con
 
 
 @triton.jit
-def update_sgd(c, p, g, buffer, none1, none2, states, fast: tl.constexpr):
+def update_sgd(c, p, g, states, fast: tl.constexpr):
     neg_lr, momentum, one_minus_dampening, l2, has_l2, nesterov, first = c
     g = tl.where(has_l2 != 0, fma(p, l2, g), g)
-    buffer = tl.where(first != 0, g, fma(one_minus_dampening, g, buffer * momentum))
-    g = tl.where(states == 1, tl.where(nesterov != 0, fma(momentum, buffer, g), buffer), g)
+    new_states = states
+    if len(states) == 1:
+        buffer = tl.where(first != 0, g, fma(one_minus_dampening, g, states[0] * momentum))
+        new_states = (buffer,)
+        g = tl.where(nesterov != 0, fma(momentum, buffer, g), buffer)
     p = fma(neg_lr, g, p)
-    return p, buffer, none1, none2
+    return p, new_states
 
 
 class TritonRule(NamedTuple):
@@ -184,14 +190,12 @@ class TritonRule(NamedTuple):
     update: Any
     divides: bool = True
     """``update`` divides, so ``fast`` pays."""
-    registers: int = 96
-    """The most registers of the kernel in fp32: with 96 five programs run at once, and a rule must not spill."""
 
 
 RULES = {
     "adam": TritonRule(prepare_adam, update_adam),
     "lion": TritonRule(prepare_lion, update_lion, divides=False),
-    "nadam": TritonRule(prepare_nadam, update_nadam, registers=104),
+    "nadam": TritonRule(prepare_nadam, update_nadam),
     "sgd": TritonRule(prepare_sgd, update_sgd, divides=False),
 }
 """All rules, by their names in csrc/rules."""

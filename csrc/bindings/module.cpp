@@ -84,7 +84,6 @@ py::dict launch_layout() {
   at["STREAMS"] = offsetof(Row, streams);
   at["STATE_SCALARS"] = offsetof(Row, state_scalars);
   at["NUMEL"] = offsetof(Row, numel);
-  at["STATES"] = offsetof(Row, states);
   at["ELEMENT"] = offsetof(Row, first);
   at["ELEMENTS_LAYOUT"] = offsetof(Row, numbers);
   at["PARAM_INDEX"] = offsetof(Row, param);

@@ -317,7 +317,7 @@ void Runner::fill(const Inventory& inventory, const Clipping* clipping, const Ba
     slot.take(inventory, i, *ready);
     const bool by_triton = ready->streams.backend == Backend::triton;
     const LaunchKey key{inventory.device_of(ready->streams), ready->streams.backend, ready->arithmetic,
-                        by_triton ? forms_for_triton(rule, segment, inventory.group_of(i).states) : uint16_t(0)};
+                        by_triton ? forms_for_triton(segment, inventory.group_of(i).states) : uint16_t(0)};
     const bool has_own_layout = clipping != nullptr && segment.layout != nullptr;
     if (has_own_layout) gradient = segment_of_gradient(inventory.located[i].grad, own);
     by_place_.push_back(&launches_for(key, rule, backends));

@@ -8,22 +8,16 @@ namespace py = pybind11;
 namespace dracopt {
 namespace {
 
-int streams_of_rule(const RuleEntry& rule) {
-  int streams = kFirstState;
-  while (rule.state_keys[streams - kFirstState] != nullptr) ++streams;
-  return streams;
-}
-
-// The forms of a launch hold dtypes, two bits each, then the form of masters, then a bit for a parameter that is
-// rounded at random, and one for states.
+// The forms of a launch hold dtypes, two bits each, then the form of masters, a bit for a parameter that is rounded at
+// random, one for states, and the number of states.
 constexpr int kMasterBits = 2 * (kFirstState + kMaxStates), kParamAtRandom = kMasterBits + 2;
-constexpr int kStatesAtRandom = kParamAtRandom + 1;
-static_assert(kStatesAtRandom < 16);
+constexpr int kStatesAtRandom = kParamAtRandom + 1, kStateCount = kStatesAtRandom + 1;
+static_assert(kMaxStates < 4 && kStateCount + 2 <= 16);
 
-py::tuple names_of(uint16_t forms, int streams) {
+py::tuple names_of(uint16_t forms) {
   constexpr const char* names[] = {"fp32", "fp64", "bf16", "fp16"};  // in the order of Dtype
-  py::tuple found(static_cast<size_t>(streams));
-  for (int k = 0; k < streams; ++k) found[static_cast<size_t>(k)] = names[forms >> 2 * k & 3];
+  py::tuple found(static_cast<size_t>(kFirstState + (forms >> kStateCount)));
+  for (size_t k = 0; k < found.size(); ++k) found[k] = names[forms >> 2 * k & 3];
   return found;
 }
 
@@ -31,17 +25,15 @@ py::object make_launcher(const LaunchKey& key, const RuleEntry& rule, const Trit
   const DeviceGuard guard(key.device);
   constexpr const char* masters[] = {nullptr, "fp32", "split16"};  // in the order of Master
   const int at_random = key.forms >> kParamAtRandom & 3;
-  return triton.make_launcher(rule.name, names_of(key.forms, streams_of_rule(rule)), key.device.name(),
-                              masters[key.forms >> kMasterBits & 3], at_random);
+  return triton.make_launcher(rule.name, names_of(key.forms), key.device.name(), masters[key.forms >> kMasterBits & 3],
+                              at_random);
 }
 
 }  // namespace
 
-uint16_t forms_for_triton(const RuleEntry& rule, const Segment& segment, int states) {
-  uint32_t forms = static_cast<uint32_t>(segment.master) << kMasterBits;
-  for (int k = streams_of_rule(rule); k-- > 0;) {
-    forms |= cuda::dtype_at(k, segment.dtypes[k < kFirstState + states ? k : static_cast<int>(kParam)]);
-  }
+uint16_t forms_for_triton(const Segment& segment, int states) {
+  uint32_t forms = static_cast<uint32_t>(segment.master) << kMasterBits | static_cast<uint32_t>(states) << kStateCount;
+  for (int k = 0; k < kFirstState + states; ++k) forms |= cuda::dtype_at(k, segment.dtypes[k]);
   const uint32_t at_random = segment.rounding == nullptr ? 0 : segment.rounding->streams;
   forms |= (at_random >> kParam & 1) << kParamAtRandom;
   forms |= static_cast<uint32_t>(at_random >> kFirstState != 0) << kStatesAtRandom;

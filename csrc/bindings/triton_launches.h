@@ -27,8 +27,7 @@ class TritonLaunches final : public GpuLaunches {
   std::map<const Launch*, Memory> sent_;  // arguments that a launch that measures has left on the device
 };
 
-// Returns how a parameter's streams are stored and rounded, for a LaunchKey. One kernel serves parameters with and
-// without the rule's last states, because a missing state counts as stored like the parameter.
-uint16_t forms_for_triton(const RuleEntry& rule, const Segment& segment, int states);
+// Returns how a parameter's streams are stored and rounded, for a LaunchKey.
+uint16_t forms_for_triton(const Segment& segment, int states);
 
 }  // namespace dracopt
