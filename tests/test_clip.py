@@ -379,10 +379,11 @@ def test_copies_keep_the_options() -> None:
 @every_rule
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("trained", [False, True])
-def test_error_if_nonfinite(case: Case, value: float, trained: bool) -> None:
+@pytest.mark.parametrize("max_norm", [1.0, None])
+def test_error_if_nonfinite(case: Case, value: float, trained: bool, max_norm: float | None) -> None:
     """Nothing changes, states are not created, and the next step goes on."""
     params = with_gradients(torch.ones(5), torch.ones(7))
-    optimizer = case.ours(params, **case.options, max_grad_norm=1.0, error_if_nonfinite=True)
+    optimizer = case.ours(params, **case.options, max_grad_norm=max_norm, error_if_nonfinite=True)
     if trained:
         optimizer.step()
     before = snapshot(optimizer)
@@ -402,8 +403,17 @@ def test_subclass_that_overrides_what_only_torch_calls() -> None:
         def _init_group(self, *args: Any) -> Any:
             return super()._init_group(*args)
 
-    with pytest.raises(RuntimeError, match=r"max_grad_norm=1.0 is not for Own, which overrides _init_group"):
-        Own(with_gradients(torch.ones(2)), max_grad_norm=1.0).step()
+    for option in ({"max_grad_norm": 1.0}, {"error_if_nonfinite": True}):
+        (name, value), *_ = option.items()
+        with pytest.raises(RuntimeError, match=f"{name}={value} is not for Own, which overrides _init_group"):
+            Own(with_gradients(torch.ones(2)), **option).step()
+
+
+@every_rule
+def test_error_if_nonfinite_alone_clips_nothing(case: Case) -> None:
+    given = inputs(SIZES, FP32, 3)
+    ours = train(case.ours, {**case.options, "error_if_nonfinite": True}, *given)
+    assert_same_bits(ours, train(case.ours, case.options, *given))
 
 
 # ---- GradScaler

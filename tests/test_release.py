@@ -216,7 +216,10 @@ def test_clipping_is_refused() -> None:
     optimizer.release_gradients()
     with pytest.raises(ValueError, match="global norm"):
         optimizer.max_grad_norm = 1.0
+    with pytest.raises(ValueError, match="error_if_nonfinite need their global norm"):
+        optimizer.error_if_nonfinite = True
     assert optimizer.max_grad_norm is None
+    assert not optimizer.error_if_nonfinite
 
 
 def test_grad_scaler_is_refused() -> None:

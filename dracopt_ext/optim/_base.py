@@ -100,11 +100,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def error_if_nonfinite(self) -> bool:
-        """A step that clips raises if this is true and the norm of the gradients is not finite."""
+        """If this is true, a step raises where the norm of the gradients is not finite."""
         return engine_of(self).error_if_nonfinite
 
     @error_if_nonfinite.setter
     def error_if_nonfinite(self, value: bool) -> None:
+        if value and engine_of(self).release is not None:
+            raise ValueError(_release.CLIPPING)
         engine_of(self).error_if_nonfinite = bool(value)
 
     @property
@@ -194,7 +196,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             A handle whose ``remove()`` switches this off, as does the end of its ``with`` block.
 
         Raises:
-            ValueError: ``max_grad_norm`` is set, or some parameter has a gradient already.
+            ValueError: ``max_grad_norm`` or ``error_if_nonfinite`` is set, or some parameter has a gradient already.
             RuntimeError: there are other processes, and some parameter is not distributed over them; or the class
                 overrides a method that only torch's step calls. A backward raises it as well if a parameter gets a
                 second gradient before ``step()``, and so does ``step()`` under a GradScaler.

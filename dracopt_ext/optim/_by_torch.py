@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ def step_overridden(step: Step, method: str) -> None:
     optimizer = step.optimizer
     name = type(optimizer).__name__
     engine, precision = step.engine, step.engine.precision
-    asked_for = {"backend": engine.backend, "max_grad_norm": engine.max_grad_norm, **vars(precision)}
+    asked_for: dict[str, Any] = {"backend": engine.backend, "max_grad_norm": engine.max_grad_norm}
+    asked_for |= {"error_if_nonfinite": engine.error_if_nonfinite, **vars(precision)}
     for option, value in asked_for.items():
         if value is not None and value is not False and option != "rounding_seed":
             raise RuntimeError(

@@ -23,7 +23,7 @@ class GradientRelease:
     """Keeps gradient release switched on until :meth:`remove` is called, or the ``with`` block ends."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
-        if optimizer.max_grad_norm is not None:
+        if optimizer.max_grad_norm is not None or optimizer.error_if_nonfinite:
             raise ValueError(CLIPPING)
         method = optimizer._dracopt_kind.overridden(optimizer)
         if method is not None:
@@ -132,8 +132,8 @@ class GradientRelease:
 
 
 CLIPPING = (
-    "gradient release steps a parameter before all gradients are there, but max_grad_norm needs their global norm: use "
-    "one of the two"
+    "gradient release steps a parameter before all gradients are there, but max_grad_norm and error_if_nonfinite need "
+    "their global norm: use one of the two"
 )
 SCALED = (
     "gradient release has used gradients that GradScaler has yet to unscale: use one of the two (bf16 needs no scaler)"

@@ -91,7 +91,8 @@ class Step:
         overflow, self.engine.overflow = self.engine.overflow, None
         if found_inf is None:
             overflow = None  # left behind by a step that failed
-        if max_norm is not None or overflow is not None:
+        raises = self.engine.error_if_nonfinite and found_inf is None
+        if max_norm is not None or overflow is not None or raises:
             max_norm = math.inf if max_norm is None else max_norm
             _clipped.update_clipped(self, max_norm, found_inf, grad_scale, overflow)
         elif found_inf is None and grad_scale is None:

@@ -45,8 +45,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         max_grad_norm: largest global L2 norm of all gradients; larger ones are scaled down as by
             :func:`torch.nn.utils.clip_grad_norm_`, but are not written. None (default) clips nothing. ``grad_norm`` is
             the norm before clipping.
-        error_if_nonfinite: raise RuntimeError, before anything changes, if that norm is not finite (default False).
-            An overflow that a GradScaler handles is no error.
+        error_if_nonfinite: raise RuntimeError, before anything changes, if the norm is not finite (default False), also
+            where nothing is clipped. An overflow that a GradScaler handles is no error.
 
     The formula is documented with :func:`dracopt_ext.reference.adam`.
     """
