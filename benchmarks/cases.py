@@ -30,7 +30,9 @@ class Storage:
 
 
 STEP, CLIP_AND_STEP, UNSCALE_CLIP_AND_STEP, CLIP = "step", "clip and step", "unscale, clip and step", "clip alone"
-"""Parts of the tail of a training step. They clip the gradients by their global norm, to half of it."""
+STEP_AND_ZERO = "step and zero"
+"""Parts of the tail of a training step. Some clip the gradients by their global norm, to half of it. The last one sets
+the gradients to zero in place."""
 
 PLAIN = Storage()
 BF16 = Storage("bfloat16", "bfloat16", "bfloat16")
@@ -120,11 +122,11 @@ def adamw(name: str, shapes: Sequence[Shape], options: Mapping[str, Any] | None 
     return Case(name, "AdamW", options, bytes_per_parameter, shapes, **more)
 
 
-TAIL_BYTES = {CLIP_AND_STEP: 32, UNSCALE_CLIP_AND_STEP: 32, CLIP: 12}
+TAIL_BYTES = {CLIP_AND_STEP: 32, UNSCALE_CLIP_AND_STEP: 32, CLIP: 12, STEP_AND_ZERO: 32}
 
 
 def tail(work: str, tensors: str, shapes: Sequence[Shape], **more: Any) -> Case:
-    """Describes the tail of a training step by AdamW. Two passes suffice: one reads the gradients, and one updates."""
+    """Describes the tail of a training step by AdamW. One pass updates, and may zero; one before finds the norm."""
     return adamw(f"{work}, {tensors}", shapes, bytes_per_parameter=TAIL_BYTES[work], tail=work, **more)
 
 
@@ -331,6 +333,7 @@ SUITES = {
             *[tail(work, "1 tensor of 64M", [(64 * 2**20,)]) for work in (CLIP_AND_STEP, UNSCALE_CLIP_AND_STEP)],
             tail(CLIP_AND_STEP, "GPT-2 small", GPT2_SMALL),
             tail(UNSCALE_CLIP_AND_STEP, "GPT-2 small", GPT2_SMALL),
+            tail(STEP_AND_ZERO, "GPT-2 small", GPT2_SMALL),
             # A third peer would leave less of the small tensors in the caches.
             *[
                 tail(work, "1000 tensors of 256", [(256,)] * 1000, peers=["dracopt", "torch fused"])
@@ -372,6 +375,7 @@ SUITES = {
         cases=[
             tail(UNSCALE_CLIP_AND_STEP, "1B in 300 tensors", BILLION, options=FUSED),
             tail(CLIP_AND_STEP, "1B in 300 tensors", BILLION, options=FUSED),
+            tail(STEP_AND_ZERO, "1B in 300 tensors", BILLION, options=FUSED),
             tail(UNSCALE_CLIP_AND_STEP, "1000 tensors of 1024", [(1024,)] * 1000, options=FUSED),
         ],
         peers=["dracopt", "dracopt triton", "dracopt step", "torch fused"],
@@ -434,7 +438,7 @@ SUITES = {
                     name,
                     "1B in 300 tensors",
                     BILLION,
-                    peers=["dracopt", "dracopt triton", "dracopt sibling", "torch foreach"],
+                    peers=["dracopt", "dracopt triton", "dracopt sibling", "torch foreach", "stream"],
                 )
                 for name in OWN
             ],

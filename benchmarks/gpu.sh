@@ -2,7 +2,7 @@
 # Tests and measures on one GPU. Each part has a time limit and writes its results at once; the table comes last.
 #
 #   OUT=results benchmarks/gpu.sh smoke   3 minutes: are the kernels right, and which shape of the kernel is the fastest?
-#   OUT=results benchmarks/gpu.sh full    5 minutes: all tests, all benchmarks, the profiler, the sanitizer
+#   OUT=results benchmarks/gpu.sh full    6 minutes: all tests, all benchmarks, the profiler, the sanitizer
 #
 # The script needs Python with torch (built for CUDA), triton, pytest and hypothesis. It uses pytest-xdist, matplotlib,
 # ncu and compute-sanitizer if they are there. It installs nothing. It uses the build in the tree if there is one, and
@@ -25,11 +25,11 @@ part() {
   shift 3
   echo "$name: at most $seconds s"
   echo "==== $name" >>"$log"
-  timeout "$seconds" bash -c '"$@"' bash "$@" >>"$log" 2>&1 || code=$?
+  timeout -k 5 "$seconds" bash -c '"$@"' bash "$@" >>"$log" 2>&1 || code=$?
   case $code in
     0) verdict=passed ;;
     2) verdict="cannot run: $(tail -n 1 "$log")" ;;
-    124) verdict="FAILED: not done after $seconds s" ;;
+    124 | 137) verdict="FAILED: not done after $seconds s" ;;
     *) verdict="FAILED with $code: $(tail -n 1 "$log")" ;;
   esac
   if [ $code = 2 ]; then [ $status = 0 ] && status=2; elif [ $code != 0 ]; then status=1; fi
@@ -82,7 +82,7 @@ END
 tests() {
   local workers=() code=0
   available || return
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$WORKERS"); fi
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$WORKERS" --dist worksteal); fi
   OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors --tb=short --maxfail=60 \
     -o faulthandler_timeout=60 "${workers[@]}" --durations=10 -m gpu "$@" || code=$?
   [ $code != 2 ] || code=1  # pytest's 2 is a run that ended early, not one that could not begin
@@ -93,16 +93,31 @@ benchmarks() { available && "$PYTHON" -m benchmarks --suite gpu "gpu tail" --out
 
 needs() { command -v "$1" >/dev/null || { echo "$1 is not on the path"; return 2; }; }
 
-# The profiler says where a kernel's time goes, for each mix of dtypes. The problem is small, because every pass of ncu
-# restores the memory.
+# The profiler says where a kernel's time goes, for each mix of dtypes, in CUDA and in Triton. The problems are small,
+# because every pass of ncu restores the memory.
 profile() {
   needs ncu && has sweep || return
+  watch "$PROGRAMS/sweep" --only project --tensors 40 --rounds 1 && watch "$PYTHON" -c "$WITH_TRITON"
+}
+
+watch() {
   ncu --clock-control none --csv --page details --kernel-name regex:step \
     --section SpeedOfLight --section WarpStateStats --section SchedulerStats --section Occupancy \
     --section LaunchStats --section InstructionStats --section MemoryWorkloadAnalysis \
-    "$PROGRAMS/sweep" --only project --tensors 40 --rounds 1 | tee /dev/stderr | sed -n '/^"ID"/,$p' >"$OUT/profile.csv"
+    "$@" | tee /dev/stderr | sed -n '/^"ID"/,$p' >>"$OUT/profile.csv"
   return "${PIPESTATUS[0]}"
 }
+
+WITH_TRITON='
+import torch, dracopt_ext
+for dtype, state in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)):
+    params = [torch.nn.Parameter(torch.randn(4096, 208, device="cuda", dtype=dtype)) for _ in range(40)]
+    optimizer = dracopt_ext.AdamW(params, state_dtype=state, backend="triton")
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+'
 
 sanitize() {
   local tool
@@ -123,7 +138,8 @@ smoke() {
   part capture 40 log.txt tests -k first_step_of_a_process_is_captured
   part sweep 40 log.txt sweep
   part tests 80 tests.log tests -k "cuda and not triton"
-  part benchmarks 70 benchmarks.log benchmarks --rounds 40 --peers --case "1B in 300" "1B in bf16" "1000 of 1024" "465"
+  part benchmarks 70 benchmarks.log benchmarks --rounds 40 --peers \
+    --case "AdamW, 1B in 300" "states and split" "1000 of 1024" "465" "step and zero"
 }
 
 full() {
@@ -131,10 +147,11 @@ full() {
   part programs 180 log.txt programs
   part check 20 log.txt check
   part sweep 20 log.txt sweep
-  part sanitizer 30 log.txt sanitize
+  part sanitizer 60 log.txt sanitize
   part tests 140 tests.log tests
+  part any_torch 40 tests.log tests -p tests.by_any_torch -k "cuda and (graph_replays or streams or never_waits)"
   part benchmarks 160 benchmarks.log benchmarks --rounds 40
-  part profile 40 log.txt profile
+  part profile 60 log.txt profile
 }
 
 [ $# = 1 ] || usage "one stage"
@@ -142,8 +159,8 @@ full() {
 case $1 in smoke | full) ;; *) usage "there is no stage '$1'" ;; esac
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || usage "$OUT cannot be made"
 rm -f "$OUT"/{summary.txt,log.txt,tests.log,benchmarks.log,gpu.csv,sweep.csv,profile.csv}
-export OUT PYTHON WORKERS PROGRAMS
-export -f available build programs check has tests benchmarks needs profile sanitize sweep
+export OUT PYTHON WORKERS PROGRAMS WITH_TRITON
+export -f available build programs check has tests benchmarks needs profile watch sanitize sweep
 "$1"
 echo
 cat "$OUT/summary.txt"

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from .cases import CLIP, STEP, Case, Suite
+from .cases import CLIP, STEP, STEP_AND_ZERO, Case, Suite
 from .events import make_events
 from .peers import OURS, PEERS, SLOW, make_groups, require_equal_work, require_ours, runs, work_of
 
 WARM_UP = 5
 CYCLES_PER_SECOND = 2e9
 """The fastest clock that a GPU may have."""
+LONGEST_SLEEP = 0.1
+"""Seconds within which the host certainly makes the launches of a step."""
 
 HOST, DEVICE, END_TO_END, FIRST, TRAINING = "host", "device", "end to end", "first step", "training step"
 """HOST runs until step() returns, DEVICE between two events on the GPU's stream, END_TO_END until the GPU has done its
@@ -79,6 +81,7 @@ def measure(suite_name: str, suite: Suite, case: Case, rounds: int, left_out: se
 
         return measure_training(suite_name, suite, case, rounds, left_out)
     if suite.device != "cpu":
+        gc.collect()
         torch.cuda.empty_cache()  # the case before left the memory in pieces
     peers = suite.peers if case.peers is None else case.peers
     names = [name for name in peers if (name not in left_out or name == case.baseline) and runs(name, case)]
@@ -133,8 +136,8 @@ class Stepped:
         if peer == "torch foreach" and case.options.get("nesterov"):
             # torch's foreach SGD adds the momentum to the gradients themselves.
             self._gradients = [p.grad for group in groups for p in group["params"]]
-        if case.tail != STEP and (peer not in OURS or case.tail == CLIP):
-            # Gradients that were clipped need no clipping again.
+        if case.tail != STEP and (peer not in OURS or case.tail in (CLIP, STEP_AND_ZERO)) and peer != "dracopt step":
+            # Gradients that were clipped need no clipping again, and zeros would make other work.
             self._gradients = [p.grad for group in groups for p in group["params"]]
         self._work = work_of(peer, case, self.optimizer)
         self._originals = [gradient.clone() for gradient in self._gradients]
@@ -161,11 +164,12 @@ class Stepped:
         returned = time.perf_counter()
         torch.cuda.synchronize()
         end = time.perf_counter()
-        # A second step takes the GPU's own time. The GPU sleeps until the launch, and so never waits for the host.
+        # A second step takes the GPU's own time. The GPU sleeps until the launch, and so never waits for the host. The
+        # first step may have compiled a kernel, which the second does not.
         self._restore()
         first, last = make_events()
         sleep: Callable[[int], None] = torch.cuda._sleep
-        sleep(int(2 * (returned - begin) * CYCLES_PER_SECOND))
+        sleep(int(min(2 * (returned - begin), LONGEST_SLEEP) * CYCLES_PER_SECOND))
         first.record()
         self._work()
         last.record()

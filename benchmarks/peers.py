@@ -14,7 +14,7 @@ import torch
 
 import dracopt_ext
 
-from .cases import CLIP, CLIP_AND_STEP, STEP, UNSCALE_CLIP_AND_STEP, Case, Shape, moments_of
+from .cases import CLIP, CLIP_AND_STEP, STEP, STEP_AND_ZERO, UNSCALE_CLIP_AND_STEP, Case, Shape, moments_of
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Case, Groups], torch.optim.Optimizer]
@@ -164,10 +164,14 @@ def work_of(peer: str, case: Case, optimizer: Any) -> Callable[[], object]:
     """Returns the function that does the work of a case with an optimizer, each library in its best way."""
     if case.tail == STEP or peer == "dracopt step":
         return optimizer.step  # type: ignore[no-any-return]
+    ours = peer in OURS
+    if case.tail == STEP_AND_ZERO:
+        if ours:
+            return lambda: optimizer.step(zero_grad=True)
+        return lambda: (optimizer.step(), optimizer.zero_grad(set_to_none=False))
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm: Any = torch.nn.utils.get_total_norm([p.grad for p in params])
     largest = getattr(norm, "full_tensor", lambda: norm)().item() / 2
-    ours = peer in OURS
     if case.tail == CLIP:
         clip = dracopt_ext.clip_grad_norm_ if ours else torch.nn.utils.clip_grad_norm_
         return lambda: clip(params, largest, foreach=None if ours else True)

@@ -1354,11 +1354,17 @@ def test_current_stream(gpu: Gpu, simulated: simulated_gpu.SimulatedGpu) -> None
         assert simulated.read("last_stream") == stream
 
 
+every_tail = pytest.mark.parametrize(("max_norm", "zeroes"), [(None, False), (1.0, True)], ids=["step", "whole tail"])
+"""The tail of a training step: the step alone, or with clipping and zeroing."""
+
+
 @every_rule
-def test_graph_replays(real_gpu: Gpu, case: Case) -> None:
+@every_tail
+def test_graph_replays(real_gpu: Gpu, case: Case, max_norm: float | None, zeroes: bool) -> None:
     """Replays of a captured step equal eager steps while gradients and a Tensor lr change."""
     is_sgd = case.algorithm == "SGD"
-    options = {**case.options, **({} if is_sgd else {"capturable": True})}
+    given_options = {**case.options, "max_grad_norm": max_norm}
+    options = {**given_options, **({} if is_sgd else {"capturable": True})}
     initial, steps = inputs([5, 3 * TILE], FP32, 6)
     lr = torch.tensor(0.1, device="cuda")
     params = [nn.Parameter(value.cuda()) for value in initial]
@@ -1375,20 +1381,21 @@ def test_graph_replays(real_gpu: Gpu, case: Case) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        optimizer.step()
+        optimizer.step(zero_grad=zeroes)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        optimizer.step()
+        optimizer.step(zero_grad=zeroes)
     assert real_gpu.only_here(optimizer)
     for step in range(1, len(steps)):
         load(step)
         graph.replay()
+        assert all(gradient.any() != zeroes for gradient in gradients)
     torch.cuda.synchronize()
 
     eager = [nn.Parameter(value.clone()) for value in initial]
     rate = torch.tensor(0.1)
-    reference = case.ours(eager, **{**case.options, "lr": rate})
+    reference = case.ours(eager, **{**given_options, "lr": rate})
     for step, values in enumerate(steps):
         for p, value in zip(eager, values, strict=True):
             p.grad = value
@@ -1422,10 +1429,11 @@ def test_first_step_of_a_process_is_captured(real_gpu: Gpu) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_steps_on_several_streams(real_gpu: Gpu) -> None:
+@every_tail
+def test_steps_on_several_streams(real_gpu: Gpu, max_norm: float | None, zeroes: bool) -> None:
     initial, steps = inputs([5, 300 * TILE], FP32, 12)
     params = [nn.Parameter(value.cuda()) for value in initial]
-    optimizer = dracopt_ext.AdamW(params)
+    optimizer = dracopt_ext.AdamW(params, max_grad_norm=max_norm)
     streams = [torch.cuda.Stream() for _ in range(3)]
     last = torch.cuda.current_stream()
     for number, step in enumerate(steps):
@@ -1436,12 +1444,12 @@ def test_steps_on_several_streams(real_gpu: Gpu) -> None:
                 p.grad = value.cuda()
             if number % 4 == 3:
                 params[0].data = params[0].data.clone()  # another table
-            optimizer.step()
+            optimizer.step(zero_grad=zeroes)
             assert real_gpu.only_here(optimizer)
         last = stream
     torch.cuda.synchronize()
     ours = {name: value.cpu() for name, value in snapshot(optimizer).items()}
-    assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
+    assert_same_bits(ours, train(dracopt_ext.AdamW, {"max_grad_norm": max_norm}, initial, steps))
 
 
 def test_table_outlives_its_last_step_on_another_stream(real_gpu: Gpu) -> None:
@@ -1474,10 +1482,11 @@ def test_table_outlives_its_last_step_on_another_stream(real_gpu: Gpu) -> None:
     assert_same_bits(ours, train(dracopt_ext.AdamW, {}, initial, steps))
 
 
-def test_host_never_waits(real_gpu: Gpu) -> None:
+@every_tail
+def test_host_never_waits(real_gpu: Gpu, max_norm: float | None, zeroes: bool) -> None:
     """step() returns before the GPU has begun with the step."""
     params = [nn.Parameter(torch.ones(1000, device="cuda")) for _ in range(50)]
-    optimizer = dracopt_ext.AdamW(params, fused=True)
+    optimizer = dracopt_ext.AdamW(params, fused=True, max_grad_norm=max_norm)
     for number in range(4):
         for p in params:
             p.grad = torch.ones_like(p)
@@ -1489,7 +1498,7 @@ def test_host_never_waits(real_gpu: Gpu) -> None:
         torch.cuda._sleep(1_000_000_000)
         slept = torch.cuda.Event()
         slept.record()
-        optimizer.step()
+        optimizer.step(zero_grad=zeroes)
         assert real_gpu.only_here(optimizer)
         assert number == 0 or not slept.query()
 

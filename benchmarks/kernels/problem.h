@@ -5,8 +5,11 @@
 #include <cstring>
 #include <vector>
 
+#include "core/master.h"
 #include "core/math.h"
+#include "core/stochastic.h"
 #include "cuda/kernels.h"
+#include "cuda/tile.h"
 #include "memory.h"
 
 namespace dracopt {
@@ -59,29 +62,85 @@ class Problem {
   char* table_ = nullptr;
 };
 
-// OnHost describes dense streams in the host's memory.
+// OnHost describes a tensor's streams in the host's memory, and how the kernel updates them.
 struct OnHost {
   char* data[kMaxStreams];
   Dtype dtypes[kMaxStreams];
+  const Layout* layout = nullptr;  // null if every stream is dense
+  Master master = Master::none;
+  const Rounding* rounding = nullptr;  // null if all streams are rounded to nearest
+  double divisor = 1, coefficient = 1;
+
+  int64_t place(int k, int64_t element) const {
+    return layout == nullptr ? element : cuda::offset_of(*layout, k, element);
+  }
+
+  template <typename T>
+  T load(int k, int64_t element) const {
+    T x;
+    as_stored(static_cast<const void*>(data[k]), dtypes[k],
+              [&](auto* from) { x = static_cast<T>(widen(from[place(k, element)])); });
+    return x;
+  }
+
+  template <typename T>
+  void store(int k, int64_t element, T x) const {
+    as_stored(static_cast<void*>(data[k]), dtypes[k], [&](auto* to) {
+      using Stored = std::decay_t<decltype(*to)>;
+      if constexpr (sizeof(Stored) == 2) {
+        if (rounding != nullptr && (rounding->streams >> k & 1) != 0) {
+          const uint32_t random = random_bits(*rounding, k, rounding->first + element);
+          to[place(k, element)] = __builtin_bit_cast(Stored, round_at_random(static_cast<float>(x), random, dtypes[k]));
+          return;
+        }
+      }
+      to[place(k, element)] = narrow<Stored>(x);
+    });
+  }
 };
+
+// Replaces a widened parameter by its master.
+template <typename T>
+T master_of(const OnHost& streams, int master, int64_t element, T param) {
+  if (streams.master == Master::none) return param;
+  const auto p = static_cast<float>(param);
+  if (streams.master == Master::fp32) {
+    const auto wide = streams.load<float>(master, element);
+    return streams.dtypes[kParam] == Dtype::bf16 ? current_master(p, wide, Bf16()) : current_master(p, wide, Fp16());
+  }
+  return join_master(p, reinterpret_cast<const uint16_t*>(streams.data[master])[streams.place(master, element)]);
+}
+
+template <typename T>
+void store_master(const OnHost& streams, int master, int64_t element, T x) {
+  const auto p = static_cast<float>(x);
+  as_stored(static_cast<void*>(streams.data[kParam]), streams.dtypes[kParam], [&](auto* to) {
+    using Stored = std::decay_t<decltype(*to)>;
+    if constexpr (sizeof(Stored) == 2) to[streams.place(kParam, element)] = round_master(p, Stored());
+  });
+  if (streams.master == Master::fp32) return streams.store(master, element, p);
+  reinterpret_cast<uint16_t*>(streams.data[master])[streams.place(master, element)] =
+      static_cast<uint16_t>(split_master(p));
+}
 
 // Applies the rule to all elements, one after the other, without the kernel's code except the conversions of numbers.
 template <typename Rule, typename T, int N>
-void update_each(const typename Rule::template Scalars<T>& scalars, const OnHost& streams, int64_t numel, T divisor) {
+void update_each(const typename Rule::template Scalars<T>& scalars, const OnHost& streams, int64_t numel) {
+  constexpr int master = kFirstState + N;
   for (int64_t i = 0; i < numel; ++i) {
     T x[kFirstState + N];
-    for (int k = 0; k < kFirstState + N; ++k) {
-      as_stored(static_cast<const void*>(streams.data[k]), streams.dtypes[k],
-                [&](auto* from) { x[k] = static_cast<T>(widen(from[i])); });
-    }
-    if (divisor != T(1)) x[kGrad] = x[kGrad] / divisor;
+    for (int k = 0; k < kFirstState + N; ++k) x[k] = streams.load<T>(k, i);
+    x[kParam] = master_of(streams, master, i, x[kParam]);
+    if (streams.divisor != 1) x[kGrad] = x[kGrad] / static_cast<T>(streams.divisor);
+    x[kGrad] = static_cast<T>(streams.coefficient) * x[kGrad];
     PlainMath math;
     Rule::template update<T, N>(scalars, x[kParam], x[kGrad], x + kFirstState, math);
-    for (int k = 0; k < kFirstState + N; ++k) {
-      if (k == kGrad) continue;
-      as_stored(static_cast<void*>(streams.data[k]), streams.dtypes[k],
-                [&](auto* to) { to[i] = narrow<std::decay_t<decltype(*to)>>(x[k]); });
+    if (streams.master == Master::none) {
+      streams.store(kParam, i, x[kParam]);
+    } else {
+      store_master(streams, master, i, x[kParam]);
     }
+    for (int k = kFirstState; k < kFirstState + N; ++k) streams.store(k, i, x[k]);
   }
 }
 

@@ -174,7 +174,7 @@ class Sweep {
       }
       row.numel = kNumel;
       row.slot = slot;
-      row.layout = cuda::kDense;
+      row.layout = row.numbers = cuda::kDense;
       row.states = 2;
       problem.add(row, streams_[kGrad] + t * kNumel * itemsize(mix_->dtypes[kGrad]));
     }
@@ -196,7 +196,7 @@ class Sweep {
       expected.data[k] = before[k].data();
       expected.dtypes[k] = mix_->dtypes[k];
     }
-    update_each<Adam, float, 2>(scalars, expected, checked, 1.0f);
+    update_each<Adam, float, 2>(scalars, expected, checked);
     bool same = true;
     for (int k = 0; k < kStreams; ++k) same &= before[k] == after[k];
     row(variant, time(step), same ? "same" : "differ");
