@@ -61,10 +61,10 @@ def plain_groups(
             if kind == FLAG:
                 changed[key] = value if value is None else bool(value)
             elif kind == DECAY_RATES:
-                numbers = _as_tuple(value, f"{name}[{key!r}]")
-                changed[key] = tuple([_as_number(number, f"{name}[{key!r}]") for number in numbers])
+                numbers = as_tuple(value, f"{name}[{key!r}]")
+                changed[key] = tuple([as_number(number, f"{name}[{key!r}]") for number in numbers])
             else:
-                changed[key] = _as_number(value, f"{name}[{key!r}]")
+                changed[key] = as_number(value, f"{name}[{key!r}]")
         groups.append({**plain, **changed})
     return groups
 
@@ -88,6 +88,16 @@ def entries_of(state: Any, p: Tensor) -> Any:
     if p in state:
         return state[p]
     return {}
+
+
+def describe(groups: Any, group_index: int, index: int) -> str:
+    """Names a parameter for errors: by its indices, its name if it has one, its shape, and where it is distributed."""
+    group = groups[group_index]
+    name = f"{group['param_names'][index]!r}, " if group.get("param_names") else ""
+    p = group["params"][index]
+    is_distributed = hasattr(p, "device_mesh") and hasattr(p, "placements")
+    where = f" over {p.device_mesh} by {p.placements}" if is_distributed else ""
+    return f"parameter {index} of group {group_index} ({name}shape {list(p.shape)}{where})"
 
 
 def restore(state: Any, p: Tensor, entries: dict[str, Any] | None) -> None:
@@ -130,14 +140,21 @@ def _as_list(params: Any, name: str) -> list[Any]:
     return list(params)
 
 
-def _as_tuple(numbers: Any, name: str) -> tuple[Any, ...]:
+def as_tuple(numbers: Any, name: str) -> tuple[Any, ...]:
+    """Returns a pair of numbers as a tuple. Raises TypeError, naming it, if it is not iterable."""
     try:
         return tuple(numbers)
     except TypeError:
         raise TypeError(f"{name} must be 2 numbers, not a {type(numbers).__name__}") from None
 
 
-def _as_number(value: Any, name: str) -> float | Tensor:
+def as_number(value: Any, name: str) -> float | Tensor:
+    """Returns what stands for a number as a float, and a Tensor as it is.
+
+    Raises:
+        TypeError: it is no number. The error calls it ``name``.
+        ValueError: it is too large for a float.
+    """
     if isinstance(value, (float, Tensor)):
         return value
     try:

@@ -134,7 +134,7 @@ MUTANTS = [
     Mutant(
         "negative numbers are taken",
         OWN,
-        "if not value >= 0:",
+        "if not as_number(value, name) >= 0:",
         "if value != value:",
         "test_own::test_constructors_refuse",
     ),
@@ -1502,9 +1502,16 @@ MUTANTS = [
     Mutant(
         "a moment becomes partial",
         LOCAL_TENSORS,
-        "!same_places && k != kGrad && is_partial(spec)",
+        "is_partial_here && k != kGrad && !grad_is_partial",
         "false",
         "test_distributed_training::test_other_placements",
+    ),
+    Mutant(
+        "a partial buffer is refused beside a partial gradient",
+        LOCAL_TENSORS,
+        "is_partial_here && k != kGrad && !grad_is_partial",
+        "is_partial_here && k != kGrad",
+        "test_other_peoples_code::test_partial_gradients_and_buffers",
     ),
     Mutant(
         "whole shapes are not compared",

@@ -103,7 +103,7 @@ def test_python_imports_run_one_way() -> None:
 
 
 def test_mutants_fit_the_sources() -> None:
-    """Mutants run for a quarter of an hour. This test sees that each can be applied and names an existing test."""
+    """Mutants run for an hour. This test sees that each can be applied and names an existing test."""
     names = [mutant.name for mutant in MUTANTS]
     assert len(names) == len(set(names)) > 300
     for mutant in MUTANTS:

@@ -347,7 +347,11 @@ def test_the_reference_changes_nothing_before_it_raises(backend: str | None, mon
         (lambda: group.update(lr=float("nan")), ValueError, r"param_groups\[0\]\['lr'\] is nan; it must be finite"),
         (lambda: group.update(betas=(0.5, 1.0)), ValueError, r"\['betas'\] is 1.0; it must be at least 0"),
         (lambda: group.update(amsgrad=True), KeyError, "the state of parameter 0 .* has no 'max_exp_avg_sq'"),
-        (lambda: state.update(exp_avg=torch.ones(4)), ValueError, rf"exp_avg of {where} has another shape, \[4\]"),
+        (
+            lambda: state.update(exp_avg=torch.ones(4)),
+            ValueError,
+            rf"state 'exp_avg' of {where} has another shape, \[4\]",
+        ),
         (lambda: setattr(params[1].grad, "data", torch.ones(4)), ValueError, f"the gradient of {where} has another sh"),
     ]
     for change, error, message in wrong:

@@ -1070,6 +1070,28 @@ def test_distributed_tensors_with_fused(name: str, mesh: Any, monkeypatch: pytes
     assert not calls
 
 
+@left_to_torch
+def test_partial_gradients_and_buffers(mesh: Any) -> None:
+    """Before torch 2.13 a buffer that SGD begins with a partial gradient is partial, too."""
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+    (value,), gradients = inputs([64], torch.float32, 3)
+    p = nn.Parameter(distribute_tensor(value.view(8, -1), mesh, [Shard(0)]))
+    plain = nn.Parameter(value.view(8, -1).clone())
+    options = options_of("SGD")
+    optimizer, other = ours("SGD")([p], **options), torchs("SGD")([plain], **options)
+    for (grad,) in gradients:
+        plain.grad = grad.view(8, -1)
+        p.grad = DTensor.from_local(plain.grad.clone(), mesh, [Partial()], run_check=False)
+        optimizer.step()
+        other.step()
+        state = optimizer.state[p]
+        whole = state["momentum_buffer"].full_tensor()
+        state["momentum_buffer"] = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
+    assert optimizer.last_backend == TORCH
+    torch.testing.assert_close(p.to_local(), plain, rtol=1e-5, atol=1e-6)
+
+
 # Lookups by type or by module
 
 

@@ -437,7 +437,9 @@ def test_a_state_that_is_no_tensor(backend: str) -> None:
     optimizer = dracopt_ext.Lion(fresh(), backend=backend)
     step(optimizer, 1)
     optimizer.state[optimizer.param_groups[0]["params"][1]]["exp_avg"] = 0.0
-    with pytest.raises(ValueError, match=r"the state 'exp_avg' of parameter 1 of group 0 .* is no tensor but a float"):
+    with pytest.raises(
+        ValueError, match=r"the state 'exp_avg' of parameter 1 of group 0 .* must be a Tensor, not float"
+    ):
         step(optimizer, 1)
 
 

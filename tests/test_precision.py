@@ -733,7 +733,7 @@ def test_wrong_masters_of_a_checkpoint(form: str, name: str, master: Any, error:
 WRONG_STATES: list[tuple[str, Any, type[Exception], str]] = [
     ("fp32", None, KeyError, "the state of parameter 1 .* has no 'master'"),
     ("split16", None, KeyError, "the state of parameter 1 .* has no 'master_remainder'"),
-    ("fp32", 3, ValueError, "'master' of parameter 1 .* is no tensor but a int"),
+    ("fp32", 3, ValueError, "'master' of parameter 1 .* must be a Tensor, not int"),
     ("fp32", torch.zeros(999), ValueError, r"'?master'? of parameter 1 .* has another shape, \[999\]"),
     ("fp32", torch.zeros(1000, dtype=FP64), ValueError, "'master' of parameter 1 .* has a dtype that does not fit"),
     ("fp32", torch.zeros(1000, dtype=torch.int16), ValueError, "has a dtype that does not fit, torch.int16"),

@@ -23,6 +23,7 @@ class Broken:
         self.params = [nn.Parameter(value) for value in inputs([64, 64, 64], torch.float32, 0)[0]]
         named = [("first", self.params[0]), ("layer.weight", self.params[1])]
         groups = [{"params": named}, {"params": [("last", self.params[2])]}]
+        self.backend = options.get("backend") or "native"
         self.optimizer = getattr(dracopt_ext, name)(groups, lr=0.1, **options)
         self.give_gradients()
         self.optimizer.step()
@@ -44,9 +45,10 @@ class Broken:
         self.optimizer.step()
         for p, value in zip(self.params, before, strict=True):
             assert not torch.equal(p, value)
-        assert self.optimizer.last_backend == {"cpu": frozenset({"native"})}
+        assert self.optimizer.last_backend == {"cpu": frozenset({self.backend})}
 
 
+every_backend = pytest.mark.parametrize("backend", ["native", "reference"])
 WHERE = r"parameter 1 of group 0 \('layer.weight', shape \[64\]\)"
 
 
@@ -68,8 +70,9 @@ def test_state_of_another_shape() -> None:
     broken.assert_recovers()
 
 
-def test_part_of_a_state() -> None:
-    broken = Broken()
+@every_backend
+def test_part_of_a_state(backend: str) -> None:
+    broken = Broken(backend=backend)
     broken.optimizer.param_groups[0]["amsgrad"] = True
     broken.assert_refuses(KeyError, r"the state of parameter 0 of group 0 .* has no 'max_exp_avg_sq'. Was an option")
     broken.optimizer.state.pop(broken.params[0])
@@ -109,11 +112,12 @@ def wrong_gradients() -> dict[str, tuple[Callable[[nn.Parameter], None], str]]:
     }
 
 
+@every_backend
 @pytest.mark.parametrize("name", classes())
 @pytest.mark.parametrize("kind", wrong_gradients())
-def test_gradients_that_do_not_fit(name: str, kind: str) -> None:
+def test_gradients_that_do_not_fit(name: str, kind: str, backend: str) -> None:
     change, message = wrong_gradients()[kind]
-    broken = Broken(name)
+    broken = Broken(name, backend=backend)
     change(broken.params[1])
     broken.assert_refuses(ValueError, f"the gradient of {WHERE} {message}. Set .grad to None")
     broken.params[1].grad = None
@@ -130,21 +134,23 @@ WRONG_STATES: dict[str, tuple[str, Any, str]] = {
         "is expanded: several of its elements share one memory location",
     ),
     "device": ("moment", torch.zeros(64, device="meta"), "is on another device, meta"),
-    "number": ("moment", 0.0, "is no tensor but a float"),
-    "step as a number": ("step", 1, "is no tensor but a int"),
+    "number": ("moment", 0.0, "must be a Tensor, not float"),
+    "step as a number": ("step", 1, "must be a Tensor, not int"),
     "step of two elements": ("step", torch.ones(2), r"has another shape, \[2\]"),
     "step on another device": ("step", torch.ones((), device="meta"), "is on another device, meta"),
 }
 
 
+@every_backend
 @pytest.mark.parametrize("case", RULE_CASES, ids=str)
 @pytest.mark.parametrize("kind", WRONG_STATES)
-def test_states_that_do_not_fit(case: Case, kind: str) -> None:
+def test_states_that_do_not_fit(case: Case, kind: str, backend: str) -> None:
     key, value, message = WRONG_STATES[kind]
     if key == "step" and not case.rule.state_scalars:
         pytest.skip("there is no count of steps")
     key = case.moments()[-1] if key == "moment" else key
-    broken = Broken(case.algorithm, **{name: value for name, value in case.options.items() if name != "lr"})
+    options = {name: value for name, value in case.options.items() if name != "lr"}
+    broken = Broken(case.algorithm, **options, backend=backend)
     state = broken.optimizer.state[broken.params[1]]
     good, state[key] = state[key], value
     params = [p.detach().clone() for p in broken.params]
@@ -206,6 +212,7 @@ BAD_GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
         ValueError,
         r"\['lr'\] must be a tensor of one element, not of shape \[2\]",
     ),
+    "no maximize": (lambda g: g.pop("maximize"), KeyError, r"param_groups\[1\]\['maximize'\] is missing"),
     "no lr": (lambda g: g.pop("lr"), KeyError, r"param_groups\[1\]\['lr'\] is missing"),
     "one beta": (lambda g: g.update(betas=0.9), TypeError, r"\['betas'\] must be 2 numbers, not a float"),
     "an iterator of params": (
@@ -217,10 +224,11 @@ BAD_GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], st
 }
 
 
+@every_backend
 @pytest.mark.parametrize("kind", BAD_GROUPS)
-def test_groups_edited_to_nonsense(kind: str) -> None:
+def test_groups_edited_to_nonsense(kind: str, backend: str) -> None:
     edit, error, message = BAD_GROUPS[kind]
-    broken = Broken()
+    broken = Broken(backend=backend)
     before = snapshot(broken.optimizer)
     good = dict(broken.optimizer.param_groups[1], params=list(broken.optimizer.param_groups[1]["params"]))
     edit(broken.optimizer.param_groups[1])

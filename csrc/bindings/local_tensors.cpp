@@ -169,6 +169,7 @@ void LocalTensors::compare(const Objects& tensors, const Objects& specs, int sca
   }
   if (is_partial(of_param)) distribution.unsupported = kPartial;
   distribution.part = mesh_part_of(of_param);
+  bool grad_is_partial = false;
   for (size_t k = kGrad; k < kMaxStreams; ++k) {
     if (tensors[k] == nullptr || specs[k] == specs[kParam]) continue;
     Spec spec{};
@@ -181,8 +182,11 @@ void LocalTensors::compare(const Objects& tensors, const Objects& specs, int sca
     if (!same_places) distribution.unsupported = kRedistributed;
     const auto culprit =
         static_cast<int8_t>(k == kGrad ? Wrong::kGradient : scalars + static_cast<int>(k) - kFirstState);
-    // torch redistributes what an operation reads, except from another mesh. It does not make a result partial.
-    const bool becomes_partial = !same_places && k != kGrad && is_partial(spec);
+    // torch redistributes what an operation reads, except from another mesh. It makes no result partial, except that
+    // SGD's buffer begins like the gradient before torch 2.13.
+    const bool is_partial_here = !same_places && is_partial(spec);
+    if (k == kGrad) grad_is_partial = is_partial_here;
+    const bool becomes_partial = is_partial_here && k != kGrad && !grad_is_partial;
     if (becomes_partial || are_equal(of_param.mesh, spec.mesh) == Answer::no) {
       distribution.wrong = {Fault::distribution, culprit};
     } else if (!same_shape(Tensor::in(tensors[kParam]), Tensor::in(tensors[k]))) {

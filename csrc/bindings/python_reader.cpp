@@ -103,6 +103,12 @@ bool PythonReader::read_group(PyObject* dict, Inventory& inventory, Group& group
   if (!group_keys_.read(dict, group_keys_.size(), values)) return false;
   group.params = values[0];
   if (group.params == nullptr || !PyList_CheckExact(group.params)) return false;
+  const auto require = [&](size_t k) {
+    if (values[k] != nullptr) return;
+    throw py::key_error(describe_key(group.index, group_keys_[k]) +
+                        " is missing: was a checkpoint of another class loaded?");
+  };
+  require(1);  // a missing flag is off, except for this one, which torch requires
   bool differentiable;
   if (!read_flag(values[1], group.maximize) || !read_flag(values[2], group.fused) ||
       !read_flag(values[3], differentiable) || !read_flag(values[4], group.capturable)) {
@@ -120,7 +126,7 @@ bool PythonReader::read_group(PyObject* dict, Inventory& inventory, Group& group
   for (size_t k = kDriverKeys; k < group_keys_.size(); ++k) {
     PyObject* const key = group_keys_[k];
     PyObject* const value = values[k];
-    if (value == nullptr) throw py::key_error(describe_key(group.index, key) + " is missing");
+    require(k);
     switch (rule_.group_keys[k - kDriverKeys].kind) {
       case KeyKind::number:
         if (!read_number(inventory, group, key, value, false, count)) return false;

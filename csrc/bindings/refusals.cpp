@@ -34,7 +34,7 @@ std::string describe_fault(const Inventory& inventory, size_t i, const Wrong& wr
     return "lies in a storage that is too small for it, of " +
            std::to_string(local_culprit(located, wrong).storage_bytes()) + " bytes: it was freed or resized";
   }
-  if (wrong.fault == Fault::no_tensor) return std::string("is no tensor but a ") + Py_TYPE(value)->tp_name;
+  if (wrong.fault == Fault::no_tensor) return std::string("must be a Tensor, not ") + Py_TYPE(value)->tp_name;
   const auto parameter = py::reinterpret_borrow<py::object>(located.parameter);
   const py::object culprit = value != nullptr                    ? py::reinterpret_borrow<py::object>(value)
                              : wrong.culprit == Wrong::kGradient ? py::object(parameter.attr("grad"))

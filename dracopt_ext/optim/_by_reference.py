@@ -67,8 +67,17 @@ def check(step: Step, groups: list[Group]) -> None:
                 f"the reference implementation, which steps parameters of {type(step.optimizer).__name__} here, serves "
                 "neither differentiable nor capturable groups"
             )
-        numbers = reference.numbers(rule.name, group)
         index = step.find(group["params"][0])[0]
+        for key in ("maximize", *rule.kinds):
+            if key not in group:
+                raise KeyError(f"param_groups[{index}][{key!r}] is missing: was a checkpoint of another class loaded?")
+            for value in group[key] if isinstance(group[key], tuple) else [group[key]]:
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise ValueError(
+                        f"param_groups[{index}][{key!r}] must be a tensor of one element, not of shape "
+                        f"{list(value.shape)}"
+                    )
+        numbers = reference.numbers(rule.name, group)
         for key, value in numbers.items():
             _check_number(f"param_groups[{index}][{key!r}]", value)
         for p in group["params"]:
@@ -101,39 +110,57 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
         )
     rule, entries = step.kind.rule, entries_of(step.optimizer.state, p)
     state = {} if step.kind.lacks_state(entries, group) else entries
-    for name in (*rule.state_scalars, *rule.moments_of(group)):
-        if state and name not in state:
-            raise KeyError(f"the state of {step.describe(p)} has no {name!r}")
     master = step.engine.precision.master_of(p)
-    if state and master is not None:
-        _check_master(step, p, state, master, group)
-    for name in ("the gradient", *rule.moments_of(group), *([master] if master is not None else [])):
-        tensor = grad if name == "the gradient" else state.get(name)
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise ValueError(f"the state {name!r} of {step.describe(p)} is no tensor but a {type(tensor).__name__}")
-        if tensor is not None and tensor.shape != p.shape:
-            raise ValueError(f"{name} of {step.describe(p)} has another shape, {list(tensor.shape)}")
-        if tensor is not None and not (tensor.is_complex() if p.is_complex() else tensor.is_floating_point()):
-            raise ValueError(f"{name} of {step.describe(p)} has a dtype that does not fit, {tensor.dtype}")
-        mesh = getattr(tensor, "device_mesh", None)
-        if isinstance(tensor, Tensor) and mesh != getattr(p, "device_mesh", None) and not _may_mix(p, tensor):
-            where = "not distributed" if mesh is None else f"distributed over {mesh}"
-            raise ValueError(f"{name} of {step.describe(p)} is {where}")
-        moved = name != "the gradient" and getattr(tensor, "placements", None) != getattr(p, "placements", None)
+    needed = [*rule.state_scalars, *rule.moments_of(group)]
+    # A master is created with the state, or beside what another class has saved.
+    if master is not None and step.kind.lacks_state({}, group):
+        needed.append(master)
+    for name in needed:
+        if state and state.get(name) is None:
+            raise KeyError(
+                f"the state of {step.describe(p)} has no {name!r}. Was an option such as amsgrad switched on after the "
+                "first step? Delete this parameter's state to start it afresh"
+            )
+    found = {name: state.get(name) for name in (*needed, *([] if master is None else [master]))}
+    tensors: list[tuple[str | None, Any]] = [(None, grad), *found.items()]
+    for key, tensor in tensors:
+        fault = None if tensor is None else _fault_of(step, p, tensor, key)
+        if fault is None:
+            continue
+        if key is None:
+            raise ValueError(
+                f"the gradient of {step.describe(p)} {fault}. Set .grad to None, or to a tensor like the parameter"
+            )
+        raise ValueError(
+            f"the state {key!r} of {step.describe(p)} {fault}. Delete this parameter's state to start it afresh"
+        )
+    for name, tensor in found.items():
+        moved = name not in rule.state_scalars and getattr(tensor, "placements", None) != getattr(p, "placements", None)
         if tensor is not None and moved and step.engine.precision.rounds(p):
             raise RuntimeError(f"the state {name!r} of {step.describe(p)} is placed in another way than the parameter")
     return state
 
 
-def _check_master(step: Step, p: Tensor, state: Any, name: str, group: Group) -> None:
-    master = state.get(name)
-    if master is None:
-        if step.kind.lacks_state({}, group):
-            raise KeyError(f"the state of {step.describe(p)} has no {name!r}. Delete this state to start it afresh")
-    elif not isinstance(master, Tensor):
-        raise ValueError(f"the state {name!r} of {step.describe(p)} is no tensor but a {type(master).__name__}")
-    elif master.dtype != step.engine.precision.master_dtype():
-        raise ValueError(f"the state {name!r} of {step.describe(p)} has a dtype that does not fit, {master.dtype}")
+def _fault_of(step: Step, p: Tensor, tensor: Any, name: str | None) -> str | None:
+    """Says what is wrong about a state, or about the gradient if ``name`` is None; returns None if nothing is."""
+    if not isinstance(tensor, Tensor):
+        return f"must be a Tensor, not {type(tensor).__name__}"
+    precision = step.engine.precision
+    is_scalar, is_master = name in step.kind.rule.state_scalars, name is not None and name == precision.master_of(p)
+    if tensor.numel() != 1 if is_scalar else tensor.shape != p.shape:
+        return f"has another shape, {list(tensor.shape)}"
+    fits = tensor.is_complex() if p.is_complex() and not is_scalar else tensor.is_floating_point()
+    if not fits or (is_master and tensor.dtype != precision.master_dtype()):
+        return f"has a dtype that does not fit, {tensor.dtype}"
+    if tensor.device != p.device and not (is_scalar and tensor.device.type == "cpu"):
+        return f"is on another device, {tensor.device}"
+    is_expanded = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if is_expanded and name is not None:
+        return "is expanded: several of its elements share one memory location"
+    mesh = getattr(tensor, "device_mesh", None)
+    if not is_scalar and mesh != getattr(p, "device_mesh", None) and not _may_mix(p, tensor):
+        return "is not distributed" if mesh is None else f"is distributed over {mesh}"
+    return None
 
 
 def _may_mix(p: Tensor, tensor: Tensor) -> bool:

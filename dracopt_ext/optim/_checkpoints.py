@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from .. import reference
+from ..containers import describe
 from ..rule import MASTER_KEYS
 from ._engine import engine_of
 from ._precision import Precision, to_split
-from ._step import describe
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer

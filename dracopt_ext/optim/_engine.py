@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from .. import backend as backend_module
+from ..containers import as_number
 from ._precision import Precision, StateDtype, check_use, place_of_shard
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def checked_norm(max_grad_norm: float | None) -> float | None:
     """Returns the largest norm that gradients may have, if it can be right."""
     if max_grad_norm is None:
         return None
-    most = float(max_grad_norm)
+    most = float(as_number(max_grad_norm, "max_grad_norm"))
     if not most >= 0:
         raise ValueError(f"max_grad_norm is {most}; it must be at least 0, or None to clip nothing")
     return most

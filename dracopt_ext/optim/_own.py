@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from ..containers import as_number, as_tuple
 from ..rule import DECAY_RATES, NUMBER
 from ._base import FusedOptimizer
 from ._engine import Options, given_engine
@@ -43,7 +44,7 @@ class OwnOptimizer(FusedOptimizer):
     Raises:
         ValueError: a number is negative or NaN, or one of a pair of decay rates is not at least 0 and less than 1.
         RuntimeError: ``differentiable`` is true, or ``foreach`` and ``fused`` are.
-        TypeError: ``hyperparameters`` are incomplete, or an option is unknown.
+        TypeError: ``hyperparameters`` are incomplete, one is no number, or an option is unknown.
     """
 
     def __init__(
@@ -78,14 +79,15 @@ class OwnOptimizer(FusedOptimizer):
             if kind == NUMBER:
                 if isinstance(value, Tensor) and value.numel() != 1:
                     raise ValueError(f"Tensor {name} must be 1-element")
-                if not value >= 0:
+                if not as_number(value, name) >= 0:
                     words = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
                     raise ValueError(f"Invalid {words}: {value}")
             elif kind == DECAY_RATES:
-                if len(value) != 2:
-                    raise ValueError(f"{name} must be 2 numbers, not {len(value)}")
-                for index, rate in enumerate(value):
-                    if not 0 <= rate < 1:
+                rates = as_tuple(value, name)
+                if len(rates) != 2:
+                    raise ValueError(f"{name} must be 2 numbers, not {len(rates)}")
+                for index, rate in enumerate(rates):
+                    if not 0 <= as_number(rate, name) < 1:
                         raise ValueError(f"Invalid beta parameter at index {index}: {rate}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..containers import entries_of
+from ..containers import describe, entries_of
 from ..rule import MASTER_KEYS
 
 if TYPE_CHECKING:
@@ -110,14 +110,11 @@ def check_group(optimizer: FusedOptimizer, precision: Precision, group_index: in
             _refuse(optimizer, group_index, index, what + "master_weights='fp32'")
 
 
-def _refuse(optimizer: FusedOptimizer, group_index: int, index: int, what: str) -> None:
-    from ._step import describe
-
+def _refuse(
+    optimizer: FusedOptimizer, group_index: int, index: int, what: str, remedy: str = "give it an optimizer of its own"
+) -> None:
     p = optimizer.param_groups[group_index]["params"][index]
-    raise ValueError(
-        f"{what}, but {describe(optimizer.param_groups, group_index, index)} is {p.dtype}; give it an optimizer of its "
-        "own"
-    )
+    raise ValueError(f"{what}, but {describe(optimizer.param_groups, group_index, index)} is {p.dtype}; {remedy}")
 
 
 def check_use(optimizer: FusedOptimizer, precision: Precision) -> None:
@@ -129,7 +126,8 @@ def check_use(optimizer: FusedOptimizer, precision: Precision) -> None:
     for option in ("master_weights", "stochastic_rounding"):
         value = getattr(precision, option)
         if value and not (option == "stochastic_rounding" and serves_moments):
-            _refuse(optimizer, 0, 0, f"{option}={value!r} is for parameters in bf16 or fp16")
+            remedy = f"convert the model first, or leave `{option}` out"
+            _refuse(optimizer, 0, 0, f"{option}={value!r} is for parameters in bf16 or fp16", remedy)
 
 
 def master_params(optimizer: FusedOptimizer, precision: Precision) -> list[Tensor]:

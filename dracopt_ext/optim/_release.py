@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..clip_grad import is_distributed
-from ..containers import Group
+from ..containers import Group, describe
 from ..todo import Index
 from ._engine import engine_of
-from ._step import Step, describe
+from ._step import Step
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer

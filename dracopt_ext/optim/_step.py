@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import backend as backend_module
 from .. import reference
 from ..clip_grad import zero_gradients
-from ..containers import Group, entries_of, plain_groups, plain_state, restore
+from ..containers import Group, describe, entries_of, plain_groups, plain_state, restore
 from ..todo import NEW, Clipping, Index, Run, Scaler, Todo
 from . import _by_reference, _by_torch, _clipped, _scaled
 from ._engine import engine_of
@@ -233,7 +233,11 @@ class Step:
         """Returns the groups with only the parameters that have a gradient, without groups that have none."""
         self.make_plain()
         groups = []
-        for group in self.groups:
+        for group_index, group in enumerate(self.groups):
+            for index, p in enumerate(group["params"]):
+                if not isinstance(p, Tensor):
+                    where = f"param_groups[{group_index}]['params'][{index}]"
+                    raise TypeError(f"{where} must be a Tensor, not {type(p).__name__}")
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 groups.append({**group, "params": params})
@@ -285,13 +289,3 @@ class Step:
     def describe(self, p: Tensor) -> str:
         """Names a parameter for errors."""
         return describe(self.groups, *self.find(p))
-
-
-def describe(groups: Any, group_index: int, index: int) -> str:
-    """Names a parameter for errors."""
-    group = groups[group_index]
-    name = f"{group['param_names'][index]!r}, " if group.get("param_names") else ""
-    p = group["params"][index]
-    is_distributed = hasattr(p, "device_mesh") and hasattr(p, "placements")
-    where = f" over {p.device_mesh} by {p.placements}" if is_distributed else ""
-    return f"parameter {index} of group {group_index} ({name}shape {list(p.shape)}{where})"
