@@ -56,9 +56,10 @@ OPTIMIZED, LINKED = ["-O3", "-g0"], ["-Wl,--strip-all"] if sys.platform == "linu
 if MODE == "sanitize":
     LINKED = ["-fsanitize=address,undefined"]
     OPTIMIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", *LINKED]
-COMMON_FLAGS = ["-std=c++20", *OPTIMIZED, "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-# Results must not depend on what the compiler contracts. The other two flags let loops vectorise and change no result.
-KERNEL_FLAGS = [*COMMON_FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Results must not depend on what the compiler contracts.
+COMMON_FLAGS = ["-std=c++20", *OPTIMIZED, "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off"]
+# These two flags let loops vectorise and change no result.
+KERNEL_FLAGS = [*COMMON_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
 # The build makes machine code for these architectures, and PTX for GPUs of all other and later generations. The PTX has
 # an architecture of its own, by which the sources recognize it.
 PTX = 87

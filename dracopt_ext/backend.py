@@ -59,8 +59,8 @@ def _built_for(version: str) -> bool:
 def _load_native() -> tuple[ModuleType | None, str | None]:
     """Loads the compiled module ``dracopt_ext._C``, or says why there is none.
 
-    The module for any torch does not take the place of one that exists and does not load, because that is a mistake to
-    be mended.
+    If the binding for this torch exists and does not load, the one for any torch is not tried: the user must see the
+    error.
     """
     installed = torch.__version__
     if _minor(installed) < (2, 10):

@@ -192,8 +192,20 @@ def get_total_norm(
 ) -> Tensor:
     """Returns the norm of all tensors together, like :func:`torch.nn.utils.get_total_norm`.
 
-    The L2 norm is computed in fp64, within 10 units of 2^-53, and rounded once to the dtype that torch returns. Other
-    norms are torch's. ``foreach`` chooses nothing for the L2 norm.
+    The L2 norm is computed in fp64, within 10 units of 2^-53, and rounded once. Other norms are torch's.
+
+    Args:
+        tensors: a tensor, or tensors of any shapes, dtypes and devices.
+        norm_type: p of the p-norm (default 2), or infinity.
+        error_if_nonfinite: raise if the norm is not finite (default False).
+        foreach: chooses nothing for the L2 norm.
+
+    Returns:
+        A tensor of shape ``()`` in the widest dtype of the tensors, on the first one's device; 0.0 in fp32 if there are
+        none.
+
+    Raises:
+        RuntimeError: the norm is not finite, or a tensor is sparse.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     if float(norm_type) != 2.0:
@@ -226,7 +238,13 @@ def clip_grads_with_norm_(
 ) -> None:
     """Scales gradients in place by ``max_norm / (total_norm + 1e-6)``, but by 1 at most.
 
-    Like :func:`torch.nn.utils.clip_grads_with_norm_`; ``foreach`` concerns what the kernels leave to torch.
+    Like :func:`torch.nn.utils.clip_grads_with_norm_`.
+
+    Args:
+        parameters: a parameter, or parameters, of which some may have no gradient.
+        max_norm: the largest norm.
+        total_norm: the norm of all gradients, of shape ``()``.
+        foreach: concerns what the kernels leave to torch (default None).
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     norm: Any = total_norm
@@ -252,7 +270,15 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clips the gradients to a norm of all of them together, in place, and returns the norm before.
 
-    Like :func:`torch.nn.utils.clip_grad_norm_`: :func:`get_total_norm`, then :func:`clip_grads_with_norm_`.
+    Like :func:`torch.nn.utils.clip_grad_norm_`: :func:`get_total_norm`, then :func:`clip_grads_with_norm_`. The
+    arguments are theirs.
+
+    Returns:
+        The norm, as from :func:`get_total_norm`. Its dtype is the widest of the gradients'.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is true, or a gradient is sparse. No gradient
+            has changed then.
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
@@ -272,7 +298,12 @@ def clip_grad_norm_(
 def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | None = None) -> None:
     """Limits each element of the gradients to ``[-clip_value, clip_value]``, in place.
 
-    Like :func:`torch.nn.utils.clip_grad_value_`; ``foreach`` concerns what the kernels leave to torch.
+    Like :func:`torch.nn.utils.clip_grad_value_`.
+
+    Args:
+        parameters: a parameter, or parameters, of which some may have no gradient.
+        clip_value: the largest absolute value of an element.
+        foreach: concerns what the kernels leave to torch (default None).
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     others, kernels, most = parameters, _kernels(), float(clip_value)

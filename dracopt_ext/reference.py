@@ -228,7 +228,7 @@ def current_master(param: Tensor, master: Tensor) -> Tensor:
         param: bf16 or fp16.
         master: the state: the master in fp32, or its lower half in bf16. An fp32 master that does not round to the
             parameter is out of date, because someone has changed the parameter, which takes its place. A tie may have
-            been rounded either way. So is a half that would make the parameter NaN.
+            been rounded either way. A lower half that would make the master NaN is out of date, too.
     """
     wide = param.float()
     if master.dtype == torch.bfloat16:

@@ -23,7 +23,8 @@ Unsupported = tuple[int, int, str, int]
 NEW = 1
 """The parameter's state is missing, in part or as a whole."""
 MIXED = 2
-"""The dense tensors differ in dtype, or have a property that torch refuses, or rounds where we do not."""
+"""torch cannot step the tensors as we do: their dtypes differ, the gradient is a conjugate view, or a gradient in 16
+bits must be divided or multiplied, after which torch would round once more."""
 SPARSE = 4
 """The gradient is sparse."""
 FUSABLE = 8

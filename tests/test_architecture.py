@@ -55,7 +55,7 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "rules": {"arithmetic"},
     "kernel": {"arithmetic"},
     "squares": {"arithmetic", "kernel"},
-    "launcher": {"kernel", "rules", "squares"},
+    "launcher": {"arithmetic", "kernel", "rules", "squares"},
 }
 
 

@@ -32,7 +32,7 @@ VECTOR = tl.constexpr(16)  # elements: a multiple of the number of any dtype in 
 AT = {name: tl.constexpr(at) for name, at in launch_layout().items()}  # offsets and sizes, in bytes
 ROW_BYTES, STREAMS, STATE_SCALARS = AT["ROW_BYTES"], AT["STREAMS"], AT["STATE_SCALARS"]
 NUMEL, SLOT, LAYOUT = AT["NUMEL"], AT["SLOT"], AT["LAYOUT"]
-ELEMENT, ELEMENTS_LAYOUT, PARAM_INDEX = AT["ELEMENT"], AT["ELEMENTS_LAYOUT"], AT["PARAM_INDEX"]
+ROW_FIRST, ROW_NUMBERS, PARAM = AT["ROW_FIRST"], AT["ROW_NUMBERS"], AT["PARAM"]
 SEED = AT["SEED"]
 STATE_SCALAR_FP32, MAXIMIZE, HAS_RECIPE = AT["STATE_SCALAR_FP32"], AT["MAXIMIZE"], AT["HAS_RECIPE"]
 LAYOUT_BYTES, DIMS, SIZES = AT["LAYOUT_BYTES"], AT["DIMS"], AT["SIZES"]
@@ -41,7 +41,8 @@ FOUND_INF, GRAD_SCALE, DIVISOR, FINISHED = AT["FOUND_INF"], AT["GRAD_SCALE"], AT
 TABLE, LAYOUTS, FIRST_TILES = AT["ROWS"], AT["LAYOUTS"], AT["FIRST_TILES"]
 MULTIPLIER, COEFFICIENT, ZEROES = AT["MULTIPLIER"], AT["COEFFICIENT"], AT["ZEROES"]
 COUNT, BLOCKS, WORDS = AT["COUNT"], AT["BLOCKS"], AT["WORDS"]
-FP32_ADDRESS, FP64_ADDRESS, FIRST, NUMBERS = AT["FP32_ADDRESS"], AT["FP64_ADDRESS"], AT["FIRST"], AT["NUMBERS"]
+FP32_ADDRESS, FP64_ADDRESS = AT["FP32_ADDRESS"], AT["FP64_ADDRESS"]
+RECIPE_FIRST, RECIPE_WORDS = AT["RECIPE_FIRST"], AT["RECIPE_WORDS"]
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def tile_of(first_tiles, count, program):
 @triton.jit
 def number_in(recipe, fp32_address, fp64_address, k: tl.constexpr, mask):
     """Reads number k of a recipe: as it is, or where it lies on the device."""
-    bits = field(recipe, NUMBERS + 8 * k, tl.int64, mask)
+    bits = field(recipe, RECIPE_WORDS + 8 * k, tl.int64, mask)
     is_fp32 = (fp32_address >> k & 1) != 0
     is_fp64 = (fp64_address >> k & 1) != 0
     stored = number_at(bits, is_fp32, is_fp64)
@@ -95,7 +96,7 @@ def number_in(recipe, fp32_address, fp64_address, k: tl.constexpr, mask):
 
 @triton.jit
 def state_scalar_number(recipe, k: tl.constexpr, address, is_fp32, mask):
-    on_host = field(recipe, NUMBERS + 8 * k, tl.float64, mask)
+    on_host = field(recipe, RECIPE_WORDS + 8 * k, tl.float64, mask)
     there = address != 0
     return tl.where(there, number_at(address, there & is_fp32, there & (is_fp32 == 0)), on_host)
 
@@ -105,9 +106,9 @@ def prepare_row(
     row,
     recipe,
     mask,
-    rule: tl.constexpr,
-    numbers: tl.constexpr,
-    carries: tl.constexpr,
+    prepare: tl.constexpr,
+    hyperparameters: tl.constexpr,
+    state_scalar_count: tl.constexpr,
     power: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -115,19 +116,19 @@ def prepare_row(
     fp32 = field(recipe, FP32_ADDRESS, tl.int16, mask)
     fp64 = field(recipe, FP64_ADDRESS, tl.int16, mask)
     h = ()
-    for k in tl.static_range(numbers):
+    for k in tl.static_range(hyperparameters):
         h = h + (number_in(recipe, fp32, fp64, k, mask),)
-    first = field(recipe, FIRST, tl.int8, mask) != 0
+    first = field(recipe, RECIPE_FIRST, tl.int8, mask) != 0
     bits = field(row, STATE_SCALAR_FP32, tl.int8, mask)
     is_fp32 = (bits & 1) != 0, (bits & 2) != 0
     address0 = field(row, STATE_SCALARS, tl.int64, mask)
     address1 = field(row, STATE_SCALARS + 8, tl.int64, mask)
     scalar0, scalar1 = recipe, recipe  # if the rule has none
-    if carries > 0:
-        scalar0 = state_scalar_number(recipe, numbers, address0, is_fp32[0], mask)
-    if carries > 1:
-        scalar1 = state_scalar_number(recipe, numbers + 1, address1, is_fp32[1], mask)
-    state_scalars, scalars = rule((scalar0, scalar1), is_fp32, first, h, power, T)
+    if state_scalar_count > 0:
+        scalar0 = state_scalar_number(recipe, hyperparameters, address0, is_fp32[0], mask)
+    if state_scalar_count > 1:
+        scalar1 = state_scalar_number(recipe, hyperparameters + 1, address1, is_fp32[1], mask)
+    state_scalars, scalars = prepare((scalar0, scalar1), is_fp32, first, h, power, T)
     return state_scalars, scalars, (address0, address1), is_fp32
 
 
@@ -282,7 +283,9 @@ def no_power(x, n):
 
 
 @triton.jit
-def advance(rows, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, carries: tl.constexpr):
+def advance(
+    rows, arguments, count, prepare: tl.constexpr, hyperparameters: tl.constexpr, state_scalar_count: tl.constexpr
+):
     """Advances the state scalars on the device to the step that has been done."""
     begin = count * 0
     while begin < count:
@@ -292,9 +295,9 @@ def advance(rows, arguments, count, rule: tl.constexpr, numbers: tl.constexpr, c
         mask = mask & (field(row, HAS_RECIPE, tl.int8, mask) != 0)
         recipe = arguments + WORDS + 8 * field(row, SLOT, tl.int32, mask).to(tl.int64)
         state_scalars, _, addresses, is_fp32 = prepare_row(
-            row, recipe, mask, rule, numbers, carries, no_power, tl.float64
+            row, recipe, mask, prepare, hyperparameters, state_scalar_count, no_power, tl.float64
         )
-        for k in tl.static_range(carries):
+        for k in tl.static_range(state_scalar_count):
             there = mask & (addresses[k] != 0)
             as_fp32 = addresses[k].to(tl.pointer_type(tl.float32))
             as_fp64 = addresses[k].to(tl.pointer_type(tl.float64))
@@ -309,11 +312,11 @@ def step_kernel(
     layouts: tl.int64,
     first_tiles: tl.int64,
     arguments: tl.int64,
-    rule: tl.constexpr,
+    prepare: tl.constexpr,
     scalar_count: tl.constexpr,
     update: tl.constexpr,
-    numbers: tl.constexpr,
-    carries: tl.constexpr,
+    hyperparameters: tl.constexpr,
+    state_scalar_count: tl.constexpr,
     dtypes: tl.constexpr,  # of the parameter, the gradient and the states
     master: tl.constexpr,  # the form of masters, or None
     at_random: tl.constexpr,  # 1 if the parameter is rounded at random, plus 2 if states are
@@ -331,7 +334,7 @@ def step_kernel(
     row = rows + index * ROW_BYTES
     slot = arguments + WORDS + 8 * field(row, SLOT, tl.int32).to(tl.int64)
     if field(row, HAS_RECIPE, tl.int8) != 0:
-        _, scalars, _, _ = prepare_row(row, slot, True, rule, numbers, carries, power, T)
+        _, scalars, _, _ = prepare_row(row, slot, True, prepare, hyperparameters, state_scalar_count, power, T)
     else:
         scalars = ()
         for k in tl.static_range(scalar_count):
@@ -350,8 +353,8 @@ def step_kernel(
         addresses = addresses + (field(row, STREAMS + 8 * k, tl.int64),)
     rounding = (numel,)
     if at_random:
-        first, number = field(row, ELEMENT, tl.int64), field(row, ELEMENTS_LAYOUT, tl.int32).to(tl.int64)
-        index_in_all, step = field(row, PARAM_INDEX, tl.int32), field(slot - 8, 0, tl.int64)
+        first, number = field(row, ROW_FIRST, tl.int64), field(row, ROW_NUMBERS, tl.int32).to(tl.int64)
+        index_in_all, step = field(row, PARAM, tl.int32), field(slot - 8, 0, tl.int64)
         rounding = first, layouts, number, index_in_all, step, field(arguments, SEED, tl.int64)
     layout_number = field(row, LAYOUT, tl.int32).to(tl.int64)  # negative if all streams are dense
     layout = layouts + layout_number * LAYOUT_BYTES
@@ -384,4 +387,4 @@ def step_kernel(
         counter = finished.to(tl.pointer_type(tl.int32))
         if tl.atomic_add(counter, 1) == field(arguments, BLOCKS, tl.int32) - 1:
             tl.store(counter, 0)
-            advance(rows, arguments, count, rule, numbers, carries)
+            advance(rows, arguments, count, prepare, hyperparameters, state_scalar_count)

@@ -12,6 +12,7 @@ import triton.language as tl
 from dracopt_ext._C import rules as compiled_rules
 
 from . import kernel
+from .arithmetic import INTERPRETED
 from .kernel import VECTOR_BYTES, step_kernel
 from .rules import RULES
 from .squares import squares_kernel
@@ -25,7 +26,6 @@ OPTIONS = {"enable_fp_fusion": False, "num_warps": WARPS}
 """The compiler's options for all kernels. The results' bits depend on the first."""
 ITEMSIZE = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
 TARGET = "cuda" if torch.version.hip is None else "hip"
-INTERPRETED = not isinstance(step_kernel, triton.runtime.JITFunction)
 
 
 def estimates_well() -> bool:
@@ -58,11 +58,11 @@ def specialization(
     threads = WARPS * (32 if target == "cuda" else 64)
     functions, compiled = RULES[rule], COMPILED[rule]
     return {
-        "rule": functions.prepare,
+        "prepare": functions.prepare,
         "scalar_count": compiled.scalars,
         "update": functions.update,
-        "numbers": compiled.hyperparameters,
-        "carries": len(compiled.state_scalar_keys),
+        "hyperparameters": compiled.hyperparameters,
+        "state_scalar_count": len(compiled.state_scalar_keys),
         "dtypes": dtypes,
         "master": master,
         "at_random": at_random,

@@ -50,9 +50,9 @@ class GpuLaunches {
   // Forgets the tensors of the step before.
   void clear();
 
-  // Takes the tensors of the step before once more. Each call of again() stands for a call of add() then, and for the
-  // same tensor, except that the gradient may have moved and that the scalars are others. Returns false if add() would
-  // make another table; the tensors must then be forgotten and added.
+  // These take the tensors of the step before once more. Each again() repeats the add() of that step for the same
+  // tensor, of which only the gradient's address and the scalars may differ. Returns false if add() would make another
+  // table; the tensors must then be forgotten and added.
   void begin_again();
   bool again(const Segment& segment, const uint64_t* slot, size_t slot_words);
 

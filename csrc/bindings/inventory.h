@@ -20,7 +20,7 @@ namespace dracopt {
 using Index = std::pair<int, int>;      // the index of a group, and of a parameter in it
 using Run = std::tuple<int, int, int>;  // the indices of a group, of its first parameter in the run, and after the last
 
-// The terms of a group that decide what its parameters are found to be.
+// Terms are the facts of a group on which examine() depends.
 struct Terms {
   int states = -1;
   bool fused, capturable;
@@ -37,7 +37,7 @@ struct Group : Terms {
   uint64_t version;    // of the dict, when it was read
   bool lasts;          // what was read can change only with the dict
   Terms examined_for;  // the terms by which parameters were last examined
-  bool same_terms;     // as these
+  bool same_terms;     // `examined_for` equals the terms of this step
   int index;
   bool maximize;
   double hyperparameters[kMaxHyperparameters];
@@ -173,7 +173,7 @@ struct Inventory {
   std::vector<Segment> segments;
   std::deque<Layout> layouts;
   std::vector<Rounding> roundings;  // one for each place, if streams are rounded at random
-  std::deque<Layout> numbers;       // of these
+  std::deque<Layout> numbers;       // the layouts to which `roundings` point
   Tally tally{};
   uint64_t version = 1;      // changes with what was found at any place, except with where gradients lie
   bool as_recorded = false;  // the host's state scalars are those that the step before left

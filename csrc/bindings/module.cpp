@@ -84,9 +84,9 @@ py::dict launch_layout() {
   at["STREAMS"] = offsetof(Row, streams);
   at["STATE_SCALARS"] = offsetof(Row, state_scalars);
   at["NUMEL"] = offsetof(Row, numel);
-  at["ELEMENT"] = offsetof(Row, first);
-  at["ELEMENTS_LAYOUT"] = offsetof(Row, numbers);
-  at["PARAM_INDEX"] = offsetof(Row, param);
+  at["ROW_FIRST"] = offsetof(Row, first);
+  at["ROW_NUMBERS"] = offsetof(Row, numbers);
+  at["PARAM"] = offsetof(Row, param);
   at["SEED"] = offsetof(Arguments, seed);
   at["SLOT"] = offsetof(Row, slot);
   at["LAYOUT"] = offsetof(Row, layout);
@@ -127,8 +127,8 @@ py::dict launch_layout() {
   at["NORM_FINISHED"] = offsetof(Norm, finished);
   at["FP32_ADDRESS"] = offsetof(Recipe, fp32_address);
   at["FP64_ADDRESS"] = offsetof(Recipe, fp64_address);
-  at["FIRST"] = offsetof(Recipe, first);
-  at["NUMBERS"] = offsetof(Recipe, words);
+  at["RECIPE_FIRST"] = offsetof(Recipe, first);
+  at["RECIPE_WORDS"] = offsetof(Recipe, words);
   return at;
 }
 

@@ -1,4 +1,4 @@
-"""The base class of all optimizers: step(), two options, and checkpoints that keep them."""
+"""The base class of all optimizers: step(), the options beyond torch's, and checkpoints."""
 
 from __future__ import annotations
 
@@ -157,9 +157,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 need gradients that stay. After an overflow a GradScaler calls ``step`` only with ``fused=True``, and
                 then the gradients are zeroed, too.
 
+        Returns:
+            What ``closure`` returned; None without one.
+
         Raises:
-            ValueError, TypeError, KeyError: for a parameter, state or hyperparameter that cannot be right. Parameters,
-                states and step counts are then as before.
+            ValueError, TypeError, KeyError: for a parameter, state or hyperparameter that cannot be right.
+            RuntimeError: the ``backend`` does not serve a parameter; the norm is not finite and ``error_if_nonfinite``
+                is set; a CUDA graph could not replay this step; a gradient is sparse and torch's class takes none; a
+                step of this optimizer is running; or a GPU fails.
+
+        Parameters, states and step counts are then as before, except after a GPU has failed.
         """
         loss = None
         if closure is not None:

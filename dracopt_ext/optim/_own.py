@@ -27,9 +27,9 @@ class TorchOptions(Options, total=False):
 class OwnOptimizer(FusedOptimizer):
     """Base of a class that torch.optim lacks, which behaves as if torch had it.
 
-    The reference steps the parameters that the kernels do not serve. It raises for ``capturable=True``, as on the CPU,
-    if the class counts steps. Sparse gradients and ``differentiable=True`` raise. Complex parameters count as pairs of
-    real numbers; ``fused=True`` does not take them, as in torch.
+    The reference steps the parameters that the kernels do not serve. It refuses ``capturable=True`` for a class that
+    counts steps, as torch does on the CPU. Sparse gradients and ``differentiable=True`` raise. Complex parameters count
+    as pairs of real numbers; ``fused=True`` does not take them, as in torch.
 
     Args:
         params: tensors, named parameters or groups to optimize.

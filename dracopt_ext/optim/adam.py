@@ -47,6 +47,15 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             the norm before clipping.
         error_if_nonfinite: raise RuntimeError, before anything changes, if the norm is not finite (default False), also
             where nothing is clipped. An overflow that a GradScaler handles is no error.
+        foreach, fused: None (default), True or False, but not both True.
+        capturable: keep the count of steps on the parameter's device, for CUDA graphs (default False).
+        differentiable: let torch take steps through which autograd can differentiate (default False).
+
+    Raises:
+        ValueError: a number is negative or NaN, a decay rate is not at least 0 and less than 1, or an option has a
+            value that it cannot have or that no parameter can use.
+        TypeError: ``params`` holds something that is no tensor, or an argument is unknown.
+        RuntimeError: the ``backend`` is not available, or options exclude each other.
 
     The formula is documented with :func:`dracopt_ext.reference.adam`.
     """

@@ -19,7 +19,10 @@ class Lion(OwnOptimizer):
         betas: weight of ``exp_avg`` in the average, and decay rate of ``exp_avg`` (default (0.9, 0.99)).
         weight_decay: decoupled decay, which should be as many times larger than AdamW's (default 0).
         options: as for :class:`Adam`, and ``maximize``, ``foreach``, ``capturable``, ``differentiable`` and ``fused``.
-            There is no count of steps, so ``capturable`` changes nothing.
+            There is no count of steps, so ``capturable`` changes nothing, and ``differentiable`` must be False.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :class:`Adam`.
 
     The formula is documented with :func:`dracopt_ext.reference.lion`.
     """

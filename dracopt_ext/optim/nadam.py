@@ -27,7 +27,11 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         momentum_decay: how fast the momentum of a step approaches ``betas[0]`` (default 4e-3).
         decoupled_weight_decay: NAdamW (default False).
         maximize: ascend instead of descending (default False).
+        foreach, capturable, differentiable: as for :class:`Adam`.
         options: as for :class:`Adam`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as for :class:`Adam`.
 
     The formula is documented with :func:`dracopt_ext.reference.nadam`.
     """
