@@ -73,7 +73,7 @@ sanitize: $(READY)
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys --ignore tests/test_packaging.py \
 	  --ignore tests/test_benchmarks.py --ignore tests/test_architecture.py --ignore tests/test_core.py \
 	  --ignore tests/test_cuda_build.py --ignore tests/test_docs.py --ignore tests/test_triton.py --ignore tests/test_gpu_kit.py \
-	  -k "not (interpreted or what_holds or instruction_set or forked or compiled_training or two_to_the_31 or other_thread or memory_runs_out or kernels_are_those or another_build)"
+	  -k "not (interpreted or what_holds or instruction_set or forked or compiled_training or two_to_the_31 or other_thread or memory_runs_out or peak_memory or kernels_are_those or another_build)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .optim._base import FusedOptimizer
-from .optim._engine import engine_of
+from .optim._context import context_of
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -19,11 +19,11 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         # torch calls this method for an optimizer that unscales its gradients itself, if they are still scaled.
-        if not isinstance(optimizer, FusedOptimizer) or engine_of(optimizer).max_grad_norm is None:
+        if not isinstance(optimizer, FusedOptimizer) or context_of(optimizer).max_grad_norm is None:
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
-        engine_of(optimizer).overflow = found_inf
+        context_of(optimizer).overflow = found_inf
         state = self._per_optimizer_states[id(optimizer)]
         state["found_inf_per_device"] = {scale.device: found_inf}
         found: dict[str, Any] = state["found_inf_per_device"]

@@ -69,7 +69,7 @@ BASE, STEP, KIND, SCALED, BY_TORCH, BY_REFERENCE, CHECKPOINTS = (
     for name in ("base", "step", "kind", "scaled", "by_torch", "by_reference", "checkpoints")
 )
 REFERENCE, PRECISION = "dracopt_ext/reference.py", "dracopt_ext/optim/_precision.py"
-RULE, ENGINE, OWN = "dracopt_ext/rule.py", "dracopt_ext/optim/_engine.py", "dracopt_ext/optim/_own.py"
+RULE, CONTEXT, OWN = "dracopt_ext/rule.py", "dracopt_ext/optim/_context.py", "dracopt_ext/optim/_own.py"
 SGD_CLASS, CONTAINERS = "dracopt_ext/optim/sgd.py", "dracopt_ext/containers.py"
 
 BITS = "test_bits::test_reference_in_fp32"
@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         "unknown options are taken",
-        ENGINE,
+        CONTEXT,
         "for name in [name for name in options if name not in DEFAULTS]:",
         "for name in ():",
         "test_own::test_constructors_refuse",
@@ -707,15 +707,15 @@ MUTANTS = [
     Mutant(
         "a parent's step of Python runs in its child",
         STEP,
-        "engine, process = self.engine, os.getpid()",
-        "engine, process = self.engine, 0",
+        "context, process = self.context, os.getpid()",
+        "context, process = self.context, 0",
         "test_hostile_programs::test_a_child_forked_during_a_step",
     ),
     Mutant(
         "a step within a step",
         STEP,
-        "if engine.running.setdefault(process, self) is not self:",
-        "if engine.running.setdefault(process, self) is None:",
+        "if context.running.setdefault(process, self) is not self:",
+        "if context.running.setdefault(process, self) is None:",
         "test_hostile_programs::test_a_step_within_a_step_is_refused",
     ),
     Mutant(
@@ -1373,10 +1373,10 @@ MUTANTS = [
         "test_other_peoples_code::test_fused_sgd_of_torch_is_not_used",
     ),
     Mutant(
-        "an engine shared by copies",
+        "a context shared by copies",
         BASE,
-        '{"_dracopt_engine": copy.copy(engine_of(self))}',
-        '{"_dracopt_engine": engine_of(self)}',
+        '{"_dracopt_context": copy.copy(context_of(self))}',
+        '{"_dracopt_context": context_of(self)}',
         "test_other_peoples_code::test_instances_that_pickle_all_their_attributes",
     ),
     # Two plans that share a step
@@ -1860,7 +1860,7 @@ MUTANTS = [
     Mutant(
         "tail: a scaler does not learn of an overflow",
         "dracopt_ext/grad_scaler.py",
-        "engine_of(optimizer).overflow = found_inf",
+        "context_of(optimizer).overflow = found_inf",
         "pass",
         "test_clip::test_grad_scaler",
     ),

@@ -56,7 +56,7 @@ def test_every_rule_is_compiled_ahead_of_time_and_has_mutants(rule: str) -> None
     """The compilations are those of tests/test_triton.py. Kernels for CPUs and CUDA all come from csrc/rules/all.h."""
     triton_rules = pytest.importorskip("dracopt_ext.triton_kernels.rules").RULES
     assert rule in triton_rules, f"add {rule!r} to RULES in triton_kernels/rules.py"
-    assert any(of_rule == rule for of_rule, _, _ in variants(False)), f"add {rule!r} to tests/triton_compiler.py"
+    assert any(variant.rule == rule for variant in variants(False)), f"add {rule!r} to tests/triton_compiler.py"
     header = f"csrc/rules/{rule}.h"
     assert any(mutant.file == header for mutant in MUTANTS), f"add a fault in {header} to tests/mutants.py"
 

@@ -83,7 +83,7 @@ class Gpu:
 
     def launches(self, optimizer: Any) -> int:
         """The number of launches in the last step."""
-        plan = optimizer._dracopt_engine.plan_ran
+        plan = optimizer._dracopt_context.plan_ran
         return 0 if plan is None else int(plan.launches)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dracopt_ext
-from dracopt_ext.optim._engine import engine_of
+from dracopt_ext.optim._context import context_of
 
 from .cases import BY_RULE, FAULTS, RULE_CASES, STORAGE, Case, NoOp, assert_same_bits, inputs, snapshot, train
 from .test_clip import CHUNKS
@@ -130,7 +130,7 @@ def scale(optimizer: Any, place: Any, factor: float, delegates: bool) -> Tensor:
     found_inf = place(torch.zeros(()))
     optimizer.grad_scale, optimizer.found_inf = place(torch.tensor(factor)), place(torch.zeros(()))
     if delegates:
-        engine_of(optimizer).overflow = found_inf
+        context_of(optimizer).overflow = found_inf
     return found_inf
 
 
@@ -340,7 +340,7 @@ def test_arguments_of_a_step_that_failed(gpu: Simulated, simulation: Any) -> Non
     p.grad = gpu(torch.zeros(30))
     optimizer.step()
     launcher.launcher_for.cache_clear()
-    optimizer._dracopt_engine.plans.clear()
+    optimizer._dracopt_context.plans.clear()
     optimizer.max_grad_norm = 0.0
     simulation.set("capturing", 1)
     with pytest.raises(RuntimeError, match="has yet to compile"):

@@ -348,7 +348,7 @@ def compare(name: str, case: Case, place: Callable[[Tensor], Tensor]) -> None:
     remembers, forgets = (Run(case, place) for _ in range(2))
 
     def step() -> None:
-        forgets.optimizer._dracopt_engine.plans.clear()
+        forgets.optimizer._dracopt_context.plans.clear()
         before = remembers.numbers()
         error = remembers.step()
         assert error == forgets.step()
@@ -403,12 +403,12 @@ def test_calls_that_take_no_step(case: Case, gone: str, gpu: Gpu) -> None:  # no
                 run.optimizer.param_groups.pop()
             else:
                 removed.grad = None
-            (plan,) = run.optimizer._dracopt_engine.plans.values()
+            (plan,) = run.optimizer._dracopt_context.plans.values()
             one = torch.ones(1)
             todo = plan.step(run.optimizer.param_groups, run.optimizer.state, scaler=(0 * one, one))
             assert tuple(todo) == ([], [], True, False)
             if run is forgets:
-                run.optimizer._dracopt_engine.plans.clear()
+                run.optimizer._dracopt_context.plans.clear()
             before = run.numbers()
             run.optimizer.step()
             assert run.numbers() != before

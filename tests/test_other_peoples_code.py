@@ -265,14 +265,14 @@ def test_no_name_of_ours_is_one_that_a_subclass_would_choose() -> None:
         optimizer, other = ours(name)(fresh()), torchs(name)(fresh())
         for each in (optimizer, other):
             step(each, 1)
-        assert set(vars(optimizer)) - set(vars(other)) == {"_dracopt_engine"}
-        assert set(dir(optimizer)) - known - set(dir(other)) == {*ours_by_contract, "_dracopt_engine", "_dracopt_kind"}
+        assert set(vars(optimizer)) - set(vars(other)) == {"_dracopt_context"}
+        assert set(dir(optimizer)) - known - set(dir(other)) == {*ours_by_contract, "_dracopt_context", "_dracopt_kind"}
 
 
 EVERYDAY = [
     *("_update", "_select", "_plan", "_plans", "_rule", "_find", "_describe", "_backends", "_create_state"),
     *("_lacks_state", "_torch_step", "_for_torch", "_unscaled", "_indices", "_is_on_gpu", "_with_gradients"),
-    *("_counts_steps", "_others_ran", "_restored_on_error", "run", "groups", "kind", "engine"),
+    *("_counts_steps", "_others_ran", "_restored_on_error", "run", "groups", "kind", "context"),
 ]
 
 
@@ -324,8 +324,8 @@ def test_our_options_can_be_changed_between_steps() -> None:
     step(optimizer, 1)
     assert optimizer.last_backend == {"cpu": frozenset({"reference"})}
     optimizer.backend = None
-    engine = optimizer._dracopt_engine
-    assert len(engine.plans) == 1  # captured graphs refer to memory that a plan holds
+    context = optimizer._dracopt_context
+    assert len(context.plans) == 1  # captured graphs refer to memory that a plan holds
     optimizer.state_dtype = torch.float64
     optimizer.load_state_dict(optimizer.state_dict())
     step(optimizer, 1)
@@ -455,8 +455,8 @@ def test_instances_that_pickle_all_their_attributes(name: str) -> None:
     optimizer = Attributed(fresh()) if name == "AdamW" else ours(name)(fresh())
     step(optimizer, 1)
     for again in (copy.deepcopy(optimizer), copy.copy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert again._dracopt_engine is not optimizer._dracopt_engine
-        assert not again._dracopt_engine.plans
+        assert again._dracopt_context is not optimizer._dracopt_context
+        assert not again._dracopt_context.plans
         step(again, 1)
         assert again.last_backend == NATIVE
 

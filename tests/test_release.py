@@ -293,7 +293,7 @@ def test_closures_and_copies() -> None:
     for _ in range(3):
         assert optimizer.step(closure).item() != 0
     assert {int(s["step"]) for s in optimizer.state.values()} == {3}
-    assert copy.deepcopy(optimizer)._dracopt_engine.release is None
+    assert copy.deepcopy(optimizer)._dracopt_context.release is None
 
 
 def test_several_threads() -> None:

@@ -162,7 +162,7 @@ def test_step_that_zeroes(case: Case, dtype: torch.dtype) -> None:
     if dtype == FP32:
         for a, b in zip(found, train_plain(case.torchs, case.options, given), strict=True):
             torch.testing.assert_close(a, b)
-    assert optimizer._dracopt_engine.plan_ran.zeroed
+    assert optimizer._dracopt_context.plan_ran.zeroed
 
 
 @every_rule
@@ -218,7 +218,7 @@ def test_shared_gradients_are_zeroed_after_the_step(kind: str) -> None:
             optimizer.step(zero_grad=zeroes)
             if zeroes:
                 assert is_zero(params)
-                assert not optimizer._dracopt_engine.plan_ran.zeroed  # type: ignore[union-attr]
+                assert not optimizer._dracopt_context.plan_ran.zeroed  # type: ignore[union-attr]
                 memory.copy_(torch.linspace(-1, 1, 64))
         assert optimizer.last_backend == NATIVE
         found.append(snapshot(optimizer))
@@ -231,7 +231,7 @@ def test_gradients_that_become_shared() -> None:
     params = with_gradients(part(memory, 0, 8), part(memory, 8, 16))
     optimizer = dracopt_ext.SGD(params, lr=1.0)
     optimizer.step(zero_grad=True)
-    assert optimizer._dracopt_engine.plan_ran.zeroed  # type: ignore[union-attr]
+    assert optimizer._dracopt_context.plan_ran.zeroed  # type: ignore[union-attr]
     memory.fill_(1.0)
     params[1].grad = part(memory, 4, 12)
     optimizer.step(zero_grad=True)

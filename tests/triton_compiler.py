@@ -18,8 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import triton
-
 from dracopt_ext.rule import RULES
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
@@ -50,6 +48,8 @@ class Variant(NamedTuple):
 
 def variants(complete: bool) -> list[Variant]:
     """Every combination for every target; or a choice, because one takes a second."""
+    import triton
+
     if complete:
         chosen = dict.fromkeys(TARGETS, PRODUCT)
     else:
@@ -74,6 +74,7 @@ def variants(complete: bool) -> list[Variant]:
 
 
 def compile_one(variant: Variant) -> dict[str, Any]:
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -103,6 +104,8 @@ def number(text: str) -> float:
 
 def of_nvidia(asm: Any) -> dict[str, Any]:
     ptx = asm["ptx"]
+    import triton
+
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])

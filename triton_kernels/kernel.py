@@ -272,9 +272,10 @@ def zero_tile(arguments, grad: tl.constexpr):
     address = field(arguments, WORDS + 8 * index, tl.int64)
     layout_number = field(row, LAYOUT, tl.int32).to(tl.int64)
     for i in range(0, TILE, ROWS):
-        elements = begin + i + tl.arange(0, ROWS)
-        at = place(layouts + layout_number * LAYOUT_BYTES, layout_number >= 0, 1, elements, 1)
-        store(address, at, tl.zeros((ROWS,), tl.float32), elements < end, grad, 1)
+        if begin + i < end:
+            elements = begin + i + tl.arange(0, ROWS)
+            at = place(layouts + layout_number * LAYOUT_BYTES, layout_number >= 0, 1, elements, 1)
+            store(address, at, tl.zeros((ROWS,), tl.float32), elements < end, grad, 1)
 
 
 @triton.jit

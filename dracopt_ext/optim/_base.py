@@ -16,7 +16,7 @@ from ..clip_grad import zero_gradients
 from ..containers import Group
 from . import _precision, _release
 from ._checkpoints import check_loaded, take_over, without_masters
-from ._engine import Engine, checked_norm, engine_of
+from ._context import Context, checked_norm, context_of
 from ._foreign import translated
 from ._kind import Kind
 from ._step import Step
@@ -34,7 +34,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _dracopt_kind: ClassVar[Kind]
-    _dracopt_engine: Engine  # engine_of() finds it, or makes it if the constructor was skipped
+    _dracopt_context: Context  # context_of() finds it, or makes it if the constructor was skipped
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -51,12 +51,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A value that is none of ours (a subclass's own ``self.backend = "nccl"``) is kept and means nothing to us.
         """
-        return self.__dict__.get("backend", engine_of(self).backend)
+        return self.__dict__.get("backend", context_of(self).backend)
 
     @backend.setter
     def backend(self, value: Any) -> None:
         if value is None or (isinstance(value, str) and value in backend_module.NAMES):
-            engine_of(self).backend = backend_module.resolve(value)
+            context_of(self).backend = backend_module.resolve(value)
             self.__dict__.pop("backend", None)
         else:
             self.__dict__["backend"] = value
@@ -68,12 +68,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         A mapping with a wrong name or dtype raises a ValueError. Another value that is none of ours is kept and means
         nothing to us.
         """
-        dtype = engine_of(self).precision.state_dtype
+        dtype = context_of(self).precision.state_dtype
         return self.__dict__.get("state_dtype", dict(dtype) if isinstance(dtype, Mapping) else dtype)
 
     @state_dtype.setter
     def state_dtype(self, value: Any) -> None:
-        precision = replace(engine_of(self).precision, state_dtype=dict(value) if isinstance(value, Mapping) else value)
+        precision = replace(
+            context_of(self).precision, state_dtype=dict(value) if isinstance(value, Mapping) else value
+        )
         try:
             precision.check(self._dracopt_kind.rule.moments)
         except ValueError:
@@ -83,31 +85,31 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         for index in range(len(self.__dict__.get("param_groups", ()))):
             _precision.check_group(self, precision, index)
-        engine_of(self).precision = precision
+        context_of(self).precision = precision
         self.__dict__.pop("state_dtype", None)
 
     @property
     def max_grad_norm(self) -> float | None:
         """The largest global L2 norm of the gradients; None clips nothing. It may change between steps."""
-        return engine_of(self).max_grad_norm
+        return context_of(self).max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         most = checked_norm(value)
-        if most is not None and engine_of(self).release is not None:
+        if most is not None and context_of(self).release is not None:
             raise ValueError(_release.CLIPPING)
-        engine_of(self).max_grad_norm = most
+        context_of(self).max_grad_norm = most
 
     @property
     def error_if_nonfinite(self) -> bool:
         """If this is true, a step raises where the norm of the gradients is not finite."""
-        return engine_of(self).error_if_nonfinite
+        return context_of(self).error_if_nonfinite
 
     @error_if_nonfinite.setter
     def error_if_nonfinite(self, value: bool) -> None:
-        if value and engine_of(self).release is not None:
+        if value and context_of(self).release is not None:
             raise ValueError(_release.CLIPPING)
-        engine_of(self).error_if_nonfinite = bool(value)
+        context_of(self).error_if_nonfinite = bool(value)
 
     @property
     def grad_norm(self) -> Any:
@@ -115,7 +117,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A number in fp64 on the gradients' device. Reading its value waits for a GPU; the step did not.
         """
-        return self.__dict__.get("grad_norm", engine_of(self).grad_norm)
+        return self.__dict__.get("grad_norm", context_of(self).grad_norm)
 
     @grad_norm.setter
     def grad_norm(self, value: Any) -> None:
@@ -129,17 +131,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         parameter). Empty before the first step, and after a step that updated nothing. A GPU's kernels also count if
         they found an overflow, because the host does not know that.
         """
-        engine = engine_of(self)
-        ran = {device: set(names) for device, names in engine.others_ran.items()}
-        for device, name in engine.plan_ran.updated if engine.plan_ran is not None else ():
+        context = context_of(self)
+        ran = {device: set(names) for device, names in context.others_ran.items()}
+        for device, name in context.plan_ran.updated if context.plan_ran is not None else ():
             ran.setdefault(device, set()).add(name)
         return {device: frozenset(names) for device, names in ran.items()}
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         try:
-            _precision.check_group(self, engine_of(self).precision, len(self.param_groups) - 1)
-            release = engine_of(self).release
+            _precision.check_group(self, context_of(self).precision, len(self.param_groups) - 1)
+            release = context_of(self).release
             if release is not None:
                 release.check(len(self.param_groups) - 1)
                 release.watch(len(self.param_groups) - 1)
@@ -173,9 +175,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         step = Step(self, zeroes=zero_grad)
-        if step.engine.release is not None:
-            step.engine.release.begin_again()
-        counts_for_rounding = bool(step.engine.precision.stochastic_rounding)
+        if step.context.release is not None:
+            step.context.release.begin_again()
+        counts_for_rounding = bool(step.context.precision.stochastic_rounding)
         for group in self.param_groups if counts_for_rounding else ():
             _precision.advance(group, 0)  # a group that takes no entry must raise before the update
         step.take()
@@ -190,7 +192,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Change the parameter instead of the copy. The next step begins from the parameter, whatever its master was.
         """
         with torch.no_grad():
-            return _precision.master_params(self, engine_of(self).precision)
+            return _precision.master_params(self, context_of(self).precision)
 
     def release_gradients(self) -> _release.GradientRelease:
         """Steps each parameter inside of ``backward()`` from now on, and frees its gradient at once.
@@ -208,10 +210,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 overrides a method that only torch's step calls. A backward raises it as well if a parameter gets a
                 second gradient before ``step()``, and so does ``step()`` under a GradScaler.
         """
-        engine, new = engine_of(self), _release.GradientRelease(self)
-        if engine.release is not None:
-            engine.release.remove()
-        engine.release = new
+        context, new = context_of(self), _release.GradientRelease(self)
+        if context.release is not None:
+            context.release.remove()
+        context.release = new
         return new
 
     @_disable_dynamo
@@ -228,7 +230,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch drops all attributes, because hooks among them may not pickle. The user asked for these.
-        kept: dict[str, Any] = {"_dracopt_engine": copy.copy(engine_of(self))}
+        kept: dict[str, Any] = {"_dracopt_context": copy.copy(context_of(self))}
         if "_step_supports_amp_scaling" in self.__dict__:
             kept["_step_supports_amp_scaling"] = self.__dict__["_step_supports_amp_scaling"]
         return {**super().__getstate__(), **kept}

@@ -42,7 +42,7 @@ def update(step: Step, groups: list[Group], grad_scale: float) -> None:
                     grad_scale=grad_scale,
                     coefficient=step.coefficient,
                     first=new and step.kind.rule.first_step_fills,
-                    master=step.engine.precision.master_of(p),
+                    master=step.context.precision.master_of(p),
                     rounding=step.rounding_of(p),
                 )
                 step.note("reference", [p.device])
@@ -51,7 +51,7 @@ def update(step: Step, groups: list[Group], grad_scale: float) -> None:
 def _tensors_of(step: Step, p: Any) -> tuple[Tensor, Tensor, Any]:
     """Returns a parameter, its gradient and its state, or local parts of these if rounding depends on their places."""
     grad, state = p.grad, step.optimizer.state[p]
-    if not hasattr(p, "placements") or not step.engine.precision.rounds(p):
+    if not hasattr(p, "placements") or not step.context.precision.rounds(p):
         return p, grad, state
     local = {name: value.to_local() if hasattr(value, "to_local") else value for name, value in state.items()}
     return p.to_local(), grad.redistribute(placements=p.placements).to_local(), local
@@ -84,7 +84,7 @@ def check(step: Step, groups: list[Group]) -> None:
             state = _check_tensors(step, p, group)
             scalars = {name: state[name] for name in reference.STATE_SCALARS if name in state}
             in_fp64 = reference.in_fp64(p, p.grad, state)
-            in_fp64 |= not state and torch.float64 in step.engine.precision.dtypes()
+            in_fp64 |= not state and torch.float64 in step.context.precision.dtypes()
             reference.check_finite(rule.name, numbers, scalars, in_fp64, index, partial(step.describe, p))
 
 
@@ -110,7 +110,7 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
         )
     rule, entries = step.kind.rule, entries_of(step.optimizer.state, p)
     state = {} if step.kind.lacks_state(entries, group) else entries
-    master = step.engine.precision.master_of(p)
+    master = step.context.precision.master_of(p)
     needed = [*rule.state_scalars, *rule.moments_of(group)]
     # A master is created with the state, or beside what another class has saved.
     if master is not None and step.kind.lacks_state({}, group):
@@ -136,7 +136,7 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
         )
     for name, tensor in found.items():
         moved = name not in rule.state_scalars and getattr(tensor, "placements", None) != getattr(p, "placements", None)
-        if tensor is not None and moved and step.engine.precision.rounds(p):
+        if tensor is not None and moved and step.context.precision.rounds(p):
             raise RuntimeError(f"the state {name!r} of {step.describe(p)} is placed in another way than the parameter")
     return state
 
@@ -145,7 +145,7 @@ def _fault_of(step: Step, p: Tensor, tensor: Any, name: str | None) -> str | Non
     """Says what is wrong about a state, or about the gradient if ``name`` is None; returns None if nothing is."""
     if not isinstance(tensor, Tensor):
         return f"must be a Tensor, not {type(tensor).__name__}"
-    precision = step.engine.precision
+    precision = step.context.precision
     is_scalar, is_master = name in step.kind.rule.state_scalars, name is not None and name == precision.master_of(p)
     if tensor.numel() != 1 if is_scalar else tensor.shape != p.shape:
         return f"has another shape, {list(tensor.shape)}"

@@ -26,9 +26,9 @@ def step_overridden(step: Step, method: str) -> None:
     """Steps a subclass that has overridden a method which torch's step calls and ours does not."""
     optimizer = step.optimizer
     name = type(optimizer).__name__
-    engine, precision = step.engine, step.engine.precision
-    asked_for: dict[str, Any] = {"backend": engine.backend, "max_grad_norm": engine.max_grad_norm}
-    asked_for |= {"error_if_nonfinite": engine.error_if_nonfinite, **vars(precision)}
+    context, precision = step.context, step.context.precision
+    asked_for: dict[str, Any] = {"backend": context.backend, "max_grad_norm": context.max_grad_norm}
+    asked_for |= {"error_if_nonfinite": context.error_if_nonfinite, **vars(precision)}
     for option, value in asked_for.items():
         if value is not None and value is not False and option != "rounding_seed":
             raise RuntimeError(
@@ -115,7 +115,7 @@ def _sort_for_torch(
     as_it_is: list[Tensor] = []
     unfused: list[Tensor] = []
     mixed: list[Tensor] = []
-    kind, precision = step.kind, step.engine.precision
+    kind, precision = step.kind, step.context.precision
     dtypes = precision.dtypes()
     fused = group.get("fused")
     refuses_sparse = fused or not kind.takes_sparse

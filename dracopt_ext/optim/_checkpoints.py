@@ -14,7 +14,7 @@ from torch.optim.optimizer import StateDict
 from .. import reference
 from ..containers import describe
 from ..rule import MASTER_KEYS
-from ._engine import engine_of
+from ._context import context_of
 from ._precision import Precision, to_split
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _saved_master(precision: Precision, p: Tensor, entries: Any) -> str | None:
 
 def check_loaded(optimizer: FusedOptimizer, saved: StateDict) -> StateDict:
     """Raises ValueError if a master of a checkpoint cannot be that of its parameter. Returns the checkpoint."""
-    precision = engine_of(optimizer).precision
+    precision = context_of(optimizer).precision
     for g, i, p, entries in _pairs(optimizer, saved):
         name, parameter = _saved_master(precision, p, entries), partial(describe, optimizer.param_groups, g, i)
         if name is None:
@@ -68,7 +68,7 @@ def check_loaded(optimizer: FusedOptimizer, saved: StateDict) -> StateDict:
 
 def without_masters(optimizer: FusedOptimizer, saved: StateDict) -> StateDict:
     """Returns what torch is to load: it would round masters, and takes no state that has nothing else."""
-    precision = engine_of(optimizer).precision
+    precision = context_of(optimizer).precision
     state = dict(saved["state"])
     ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
     for (_, _, p, entries), saved_id in zip(_pairs(optimizer, saved), ids, strict=False):
@@ -86,7 +86,7 @@ def _is_ours(name: str, value: Any, p: Tensor) -> bool:
 
 def take_over(optimizer: FusedOptimizer, saved: StateDict) -> None:
     """Replaces the tensors that torch has just loaded from ``saved`` by copies in the dtypes that we keep."""
-    precision = engine_of(optimizer).precision
+    precision = context_of(optimizer).precision
     for _, _, p, entries in _pairs(optimizer, saved):
         for name, value in entries.items():
             loaded = None if name in ALL_MASTERS else optimizer.state[p][name]

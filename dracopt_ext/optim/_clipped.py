@@ -22,23 +22,23 @@ def update_clipped(
     If there is a tensor ``overflow``, this step looks for an overflow itself and sets the tensor. ``found_inf`` means
     nothing then.
     """
-    engine = step.engine
+    context = step.context
     checks = overflow is not None
     if checks:
         found_inf = overflow
-    raises = engine.error_if_nonfinite and found_inf is None
+    raises = context.error_if_nonfinite and found_inf is None
     is_done = _update_in_one_go(step, max_norm, found_inf, grad_scale, checks=checks, raises=raises)
     if not is_done:
         gradients = [p.grad for group in step.with_gradients() for p in group["params"]]
         # The CPU's kernels find the norm of distributed gradients, too.
-        engine.norm_is_elsewhere = any(clip_grad.is_distributed(grad) and not grad.is_cpu for grad in gradients)
-        engine.grad_norm = norm = clip_grad.global_norm(gradients, grad_scale)
+        context.norm_is_elsewhere = any(clip_grad.is_distributed(grad) and not grad.is_cpu for grad in gradients)
+        context.grad_norm = norm = clip_grad.global_norm(gradients, grad_scale)
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1)
         step.coefficient = coefficient.item() if coefficient.is_cpu else coefficient
         if overflow is not None:
             overflow.copy_(~norm.isfinite(), non_blocking=not overflow.is_cpu)
-    if raises and engine.grad_norm is not None:
-        clip_grad.check_finite(engine.grad_norm)
+    if raises and context.grad_norm is not None:
+        clip_grad.check_finite(context.grad_norm)
     if not is_done:
         _scaled.update_scaled(step, found_inf, grad_scale)
 
@@ -50,8 +50,8 @@ def _update_in_one_go(
 
     ``checks`` says whether the step sets ``found_inf``, and ``raises`` whether a norm that is not finite is an error.
     """
-    engine = step.engine
-    if engine.backend == "reference" or engine.norm_is_elsewhere:
+    context = step.context
+    if context.backend == "reference" or context.norm_is_elsewhere:
         return False
     scale, scaler = 1.0, (found_inf, grad_scale)
     if not _scaled.are_on_gpu(found_inf, grad_scale):
@@ -62,7 +62,7 @@ def _update_in_one_go(
     norm = torch.empty((), dtype=torch.float64, device=_first_device(step.optimizer.param_groups))
     if step.update_by_kernels(scale, scaler, (max_norm, norm, checks, raises, clip_grad.add_over_meshes)) is not None:
         return False
-    engine.grad_norm = norm
+    context.grad_norm = norm
     return True
 
 

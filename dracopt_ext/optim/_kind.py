@@ -12,7 +12,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from .. import backend
 from ..containers import Group
 from ..rule import MASTER_KEYS, RULES, differences
-from ._engine import DEFAULTS, Options
+from ._context import DEFAULTS, Options
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer

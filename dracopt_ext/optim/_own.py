@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ..containers import as_number, as_tuple
 from ..rule import DECAY_RATES, NUMBER
 from ._base import FusedOptimizer
-from ._engine import Options, given_engine
+from ._context import Options, given_context
 
 
 class TorchOptions(Options, total=False):
@@ -65,7 +65,7 @@ class OwnOptimizer(FusedOptimizer):
         if foreach and fused:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         shared = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "fused": fused}
-        with given_engine(self, options):
+        with given_context(self, options):
             super().__init__(params, {**hyperparameters, **shared, "differentiable": False})
         if fused:
             self._step_supports_amp_scaling = True

@@ -196,14 +196,14 @@ tensor's strides."""
 
 def at_random(step: Step) -> tuple[int, bool, list[int], int, list[Shard]]:
     """Describes to a plan how this step rounds at random; see csrc/bindings/step_plan.h."""
-    precision = step.engine.precision
+    precision = step.context.precision
     steps = [steps_of(group) % 2**32 for group in step.groups]
     shards = []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for g, group in enumerate(step.groups):
             for i, p in enumerate(group["params"]):
                 if hasattr(p, "placements"):
-                    shards.append((g, i, *step.engine.place_of_shard(p)))
+                    shards.append((g, i, *step.context.place_of_shard(p)))
     return precision.rounding_seed, precision.stochastic_rounding == "all", steps, step.first_param, shards
 
 

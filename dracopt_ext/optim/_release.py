@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clip_grad import is_distributed
 from ..containers import Group, describe
 from ..todo import Index
-from ._engine import engine_of
+from ._context import context_of
 from ._step import Step
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class GradientRelease:
             hook.remove()
         self._hooks.clear()
         optimizer = self._reference()
-        if optimizer is not None and engine_of(optimizer).release is self:
-            engine_of(optimizer).release = None
+        if optimizer is not None and context_of(optimizer).release is self:
+            context_of(optimizer).release = None
 
     def check(self, group_index: int) -> None:
         """Raises if a parameter of the group has a gradient already, or may have parts of one in other processes."""

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 def update_scaled(step: Step, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
     """Updates every parameter that has a gradient, unless there was an overflow."""
-    engine = step.engine
+    context = step.context
     kernels_serve_none = True
-    if engine.backend != "reference" and are_on_gpu(found_inf, grad_scale):
+    if context.backend != "reference" and are_on_gpu(found_inf, grad_scale):
         todo = step.update_by_kernels(scaler=(found_inf, grad_scale))
         if todo is None:
             return  # the kernels have read both, and the host does not wait
         kernels_serve_none = todo.nothing_left
     groups = step.with_gradients()
     params = [p for group in groups for p in group["params"]]
-    torch_may = engine.backend is None and engine.precision == Precision() and engine.max_grad_norm is None
+    torch_may = context.backend is None and context.precision == Precision() and context.max_grad_norm is None
     torch_may &= kernels_serve_none and step.kind.torch_step is not None
     if torch_may and params and all(p.device.type != "cpu" for p in params):
         _by_torch.call_torch(step, groups, scaled=True)  # torch's fused kernels read both as well

@@ -17,7 +17,7 @@ from ..clip_grad import zero_gradients
 from ..containers import Group, describe, entries_of, plain_groups, plain_state, restore
 from ..todo import NEW, Clipping, Index, Run, Scaler, Todo
 from . import _by_reference, _by_torch, _clipped, _scaled
-from ._engine import engine_of
+from ._context import context_of
 from ._precision import Precision, at_random, is_short
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Step:
     """One step. The kernels update what they serve; torch's own implementation, or the reference, updates the rest."""
 
-    __slots__ = ("are_plain", "engine", "first_param", "groups", "is_odd", "kind", "optimizer", "options")
+    __slots__ = ("are_plain", "context", "first_param", "groups", "is_odd", "kind", "optimizer", "options")
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Step:
         """
         self.optimizer = optimizer
         self.kind = optimizer._dracopt_kind
-        self.engine = engine_of(optimizer)
+        self.context = context_of(optimizer)
         self.groups: list[Group] = optimizer.param_groups if groups is None else groups
         # The plan's options, of csrc/bindings/step_plan.h. They are few, because each takes time to pass.
         self.options: dict[str, Any] = {"zeroes": True} if zeroes else {}
@@ -63,22 +63,22 @@ class Step:
 
     def take(self) -> None:
         """Updates every parameter that has a gradient."""
-        engine, process = self.engine, os.getpid()
-        if engine.running.setdefault(process, self) is not self:
+        context, process = self.context, os.getpid()
+        if context.running.setdefault(process, self) is not self:
             raise RuntimeError(
                 "step() of this optimizer is already running, in another thread or in code that this step has called; "
                 "give each thread an optimizer of its own"
             )
         try:
-            engine.plan_ran = None
-            engine.others_ran = {}
-            if engine.precision.stochastic_rounding:
+            context.plan_ran = None
+            context.others_ran = {}
+            if context.precision.stochastic_rounding:
                 self.options["at_random"] = at_random(self)
             self._take()
-            if "zeroes" in self.options and (engine.plan_ran is None or not engine.plan_ran.zeroed):
+            if "zeroes" in self.options and (context.plan_ran is None or not context.plan_ran.zeroed):
                 zero_gradients([p for group in self.groups for p in group["params"]])
         finally:
-            del engine.running[process]
+            del context.running[process]
 
     def _take(self) -> None:
         method = self.kind.overridden(self.optimizer)
@@ -87,11 +87,11 @@ class Step:
             return
         found_inf = getattr(self.optimizer, "found_inf", None)
         grad_scale = getattr(self.optimizer, "grad_scale", None)
-        max_norm = self.engine.max_grad_norm
-        overflow, self.engine.overflow = self.engine.overflow, None
+        max_norm = self.context.max_grad_norm
+        overflow, self.context.overflow = self.context.overflow, None
         if found_inf is None:
             overflow = None  # left behind by a step that failed
-        raises = self.engine.error_if_nonfinite and found_inf is None
+        raises = self.context.error_if_nonfinite and found_inf is None
         if max_norm is not None or overflow is not None or raises:
             max_norm = math.inf if max_norm is None else max_norm
             _clipped.update_clipped(self, max_norm, found_inf, grad_scale, overflow)
@@ -102,7 +102,7 @@ class Step:
 
     def update(self, grad_scale: float = 1.0) -> None:
         """Updates every parameter that has a gradient, which is divided by ``grad_scale``."""
-        if self.engine.backend == "reference":
+        if self.context.backend == "reference":
             _by_reference.update_all(self, grad_scale)
         elif self.update_by_kernels(grad_scale) is not None:
             _by_torch.update_all(self, grad_scale)
@@ -130,10 +130,10 @@ class Step:
     ) -> None:
         """Creates the missing states, lets torch step what is unsupported, and then the plan what is left."""
         unsupported = todo.unsupported
-        if self.engine.backend is not None:
+        if self.context.backend is not None:
             for group_index, index, reason, _ in unsupported:
                 raise RuntimeError(
-                    f"backend={self.engine.backend!r} does not serve {reason}: "
+                    f"backend={self.context.backend!r} does not serve {reason}: "
                     f"{describe(self.groups, group_index, index)}. Leave `backend` at None, so that each parameter is "
                     "stepped by what serves it"
                 )
@@ -159,16 +159,16 @@ class Step:
         """Returns the plan for the backends that may serve this step; None without a compiled module."""
         if backend_module.NATIVE_REASON is not None:
             return None
-        asked_for = self.engine.backend
+        asked_for = self.context.backend
         key = (
             asked_for != "triton",
             asked_for == "triton" or (asked_for is None and backend_module.triton_serves_gpus()),
         )
-        plan = self.engine.plans.get(key)
+        plan = self.context.plans.get(key)
         if plan is None:
-            masters = self.engine.precision.master_weights
+            masters = self.context.precision.master_weights
             plan = backend_module.step_plan(self.kind.rule.name, type(self.optimizer).__name__, *key, masters)
-            self.engine.plans[key] = plan
+            self.context.plans[key] = plan
         return plan
 
     def _run(self, plan: StepPlan, grad_scale: float, scaler: Scaler, options: dict[str, Any]) -> Todo | None:
@@ -188,7 +188,7 @@ class Step:
             self.make_plain()
             todo = plan.step(self.groups, plain_state(self.groups, state), grad_scale, scaler, **options)
         if todo is None:
-            self.engine.plan_ran = plan
+            self.context.plan_ran = plan
             return None
         return Todo(*todo)
 
@@ -201,7 +201,7 @@ class Step:
 
     def create_state(self, group: Group) -> None:
         """Creates what the states of ``group["params"]`` lack, in the dtypes that were asked for."""
-        precision, states = self.engine.precision, self.optimizer.state
+        precision, states = self.context.precision, self.optimizer.state
         if precision == Precision():
             self.kind.create_state(self.optimizer, group)
             return
@@ -221,13 +221,13 @@ class Step:
     def lacks_state(self, p: Tensor, group: Group) -> bool:
         """Says whether a parameter's state must be created before the step, as a whole or in part."""
         entries = entries_of(self.optimizer.state, p)
-        master = self.engine.precision.master_of(p)
+        master = self.context.precision.master_of(p)
         return self.kind.lacks_state(entries, group) or (master is not None and master not in entries)
 
-    def note(self, engine: str, devices: Iterable[torch.device]) -> None:
+    def note(self, backend: str, devices: Iterable[torch.device]) -> None:
         """Notes for ``last_backend`` that torch or the reference has updated parameters on these devices."""
         for device in devices:
-            self.engine.others_ran.setdefault(device.type, set()).add(engine)
+            self.context.others_ran.setdefault(device.type, set()).add(backend)
 
     def with_gradients(self) -> list[Group]:
         """Returns the groups with only the parameters that have a gradient, without groups that have none."""

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ._base import FusedOptimizer
-from ._engine import Options, given_engine
+from ._context import Options, given_context
 from ._kind import Kind
 
 _SPARSE_ERROR = "Adam does not support sparse gradients, please consider SparseAdam instead"
@@ -79,7 +79,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        with given_engine(self, options):
+        with given_context(self, options):
             # torch's AdamW is passed over if it stands between, because it takes fewer arguments.
             passed: type = torch.optim.AdamW if isinstance(self, torch.optim.AdamW) else FusedOptimizer
             torchs: Any = super(passed, self)
@@ -123,7 +123,7 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
-        with given_engine(self, options):
+        with given_context(self, options):
             super(FusedOptimizer, self).__init__(
                 params,
                 lr,

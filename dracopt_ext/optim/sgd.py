@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ._base import FusedOptimizer
-from ._engine import Options, given_engine
+from ._context import Options, given_context
 from ._kind import Kind
 
 
@@ -54,7 +54,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
-        with given_engine(self, options):
+        with given_context(self, options):
             super(FusedOptimizer, self).__init__(
                 params,
                 lr,

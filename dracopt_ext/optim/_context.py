@@ -1,4 +1,4 @@
-"""The engine, which an optimizer keeps from step to step."""
+"""The context, which an optimizer keeps from step to step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ._step import Step
 
 
-class Engine:
+class Context:
     """Belongs to one optimizer. Holds what the user asked for, the plans, and what ran in the last step."""
 
     def __init__(
@@ -93,8 +93,8 @@ DEFAULTS: Options = {
 
 
 @contextmanager
-def given_engine(optimizer: FusedOptimizer, options: Options) -> Iterator[None]:
-    """Gives an optimizer its engine, before torch's constructor runs in the block.
+def given_context(optimizer: FusedOptimizer, options: Options) -> Iterator[None]:
+    """Gives an optimizer its context, before torch's constructor runs in the block.
 
     None, False and 0 keep an option that a subclass has set.
 
@@ -106,7 +106,7 @@ def given_engine(optimizer: FusedOptimizer, options: Options) -> Iterator[None]:
     given: dict[str, Any] = {**DEFAULTS, **options}
     backend, max_grad_norm, error_if_nonfinite = map(given.pop, ("backend", "max_grad_norm", "error_if_nonfinite"))
     precision = Precision(**given)
-    before: Engine | None = optimizer.__dict__.get("_dracopt_engine")
+    before: Context | None = optimizer.__dict__.get("_dracopt_context")
     if before is not None:
         backend = backend or before.backend
         max_grad_norm = before.max_grad_norm if max_grad_norm is None else max_grad_norm
@@ -115,14 +115,14 @@ def given_engine(optimizer: FusedOptimizer, options: Options) -> Iterator[None]:
     if isinstance(precision.state_dtype, Mapping):
         precision = replace(precision, state_dtype=dict(precision.state_dtype))
     precision.check(optimizer._dracopt_kind.rule.moments)
-    optimizer._dracopt_engine = Engine(backend, precision, max_grad_norm, error_if_nonfinite)
+    optimizer._dracopt_context = Context(backend, precision, max_grad_norm, error_if_nonfinite)
     yield
     check_use(optimizer, precision)
 
 
-def engine_of(optimizer: FusedOptimizer) -> Engine:
-    """Returns an optimizer's engine; makes one that asks for nothing if our constructor was skipped."""
-    engine: Engine | None = optimizer.__dict__.get("_dracopt_engine")
-    if engine is None:
-        engine = optimizer._dracopt_engine = Engine()
-    return engine
+def context_of(optimizer: FusedOptimizer) -> Context:
+    """Returns an optimizer's context; makes one that asks for nothing if our constructor was skipped."""
+    context: Context | None = optimizer.__dict__.get("_dracopt_context")
+    if context is None:
+        context = optimizer._dracopt_context = Context()
+    return context
