@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -54,9 +55,23 @@ struct Buffer {
   unsigned char* device;
 };
 
-struct Counted {
-  float* device[kMaxStateScalars];
-  StateScalar host[kMaxStateScalars];
+// A copy of an array on the device.
+template <typename T>
+struct OnDevice {
+  explicit OnDevice(const std::vector<T>& values) : data(static_cast<T*>(memory::allocate(values.size() * sizeof(T)))) {
+    memory::copy(data, values.data(), values.size() * sizeof(T));
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() { memory::release(data); }
+
+  // Returns the first element.
+  T read() const {
+    T found;
+    memory::copy(&found, data, sizeof(found));
+    return found;
+  }
+
+  T* data;
 };
 
 // What a few steps do beside the rule.
@@ -82,179 +97,217 @@ void add_squares(const OnHost& streams, int64_t numel, ExactSum& sum) {
   }
 }
 
-// Takes a few steps of one rule over tensors of all sizes at all offsets. Returns how many tensors went wrong.
+// Takes steps of one rule over tensors of all sizes at all offsets.
 template <typename Rule, typename T, int N>
-int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule::Hyperparameters& hyperparameters,
-        const Way& way) {
-  constexpr int state_scalar_count = sizeof(Rule::state_scalar_keys) / sizeof(char*) - 1;
-  constexpr double max_norm = 0.5, scale = 8;
-  constexpr uint64_t seed = 5;  // of random bits
-  const int count = kFirstState + N + (way.master != Master::none);
-  const int64_t sizes[] = {0, 1, 7, 100, cuda::kTile - 1, cuda::kTile, cuda::kTile + 1, 2 * cuda::kTile + 5, 0};
-  const int offsets[][kMaxStreams] = {{}, {1, 1, 1, 1, 1, 1}, {0, 1}, {3, 2, 1, 0, 5, 2}, {4, 4}};
-  const auto power = [](double base, double exponent) { return dracopt::power(base, static_cast<int64_t>(exponent)); };
-  std::mt19937 random(1);
-  std::vector<std::vector<Buffer>> tensors;
-  std::vector<int64_t> numels;
-  std::vector<Counted> counted;
-  for (const auto& offset : offsets) {
-    for (const int64_t numel : sizes) {
-      std::vector<Buffer> buffers;
-      for (int k = 0; k < count; ++k) {
-        const int64_t held = way.strided && k == kGrad ? 2 * numel : numel;
-        buffers.emplace_back(dtypes[static_cast<size_t>(k)], held, offset[k], random, k > kFirstState);
-      }
-      tensors.push_back(std::move(buffers));
-      numels.push_back(numel);
-      Counted count{};
-      for (int c = 0; c < state_scalar_count; ++c) {
-        const float start = c == 0 ? 0.0f : 1.0f;  // the step count; mu_product
-        count.host[c] = {start, true};
-        if (!way.counts_on_device) continue;
-        count.device[c] = static_cast<float*>(memory::allocate(sizeof(float)));
-        memory::copy(count.device[c], &start, sizeof(start));
-      }
-      counted.push_back(count);
-    }
-  }
-  // Layouts of all streams, each before that of the gradient alone.
-  std::vector<Layout> layouts(2 * tensors.size());
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    Layout& layout = layouts[2 * t];
-    layout.dims = 1;
-    layout.sizes[0] = numels[t];
-    for (int k = 0; k < kMaxStreams; ++k) layout.strides[k][0] = k == kGrad ? 2 : 1;
-    layouts[2 * t + 1] = layout;
-  }
-  const size_t layout_bytes = layouts.size() * sizeof(Layout);
-  auto* const layouts_on_device = static_cast<Layout*>(memory::allocate(layout_bytes));
-  memory::copy(layouts_on_device, layouts.data(), layout_bytes);
-  struct {
-    cuda::Norm norm{};
-    double norm_out = 0;
-  } measured;
-  auto* const measured_on_device = static_cast<decltype(measured)*>(memory::allocate(sizeof(measured)));
-  memory::copy(measured_on_device, &measured, sizeof(measured));
-  const float numbers[] = {0.0f, scale, 1.0f};  // found_inf, grad_scale, found_inf
-  auto* const on_device = static_cast<float*>(memory::allocate(sizeof(numbers)));
-  memory::copy(on_device, numbers, sizeof(numbers));
-  int wrong = 0;
-  for (int step = 1; step <= 3; ++step) {
-    const bool overflows = way.scaled && step == 2;
-    const double divisor = way.scaled ? scale : 1;
-    Problem problem;
-    typename Rule::template Scalars<T> scalars{};
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      Counted count = counted[t];
-      scalars = Rule::template prepare<T>(count.host, step == 1, hyperparameters, power);
-      if (!overflows) counted[t] = count;
-    }
-    uint32_t slot;
-    if (way.counts_on_device) {
-      cuda::Recipe recipe{};
-      recipe.first = step == 1;
-      std::memcpy(recipe.words, &hyperparameters, sizeof(hyperparameters));
-      slot = problem.add_slot(&recipe, sizeof(recipe));
-    } else {
-      slot = problem.add_slot(&scalars, sizeof(scalars));
-    }
-    // The step by which numbers are rounded is the word before the slot, and slots are added backwards.
-    const uint64_t step_word = static_cast<uint64_t>(step);
-    problem.add_slot(&step_word, sizeof(step_word));
-    std::vector<OnHost> on_host(tensors.size());
-    std::vector<Rounding> roundings(tensors.size());
-    ExactSum squares{};
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      cuda::Row row;
-      std::memset(static_cast<void*>(&row), 0, sizeof(row));
-      OnHost& streams = on_host[t];
-      const bool strided = way.strided && numels[t] > 0;
-      for (int k = 0; k < count; ++k) {
-        Buffer& buffer = tensors[t][static_cast<size_t>(k)];
-        streams.dtypes[k] = dtypes[static_cast<size_t>(k)];
-        streams.data[k] = reinterpret_cast<char*>(buffer.host.data()) + buffer.begin;
-        row.describe(k, buffer.device + buffer.begin, streams.dtypes[k], !(strided && k == kGrad));
-      }
-      for (int c = 0; c < state_scalar_count; ++c) row.state_scalars[c] = counted[t].device[c];
-      row.state_scalar_fp32 = static_cast<uint8_t>((1 << state_scalar_count) - 1);
-      row.numel = numels[t];
-      row.slot = slot;
-      row.layout = strided ? static_cast<int32_t>(2 * t) : cuda::kDense;
-      row.numbers = cuda::kDense;
-      row.states = N;
-      row.has_recipe = way.counts_on_device;
-      row.master = streams.master = way.master;
-      row.param = static_cast<uint32_t>(t);
-      if (strided) streams.layout = &layouts[2 * t];
-      if (way.at_random) {
-        for (int k = 0; k < kFirstState + N; ++k) {
-          if (k != kGrad && itemsize(streams.dtypes[k]) == 2) row.at_random |= static_cast<uint8_t>(1 << k);
+class Trial {
+ public:
+  using Hyperparameters = typename Rule::Hyperparameters;
+  using RuleScalars = typename Rule::template Scalars<T>;
+
+  Trial(const char* what, const std::vector<Dtype>& dtypes, const Hyperparameters& hyperparameters, const Way& way)
+      : what_(what), dtypes_(dtypes), hyperparameters_(hyperparameters), way_(way) {
+    constexpr int64_t tile = cuda::kTile;
+    constexpr int offsets[][kMaxStreams] = {{}, {1, 1, 1, 1, 1, 1}, {0, 1}, {3, 2, 1, 0, 5, 2}, {4, 4}};
+    std::mt19937 random(1);
+    std::vector<float> counts;
+    std::vector<Layout> layouts;
+    for (const auto& offset : offsets) {
+      for (const int64_t numel :
+           {int64_t(0), int64_t(1), int64_t(7), int64_t(100), tile - 1, tile, tile + 1, 2 * tile + 5, int64_t(0)}) {
+        Tensor& tensor = tensors_.emplace_back();
+        tensor.numel = numel;
+        for (int k = 0; k < stream_count(); ++k) {
+          const int64_t held = way.strided && k == kGrad ? 2 * numel : numel;
+          tensor.streams.emplace_back(dtypes[static_cast<size_t>(k)], held, offset[k], random, k > kFirstState);
         }
-        roundings[t] = {seed, static_cast<uint32_t>(step), row.param, row.at_random, 0, nullptr};
-        streams.rounding = &roundings[t];
+        for (int c = 0; c < kMaxStateScalars; ++c) {
+          counts.push_back(c == 0 ? 0.0f : 1.0f);  // the step count; mu_product
+          tensor.counts[c] = {counts.back(), true};
+        }
+        tensor.layout.dims = 1;
+        tensor.layout.sizes[0] = numel;
+        for (int k = 0; k < kMaxStreams; ++k) tensor.layout.strides[k][0] = k == kGrad ? 2 : 1;
+        layouts.insert(layouts.end(), 2, tensor.layout);  // of all streams, and of the gradient alone
       }
-      streams.divisor = divisor;
-      problem.add(row, tensors[t][kGrad].device + tensors[t][kGrad].begin);
-      add_squares(streams, numels[t], squares);
     }
-    problem.upload(cuda::kTile, way.counts_on_device);
+    counts_.emplace(counts);
+    layouts_.emplace(layouts);
+  }
+
+  // Returns how much went wrong in a step.
+  int step(int number) {
+    const bool overflows = way_.scaled && number == 2;
+    Problem problem;
+    const RuleScalars scalars = count_step(number, overflows);
+    const uint32_t slot = add_slot(problem, scalars, number);
+    for (size_t t = 0; t < tensors_.size(); ++t) problem.add(row_of(t, number, slot), gradient_of(t));
+    problem.upload(cuda::kTile, way_.counts_on_device);
     cuda::Arguments& arguments = problem.arguments;
-    arguments.layouts = layouts_on_device;
-    arguments.seed = seed;
-    arguments.zeroes = way.zeroes;
-    if (way.scaled) {
-      arguments.found_inf = on_device + (overflows ? 2 : 0);
-      arguments.grad_scale = on_device + 1;
+    arguments.layouts = layouts_->data;
+    arguments.seed = kSeed;
+    arguments.zeroes = way_.zeroes;
+    if (way_.scaled) {
+      arguments.found_inf = numbers_.data + (overflows ? 2 : 0);
+      arguments.grad_scale = numbers_.data + 1;
     }
-    const char* error = nullptr;
     Clip clip{0, 1};
-    if (way.clips) {
-      clip = Clip::of(squares.rounded(), divisor, max_norm);
-      arguments.norm = &measured_on_device->norm;
-      arguments.norm_out = &measured_on_device->norm_out;
-      arguments.multiplier = &measured_on_device->norm.coefficient;
-      arguments.max_norm = max_norm;
-      arguments.blocks_in_all = arguments.blocks;
-      error = cuda::measure(arguments, nullptr);
-    }
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      on_host[t].coefficient = clip.coefficient;
-      if (!overflows) update_each<Rule, T, N>(scalars, on_host[t], numels[t]);
-      for (int64_t i = 0; way.zeroes && i < numels[t]; ++i) on_host[t].store(kGrad, i, T(0));
+    const char* error = way_.clips ? measure(arguments, clip) : nullptr;
+    for (Tensor& tensor : tensors_) {
+      tensor.on_host.coefficient = clip.coefficient;
+      if (!overflows) update_each<Rule, T, N>(scalars, tensor.on_host, tensor.numel);
+      for (int64_t i = 0; way_.zeroes && i < tensor.numel; ++i) tensor.on_host.store(kGrad, i, T(0));
     }
     const auto arithmetic = sizeof(T) == 4 ? Arithmetic::fp32 : Arithmetic::fp64;
     if (error == nullptr) error = cuda::launch(rule_index<Rule>(), arithmetic, arguments, nullptr);
     if (error != nullptr) {
-      std::printf("%s: %s\n", what, error);
+      std::printf("%s: %s\n", what_, error);
       return 1;
     }
-    memory::copy(&measured, measured_on_device, sizeof(measured));
-    if (measured.norm_out != clip.norm) {
-      std::printf("%s: step %d, the norm is %.17g, not %.17g\n", what, step, measured.norm_out, clip.norm);
+    return compare(number, clip);
+  }
+
+ private:
+  static constexpr int kStateScalars = sizeof(Rule::state_scalar_keys) / sizeof(char*) - 1;
+  static constexpr double kScale = 8, kMaxNorm = 0.5;
+  static constexpr uint64_t kSeed = 5;  // of random bits
+
+  struct Tensor {
+    std::vector<Buffer> streams;
+    int64_t numel;
+    StateScalar counts[kMaxStateScalars];
+    Layout layout;
+    Rounding rounding;
+    OnHost on_host;
+  };
+  struct Measured {
+    cuda::Norm norm;
+    double norm_out;
+  };
+
+  int stream_count() const { return kFirstState + N + (way_.master != Master::none); }
+  const void* gradient_of(size_t t) const {
+    return tensors_[t].streams[kGrad].device + tensors_[t].streams[kGrad].begin;
+  }
+
+  // Prepares the scalars of a step, and counts it unless it meets an overflow.
+  RuleScalars count_step(int number, bool overflows) {
+    const auto power = [](double x, double n) { return dracopt::power(x, static_cast<int64_t>(n)); };
+    RuleScalars scalars{};
+    for (Tensor& tensor : tensors_) {
+      StateScalar counts[kMaxStateScalars];
+      std::copy(tensor.counts, tensor.counts + kMaxStateScalars, counts);
+      scalars = Rule::template prepare<T>(counts, number == 1, hyperparameters_, power);
+      if (!overflows) std::copy(counts, counts + kMaxStateScalars, tensor.counts);
+    }
+    return scalars;
+  }
+
+  // Adds the scalars, or the recipe for them, behind the number of the step, by which numbers are rounded at random.
+  uint32_t add_slot(Problem& problem, const RuleScalars& scalars, int number) const {
+    uint32_t slot;
+    if (way_.counts_on_device) {
+      cuda::Recipe recipe{};
+      recipe.first = number == 1;
+      std::memcpy(recipe.words, &hyperparameters_, sizeof(hyperparameters_));
+      slot = problem.add_slot(&recipe, sizeof(recipe));
+    } else {
+      slot = problem.add_slot(&scalars, sizeof(scalars));
+    }
+    const auto step = static_cast<uint64_t>(number);
+    problem.add_slot(&step, sizeof(step));  // each slot lies before those that were added earlier
+    return slot;
+  }
+
+  // Describes a tensor for the kernel, and for the loop over its elements.
+  cuda::Row row_of(size_t t, int number, uint32_t slot) {
+    Tensor& tensor = tensors_[t];
+    OnHost& streams = tensor.on_host = OnHost{};
+    const bool strided = way_.strided && tensor.numel > 0;
+    cuda::Row row;
+    std::memset(static_cast<void*>(&row), 0, sizeof(row));
+    for (int k = 0; k < stream_count(); ++k) {
+      Buffer& buffer = tensor.streams[static_cast<size_t>(k)];
+      streams.dtypes[k] = dtypes_[static_cast<size_t>(k)];
+      streams.data[k] = reinterpret_cast<char*>(buffer.host.data()) + buffer.begin;
+      row.describe(k, buffer.device + buffer.begin, streams.dtypes[k], !(strided && k == kGrad));
+      const bool is_rounded = way_.at_random && k != kGrad && k < kFirstState + N && itemsize(streams.dtypes[k]) == 2;
+      row.at_random |= static_cast<uint8_t>(is_rounded << k);
+    }
+    for (int c = 0; c < kStateScalars && way_.counts_on_device; ++c) row.state_scalars[c] = count_on_device(t, c);
+    row.state_scalar_fp32 = static_cast<uint8_t>((1 << kStateScalars) - 1);
+    row.numel = tensor.numel;
+    row.slot = slot;
+    row.layout = strided ? static_cast<int32_t>(2 * t) : cuda::kDense;
+    row.numbers = cuda::kDense;
+    row.states = N;
+    row.has_recipe = way_.counts_on_device;
+    row.master = streams.master = way_.master;
+    row.param = static_cast<uint32_t>(t);
+    tensor.rounding = {kSeed, static_cast<uint32_t>(number), row.param, row.at_random, 0, nullptr};
+    if (strided) streams.layout = &tensor.layout;
+    if (way_.at_random) streams.rounding = &tensor.rounding;
+    if (way_.scaled) streams.divisor = kScale;
+    return row;
+  }
+
+  float* count_on_device(size_t t, int c) const {
+    return counts_->data + t * kMaxStateScalars + static_cast<size_t>(c);
+  }
+
+  // Measures the gradients on the device and on the host.
+  const char* measure(cuda::Arguments& arguments, Clip& clip) {
+    ExactSum squares{};
+    for (const Tensor& tensor : tensors_) add_squares(tensor.on_host, tensor.numel, squares);
+    clip = Clip::of(squares.rounded(), way_.scaled ? kScale : 1, kMaxNorm);
+    arguments.norm = &measured_.data->norm;
+    arguments.norm_out = &measured_.data->norm_out;
+    arguments.multiplier = &measured_.data->norm.coefficient;
+    arguments.max_norm = kMaxNorm;
+    arguments.blocks_in_all = arguments.blocks;
+    return cuda::measure(arguments, nullptr);
+  }
+
+  int compare(int number, const Clip& clip) const {
+    int wrong = 0;
+    const double norm = measured_.read().norm_out;
+    if (norm != clip.norm) {
+      std::printf("%s: step %d, the norm is %.17g, not %.17g\n", what_, number, norm, clip.norm);
       ++wrong;
     }
-    for (size_t t = 0; t < tensors.size(); ++t) {
+    for (size_t t = 0; t < tensors_.size(); ++t) {
       bool right = true;
-      for (const Buffer& buffer : tensors[t]) right &= buffer.is_as_on_the_host();
-      for (int c = 0; way.counts_on_device && c < state_scalar_count; ++c) {
+      for (const Buffer& buffer : tensors_[t].streams) right &= buffer.is_as_on_the_host();
+      for (int c = 0; way_.counts_on_device && c < kStateScalars; ++c) {
         float found;
-        memory::copy(&found, counted[t].device[c], sizeof(found));
-        right &= found == static_cast<float>(counted[t].host[c].value);
+        memory::copy(&found, count_on_device(t, c), sizeof(found));
+        right &= found == static_cast<float>(tensors_[t].counts[c].value);
       }
       if (right) continue;
-      std::printf("%s: step %d, tensor %zu (%lld elements) differs\n", what, step, t,
-                  static_cast<long long>(numels[t]));
+      std::printf("%s: step %d, tensor %zu (%lld elements) differs\n", what_, number, t,
+                  static_cast<long long>(tensors_[t].numel));
       ++wrong;
     }
+    return wrong;
   }
-  for (const Counted& count : counted) {
-    for (float* number : count.device) {
-      if (number != nullptr) memory::release(number);
-    }
-  }
-  memory::release(on_device);
-  memory::release(layouts_on_device);
-  memory::release(measured_on_device);
+
+  const char* const what_;
+  const std::vector<Dtype> dtypes_;
+  const Hyperparameters hyperparameters_;
+  const Way way_;
+  std::vector<Tensor> tensors_;
+  std::optional<OnDevice<float>> counts_;  // the state scalars of each tensor
+  std::optional<OnDevice<Layout>> layouts_;
+  OnDevice<float> numbers_{{0.0f, kScale, 1.0f}};  // found_inf, grad_scale, found_inf
+  OnDevice<Measured> measured_{{Measured{}}};
+};
+
+// Takes a few steps. Returns how much went wrong.
+template <typename Rule, typename T, int N>
+int run(const char* what, const std::vector<Dtype>& dtypes, const typename Rule::Hyperparameters& hyperparameters,
+        const Way& way) {
+  Trial<Rule, T, N> trial(what, dtypes, hyperparameters, way);
+  int wrong = 0;
+  for (int number = 1; number <= 3; ++number) wrong += trial.step(number);
   std::printf("%-28s %s\n", what, wrong == 0 ? "right" : "WRONG");
   return wrong;
 }
