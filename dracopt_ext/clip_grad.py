@@ -28,13 +28,17 @@ def is_distributed(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
-def check_finite(norm: Tensor) -> None:
+def check_finite(norm: Tensor, *, clips: bool = True) -> None:
     """Raises torch's error if the norm is not finite."""
-    if not norm.isfinite():
-        raise RuntimeError(
-            "The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be clipped. To "
-            "disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
-        )
+    if norm.isfinite():
+        return
+    found = "The total norm of order 2.0 for gradients from `parameters` is non-finite"
+    if not clips:
+        raise RuntimeError(f"{found}. To disable this error, set `error_if_nonfinite=False`")
+    raise RuntimeError(
+        f"{found}, so it cannot be clipped. To disable this error and scale the gradients by the non-finite norm "
+        "anyway, set `error_if_nonfinite=False`"
+    )
 
 
 @torch.no_grad()

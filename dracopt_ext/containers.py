@@ -141,11 +141,13 @@ def _as_list(params: Any, name: str) -> list[Any]:
 
 
 def as_tuple(numbers: Any, name: str) -> tuple[Any, ...]:
-    """Returns a pair of numbers as a tuple. Raises TypeError, naming it, if it is not iterable."""
+    """Returns a pair of numbers as a tuple. Raises TypeError, naming it, if it is not iterable, or an iterator."""
     try:
-        return tuple(numbers)
+        if iter(numbers) is not numbers:  # an iterator would be empty the next time
+            return tuple(numbers)
     except TypeError:
-        raise TypeError(f"{name} must be 2 numbers, not a {type(numbers).__name__}") from None
+        pass
+    raise TypeError(f"{name} must be 2 numbers, not a {type(numbers).__name__}")
 
 
 def as_number(value: Any, name: str) -> float | Tensor:

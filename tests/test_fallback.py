@@ -327,6 +327,20 @@ def test_the_reference_refuses_what_it_does_not_serve() -> None:
         stepped(dracopt_ext.SGD, [(random(3), random(3))], differentiable=True, backend="reference")
 
 
+def test_the_reference_takes_counts_of_any_dtype() -> None:
+    """Plans leave counts in int64 to Python, and a checkpoint may hold such counts."""
+    found = []
+    for dtype in (torch.int64, torch.float32):
+        p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        optimizer = dracopt_ext.AdamW([p], lr=0.1, state_dtype=torch.float32, backend="reference")
+        for _ in range(3):
+            p.grad = torch.full_like(p, 0.5)
+            optimizer.step()
+            optimizer.state[p]["step"] = optimizer.state[p]["step"].to(dtype)
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
 @pytest.mark.filterwarnings("ignore:Adam leaves parameters .* to the reference")
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_the_reference_changes_nothing_before_it_raises(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

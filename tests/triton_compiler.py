@@ -40,7 +40,7 @@ PRECISION: list[tuple[str | None, int]] = [("fp32", 0), ("split16", 0), (None, 1
 class Variant(NamedTuple):
     rule: str
     dtypes: tuple[str, ...]
-    """Of the parameter, the gradient and the states."""
+    """The dtypes of the parameter, the gradient and the states."""
     target: str
     master: str | None = None
     at_random: int = 0
@@ -118,8 +118,9 @@ def of_nvidia(asm: Any) -> dict[str, Any]:
         usage, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
     # The loop's first loads, up to the barrier that follows them.
     beginning = re.search(r"LDG\.E\.128.*?BAR\.SYNC", code, re.DOTALL)
+    before_arithmetic, *_ = re.split(r"\b[FD](?:FMA|MUL|ADD)\b", beginning[0])  # type: ignore[index]
     return {
-        "loads_before_arithmetic": re.split(r"\b[FD](?:FMA|MUL|ADD)\b", beginning[0])[0].count("LDG.E.128"),  # type: ignore[index]
+        "loads_before_arithmetic": before_arithmetic.count("LDG.E.128"),
         "vector_loads": Counter(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
         "vector_stores": Counter(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64)", ptx)).total(),
         "half_vector_loads": ptx.count("ld.global.v2.b32"),

@@ -1,4 +1,4 @@
-"""One kernel for a whole step, which updates every tensor of every group whose streams have the same dtypes.
+"""One kernel for a whole step, which updates all tensors that have equally many streams of the same dtypes.
 
 The kernel reads what csrc/cuda/launch.h describes: rows, layouts and first tiles in the table, and the arguments. They
 are given by address, because they are structs, whose fields have several types.

@@ -74,7 +74,7 @@ struct OnDevice {
   T* data;
 };
 
-// What a few steps do beside the rule.
+// A Way says what a few steps do beside the rule.
 struct Way {
   bool counts_on_device = false;
   bool scaled = false;     // divides the gradients, and the second step meets an overflow

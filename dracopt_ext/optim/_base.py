@@ -113,9 +113,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Any:
-        """The global L2 norm of the gradients before the last step clipped them; None before such a step.
+        """The global L2 norm of all gradients, before clipping, in the last step that had to find it.
 
-        A number in fp64 on the gradients' device. Reading its value waits for a GPU; the step did not.
+        A number in fp64 on the gradients' device; None before a step with ``max_grad_norm`` or ``error_if_nonfinite``.
+        Reading its value waits for a GPU; a step that only clips does not.
         """
         return self.__dict__.get("grad_norm", context_of(self).grad_norm)
 

@@ -121,7 +121,9 @@ def _check_tensors(step: Step, p: Tensor, group: Group) -> Any:
                 f"the state of {step.describe(p)} has no {name!r}. Was an option such as amsgrad switched on after the "
                 "first step? Delete this parameter's state to start it afresh"
             )
-    found = {name: state.get(name) for name in (*needed, *([] if master is None else [master]))}
+    found = {name: state.get(name) for name in needed}
+    if master is not None:
+        found[master] = entries.get(master)
     tensors: list[tuple[str | None, Any]] = [(None, grad), *found.items()]
     for key, tensor in tensors:
         fault = None if tensor is None else _fault_of(step, p, tensor, key)
@@ -149,13 +151,15 @@ def _fault_of(step: Step, p: Tensor, tensor: Any, name: str | None) -> str | Non
     is_scalar, is_master = name in step.kind.rule.state_scalars, name is not None and name == precision.master_of(p)
     if tensor.numel() != 1 if is_scalar else tensor.shape != p.shape:
         return f"has another shape, {list(tensor.shape)}"
-    fits = tensor.is_complex() if p.is_complex() and not is_scalar else tensor.is_floating_point()
+    fits = is_scalar or (tensor.is_complex() if p.is_complex() else tensor.is_floating_point())
     if not fits or (is_master and tensor.dtype != precision.master_dtype()):
         return f"has a dtype that does not fit, {tensor.dtype}"
     if tensor.device != p.device and not (is_scalar and tensor.device.type == "cpu"):
         return f"is on another device, {tensor.device}"
-    is_expanded = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if is_expanded and name is not None:
+    if tensor.layout != torch.strided:
+        return f"must be dense, not {tensor.layout}"
+    repeats = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if repeats and tensor.numel() > 0 and name is not None:
         return "is expanded: several of its elements share one memory location"
     mesh = getattr(tensor, "device_mesh", None)
     if not is_scalar and mesh != getattr(p, "device_mesh", None) and not _may_mix(p, tensor):

@@ -38,7 +38,7 @@ def update_clipped(
         if overflow is not None:
             overflow.copy_(~norm.isfinite(), non_blocking=not overflow.is_cpu)
     if raises and context.grad_norm is not None:
-        clip_grad.check_finite(context.grad_norm)
+        clip_grad.check_finite(context.grad_norm, clips=context.max_grad_norm is not None)
     if not is_done:
         _scaled.update_scaled(step, found_inf, grad_scale)
 

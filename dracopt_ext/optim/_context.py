@@ -38,7 +38,7 @@ class Context:
 
     def __setstate__(self, asked_for: tuple[str | None, Precision, float | None, bool]) -> None:
         self.backend, self.precision, self.max_grad_norm, self.error_if_nonfinite = asked_for
-        self.grad_norm: Tensor | None = None  # of the last step that clipped
+        self.grad_norm: Tensor | None = None  # found by the last step that needed it
         self.norm_is_elsewhere = False  # the last gradients were distributed over GPUs, whose norm no plan finds
         self.release: GradientRelease | None = None  # if parameters are stepped inside of backward()
         self.overflow: Tensor | None = None  # where the next step must say whether it has found an overflow

@@ -27,6 +27,7 @@ def update_scaled(step: Step, found_inf: Tensor | None, grad_scale: Tensor | Non
     groups = step.with_gradients()
     params = [p for group in groups for p in group["params"]]
     torch_may = context.backend is None and context.precision == Precision() and context.max_grad_norm is None
+    torch_may &= found_inf is not None or grad_scale is not None
     torch_may &= kernels_serve_none and step.kind.torch_step is not None
     if torch_may and params and all(p.device.type != "cpu" for p in params):
         _by_torch.call_torch(step, groups, scaled=True)  # torch's fused kernels read both as well
