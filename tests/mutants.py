@@ -1434,7 +1434,7 @@ MUTANTS = [
         "csrc/cuda/update.h",
         "may_begin ? 0 : kStreams + 1",
         "may_begin ? 0 : kStreams",
-        "test_zero_grad::test_misaligned_on_a_gpu",
+        "test_gpu_kit::test_check_on_the_host",
     ),
     Mutant(
         "Triton: memory is not held during a launch",
