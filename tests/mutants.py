@@ -1425,7 +1425,7 @@ MUTANTS = [
     Mutant(
         "neighbours share words although one rounds at random",
         RUNNER,
-        "if (update == its && has_step == before) return;",
+        "if (update == its && words_before == before) return;",
         "if (update == its) return;",
         "test_precision::test_neighbours_that_do_not_round_on_a_gpu",
     ),

@@ -415,7 +415,11 @@ def test_subclass_that_overrides_what_only_torch_calls() -> None:
 def test_error_if_nonfinite_alone_clips_nothing(case: Case) -> None:
     given = inputs(SIZES, FP32, 3)
     ours = train(case.ours, {**case.options, "error_if_nonfinite": True}, *given)
-    assert_same_bits(ours, train(case.ours, case.options, *given))
+    expected = train(case.ours, {**case.options, "backend": "reference"}, *given)
+    assert_same_bits(ours, expected)
+    for fault in FAULTS:
+        with pytest.raises(AssertionError, match="elements differ"):
+            assert_same_bits(train(fault(case.ours), {**case.options, "error_if_nonfinite": True}, *given), expected)
 
 
 # ---- GradScaler

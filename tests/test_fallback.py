@@ -330,9 +330,9 @@ def test_the_reference_refuses_what_it_does_not_serve() -> None:
 def test_the_reference_takes_counts_of_any_dtype() -> None:
     """Plans leave counts in int64 to Python, and a checkpoint may hold such counts."""
     found = []
-    for dtype in (torch.int64, torch.float32):
-        p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-        optimizer = dracopt_ext.AdamW([p], lr=0.1, state_dtype=torch.float32, backend="reference")
+    for dtype, backend in ((torch.int64, "reference"), (torch.float32, "native")):
+        p = nn.Parameter(torch.linspace(0.1, 1, 1000).bfloat16())
+        optimizer = dracopt_ext.AdamW([p], lr=0.1, state_dtype=torch.float32, backend=backend)
         for _ in range(3):
             p.grad = torch.full_like(p, 0.5)
             optimizer.step()

@@ -1072,7 +1072,7 @@ def test_distributed_tensors_with_fused(name: str, mesh: Any, monkeypatch: pytes
 
 @left_to_torch
 def test_partial_gradients_and_buffers(mesh: Any) -> None:
-    """Before torch 2.13 a buffer that SGD begins with a partial gradient is partial, too."""
+    """In some versions of torch, such as 2.11, a buffer that SGD begins with a partial gradient is partial, too."""
     from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
     (value,), gradients = inputs([64], torch.float32, 3)

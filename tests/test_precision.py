@@ -104,6 +104,9 @@ def test_neighbours_that_do_not_round_on_a_gpu(gpu: Gpu, case: Case, counts: str
         found = gpu.train(case.ours, {**options, "backend": gpu.backend}, *given)
         expected = train(case.ours, {**case.options, "stochastic_rounding": kind, "backend": "native"}, *given)
         assert_same_bits(found, expected)
+    for fault in FAULTS:
+        with pytest.raises(AssertionError, match="elements differ"):
+            assert_same_bits(gpu.train(fault(case.ours), {**options, "backend": gpu.backend}, *given), expected)
 
 
 @every_gpu

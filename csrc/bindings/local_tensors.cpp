@@ -183,7 +183,7 @@ void LocalTensors::compare(const Objects& tensors, const Objects& specs, int sca
     const auto culprit =
         static_cast<int8_t>(k == kGrad ? Wrong::kGradient : scalars + static_cast<int>(k) - kFirstState);
     // torch redistributes what an operation reads, except from another mesh. It makes no result partial, except that
-    // SGD's buffer begins like the gradient before torch 2.13.
+    // SGD's buffer begins like the gradient in some versions, such as 2.11.
     const bool is_partial_here = !same_places && is_partial(spec);
     if (k == kGrad) grad_is_partial = is_partial_here;
     const bool becomes_partial = is_partial_here && k != kGrad && !grad_is_partial;

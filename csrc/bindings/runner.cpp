@@ -88,15 +88,15 @@ struct SlotWords {
     const Update* const its = inventory.segments[i].update;
     const Rounding* const rounding = inventory.segments[i].rounding;
     const size_t before = rounding != nullptr;
-    if (update == its && has_step == before) return;
+    if (update == its && words_before == before) return;
     update = its;
-    has_step = before;
+    words_before = before;
     words[0] = rounding == nullptr ? 0 : rounding->step;
     count = before + fill_slot(inventory, i, ready, words + before);
   }
 
   const Update* update = nullptr;
-  size_t has_step = 0;  // words that precede the scalars or their recipe
+  size_t words_before = 0;  // the scalars or their recipe
   size_t count = 0;
   uint64_t words[1 + std::max(sizeof(Scalars), sizeof(cuda::Recipe)) / sizeof(uint64_t)];
 };
